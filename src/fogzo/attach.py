@@ -1,0 +1,318 @@
+"""Attaching quantizers to a model in place, listing what they quantize, and baking them in."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fogzo.quantizers import Quantizer, Surrogate
+from fogzo.weights import QuantizedWeight, check_parameter
+
+logger = logging.getLogger(__name__)
+
+FilterFn = Callable[[nn.Module, str], bool]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_HEAD_NAMES = {"lm_head", "classifier", "head", "fc", "score", "qa_outputs", "embed_out"}
+
+
+class QuantizedLayer(nn.Module):
+    """Mixed into a layer's class by `quantize_`: the layer's own forward sees quantized weights.
+
+    ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
+    weight tying are untouched. ``layer.weight_step`` holds the step sizes of fixed scales (a
+    buffer) and learned ones (a parameter).
+    """
+
+    quantizer: Quantizer
+    weight: nn.Parameter
+    weight_step: Tensor | None
+    output_dim: int
+    _frozen_step: Tensor | None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the forward uses, differentiable by the surrogate."""
+        return self.quantizer(self.weight, self._step(), self.output_dim)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on quantized weights."""
+        # An instance attribute hides the parameter of that name, whatever the class's forward is.
+        self.__dict__["weight"] = self.quantized_weight()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__["weight"]
+
+    def step_size(self) -> Tensor:
+        """Step sizes in use, broadcastable to the weight."""
+        return self.quantizer.step_size(self.weight, self._step(), self.output_dim).detach()
+
+    def codes(self) -> Tensor:
+        """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
+        return self.quantizer.codes(self.weight, self._step(), self.output_dim)
+
+    @contextmanager
+    def frozen_step(self) -> Iterator[None]:
+        """Keep the present step sizes although the weight moves (dynamic scales only)."""
+        if self.quantizer.scale.has_state:
+            yield
+            return
+        self._frozen_step = self.quantizer.current_step(self.weight, None, self.output_dim)
+        try:
+            yield
+        finally:
+            self._frozen_step = None
+
+    def _step(self) -> Tensor | None:
+        return self.weight_step if self._frozen_step is None else self._frozen_step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float checkpoint has no step sizes: measure its weights instead of keeping stale ones.
+        weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"
+        if self.weight_step is not None and weight is not None and step not in state_dict:
+            state_dict[step] = self.quantizer.initial_step(weight, self.output_dim)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The layer's own, and how it is quantized."""
+        quantizer = self.quantizer
+        surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
+        return (
+            f"{super().extra_repr()}, {quantizer.grid.name}, {quantizer.scale.kind} scale "
+            f"per {quantizer.granularity}, {surrogate}"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made on the fly, so pickle must be told how to make it again.
+        return _new_layer, (_plain_class(self),), self.__getstate__()
+
+
+def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = None) -> ModelT:
+    """Quantize the weights of a model's layers in place.
+
+    Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are supported,
+    with their subclasses. By default embeddings and output heads stay as they are: layers whose
+    name ends in lm_head, classifier, head, fc, score, ... or, where there is none, the last
+    linear layer. Printing the model shows which layers are quantized; the ``fogzo`` logger says
+    which were left alone.
+
+    Args:
+        model: Any module; its layers keep their identity, hooks, names and parameters.
+        quantizer: A preset such as ``fogzo.lsq(bits=2)``, or a composed `Quantizer`.
+        filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If nothing is selected, a layer is quantized already or cannot be, or a tied
+            weight is selected in one place and not in another. The model is then untouched.
+    """
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            f"quantizer must be a fogzo.Quantizer, got {type(quantizer).__name__}: "
+            "for example fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
+    layers = {name: m for name, m in model.named_modules() if output_dim(m) is not None}
+    selected = _select(model, layers, filter_fn)
+    _check_ties(layers, selected)
+
+    # Two passes: every error comes before the first change.
+    steps: dict[int, Tensor | None] = {}
+    for name, layer in selected.items():
+        _check_layer(name, layer)
+        if id(layer.weight) not in steps:
+            weight, dim = cast(Tensor, layer.weight), output_dim(layer) or 0
+            try:
+                step = quantizer.initial_step(weight, dim)
+                quantizer.codes(weight, step, dim)
+            except ValueError as error:
+                raise ValueError(f"cannot quantize {name!r}: {error}") from None
+            if step is not None and quantizer.scale.kind == "learned":
+                step = nn.Parameter(step)
+            steps[id(layer.weight)] = step
+    for layer in selected.values():
+        _attach(layer, quantizer, steps[id(layer.weight)])
+
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        logger.warning("nn.MultiheadAttention bypasses its layers' forward and is not quantized")
+    left = [name for name in layers if name not in selected]
+    logger.info("quantized %s; left alone %s", ", ".join(selected), ", ".join(left) or "nothing")
+    return model
+
+
+def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
+    """The quantized weights of a model, tied ones once, in the order of its modules.
+
+    Returns:
+        Records with ``.name``, ``.param`` (latent), ``.step_size()`` and ``.surrogate``; they
+        also read out ``.codes()``.
+    """
+    shared: dict[int, list[tuple[str, QuantizedLayer]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            shared.setdefault(id(module.weight), []).append((name, module))
+    return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
+
+
+def dequantize_(model: ModelT) -> ModelT:
+    """Bake the quantized weights in and leave a plain model of the original classes.
+
+    Raises:
+        ValueError: If nothing in the model is quantized.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    if not layers:
+        raise ValueError(
+            "nothing in this model is quantized: first call "
+            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
+    baked: set[int] = set()
+    for layer in layers:
+        with torch.no_grad():
+            if id(layer.weight) not in baked:
+                baked.add(id(layer.weight))
+                layer.weight.copy_(layer.quantized_weight())
+        del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step
+        cast(nn.Module, layer).__class__ = _plain_class(layer)
+    return model
+
+
+def output_dim(module: nn.Module) -> int | None:
+    """Which dimension of a layer's weight holds its output channels; None if unsupported."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads its weight without calling its forward
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return 1
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
+        return 0
+    # transformers' Conv1D is a linear layer of transposed weight; known by name, as this package
+    # must not import transformers.
+    if any(
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+        for cls in type(module).__mro__
+    ):
+        return 1
+    return None
+
+
+@cache
+def _quantized_class(plain: type) -> type:
+    return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__module__": __name__})
+
+
+def _plain_class(layer: nn.Module) -> type:
+    """The class that `_quantized_class` was given, whatever other tools mixed in on top."""
+    mro = type(layer).__mro__
+    return mro[mro.index(QuantizedLayer) + 1]
+
+
+def _new_layer(plain: type) -> nn.Module:
+    cls = _quantized_class(plain)
+    return cast(nn.Module, cls.__new__(cls))
+
+
+def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None:
+    dim = output_dim(plain)
+    plain.__class__ = _quantized_class(type(plain))
+    layer = cast(QuantizedLayer, plain)
+    layer.quantizer = quantizer
+    layer.output_dim = dim or 0
+    layer._frozen_step = None
+    if isinstance(step, nn.Parameter):
+        layer.register_parameter("weight_step", step)
+    elif step is not None:
+        layer.register_buffer("weight_step", step)
+    else:
+        layer.weight_step = None
+
+
+def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> QuantizedWeight:
+    """The record of one weight and all the layers that share it."""
+    layer = layers[0]
+    quantizer = layer.quantizer
+
+    @contextmanager
+    def frozen_steps() -> Iterator[None]:
+        with ExitStack() as stack:
+            for sharing in layers:
+                stack.enter_context(sharing.frozen_step())
+            yield
+
+    return QuantizedWeight(
+        name=f"{name}.weight" if name else "weight",
+        param=layer.weight,
+        step_size=layer.step_size,
+        surrogate=cast(Surrogate, quantizer.surrogate),
+        model=model,
+        rotate=None
+        if quantizer.rotation is None
+        else partial(quantizer.rotate, output_dim=layer.output_dim),
+        codes=layer.codes,
+        frozen_step=nullcontext if quantizer.scale.has_state else frozen_steps,
+    )
+
+
+def _select(
+    model: nn.Module, layers: dict[str, nn.Module], filter_fn: FilterFn | None
+) -> dict[str, nn.Module]:
+    if filter_fn is None:
+        heads = _output_heads(layers)
+        selected = {
+            name: layer
+            for name, layer in layers.items()
+            if not isinstance(layer, nn.Embedding) and layer not in heads
+        }
+    else:
+        selected = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
+    if selected:
+        return selected
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be quantized: Linear, Conv1d/2d/3d, "
+            "ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are"
+        )
+    rule = "the default filter leaves embeddings and output heads alone"
+    raise ValueError(
+        f"nothing was selected out of {', '.join(layers)} "
+        f"({rule if filter_fn is None else 'filter_fn returned False for each'}): "
+        "to quantize all of them, "
+        "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)"
+    )
+
+
+def _output_heads(layers: dict[str, nn.Module]) -> list[nn.Module]:
+    """The layers that turn features into predictions, which most recipes leave in float."""
+    heads = [layer for name, layer in layers.items() if name.rpartition(".")[2] in _HEAD_NAMES]
+    if not heads:
+        heads += [layer for layer in layers.values() if isinstance(layer, nn.Linear)][-1:]
+    embeddings = {id(m.weight) for m in layers.values() if isinstance(m, nn.Embedding)}
+    return heads + [layer for layer in layers.values() if id(layer.weight) in embeddings]
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, QuantizedLayer):
+        raise ValueError(
+            f"{name!r} is quantized already ({layer.quantizer.grid.name}): start from a fresh "
+            "model, or leave it out with filter_fn=lambda module, name: "
+            "not isinstance(module, fogzo.attach.QuantizedLayer)"
+        )
+    check_parameter(f"{name}.weight", layer.weight)
+
+
+def _check_ties(layers: dict[str, nn.Module], selected: dict[str, nn.Module]) -> None:
+    """A tied weight must be quantized wherever it is used, or the uses would drift apart."""
+    for name, layer in layers.items():
+        if name in selected:
+            continue
+        for other, chosen in selected.items():
+            if chosen.weight is layer.weight:
+                raise ValueError(
+                    f"{other!r} shares its weight with {name!r}, which is not selected: "
+                    "let filter_fn return True for both, or for neither"
+                )

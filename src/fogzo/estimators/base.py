@@ -1,0 +1,345 @@
+"""What every gradient estimator shares: one call between backward and step."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import mean_over_ranks
+from fogzo.directions import Coordinates, Directions, NoiseShape, mix_seed
+from fogzo.estimators.stats import RefineStats
+from fogzo.probes import Closure, Probes, check_same_loss
+from fogzo.schedules import NoiseShare, as_noise_share, kappa_from_noise_share
+from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
+
+
+class Probe(NamedTuple):
+    """A direction ``v = guide * ghat + noise * u_sample`` to measure the loss along."""
+
+    sample: int
+    guide: float
+    noise: float
+
+
+class Combination(NamedTuple):
+    """The refined gradient ``guide * g + sum_i noise_i * u_i / eps``."""
+
+    guide: float
+    noise: list[tuple[int, float]]
+    agreement: float | None = None
+
+
+class GradientEstimator(ABC):
+    """Plans probes, measures losses along them, and rewrites the gradients.
+
+    A member of the family says which directions to probe (`plan`) and what to make of the
+    measured slopes (`combine`); everything else is here.
+
+    Args:
+        weights: What `quantized_weights` lists, or ``(name, param, step_size)`` triples of your
+            own fake quantization.
+        num_samples: n, how many directions are averaged a step.
+        noise_share: q = 1 - beta in [0, 1), or a function of the step that may return None to
+            leave the gradient alone. By default the member's own.
+        seed: Directions follow from it and the step. Give every rank the same.
+        coordinates: See `Directions`.
+        noise_shape: See `Directions`.
+        noise_on_masked: See `Directions`.
+        track_flips: Count the integer codes that differ between the first two probes.
+        model: The model of hand-written triples, so that its buffers and modes are protected.
+
+    Raises:
+        ValueError: If an argument is out of range or a weight cannot be perturbed.
+    """
+
+    needs_gradient = True
+
+    def __init__(
+        self,
+        weights: Iterable[WeightLike],
+        *,
+        num_samples: int = 1,
+        noise_share: float | NoiseShare | None = None,
+        seed: int = 0,
+        coordinates: Coordinates = "scaled",
+        noise_shape: NoiseShape = "isotropic",
+        noise_on_masked: bool = True,
+        track_flips: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(
+                f"num_samples must be an integer of 1 or more, got {num_samples!r}: "
+                f"{type(self).__name__}(weights, num_samples=1)"
+            )
+        _check_choice("coordinates", coordinates, ("scaled", "global"))
+        _check_choice("noise_shape", noise_shape, ("isotropic", "tensor_rms"))
+        if track_flips and any(weight.codes is None for weight in self.weights):
+            raise ValueError(
+                "track_flips needs the integer codes of every weight: give "
+                "QuantizedWeight(..., codes=lambda: ...), or leave track_flips=False"
+            )
+        self.num_samples = num_samples
+        self.num_weights = sum(weight.param.numel() for weight in self.weights)
+        default = self.default_noise_share()
+        self.noise_share = (
+            (lambda _: default) if noise_share is None else as_noise_share(noise_share)
+        )
+        self.seed = seed
+        self.step = 0
+        self.track_flips = track_flips
+        self._direction_options: dict[str, Any] = {
+            "coordinates": coordinates,
+            "noise_shape": noise_shape,
+            "noise_on_masked": noise_on_masked,
+        }
+        self._probes = Probes(self.weights, model)
+        self._audited = False
+        self._warned = False
+
+    @abstractmethod
+    def default_noise_share(self) -> float:
+        """The noise share used where none is given."""
+
+    @abstractmethod
+    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
+        """The directions to probe in this step; none if no loss is needed."""
+
+    @abstractmethod
+    def combine(
+        self,
+        noise_share: float,
+        probes: Sequence[Probe],
+        slopes: Sequence[float],
+        directions: Directions,
+        norm: float,
+    ) -> Combination:
+        """The refined gradient, from the slopes ``(L+ - L-) / 2`` measured along the probes.
+
+        Args:
+            noise_share: As given to `plan`.
+            probes: What `plan` returned.
+            slopes: One a probe, in the loss's units.
+            directions: As given to `plan`.
+            norm: N, in the loss's units.
+        """
+
+    @contextmanager
+    def record_rng(self) -> Iterator[None]:
+        """Wrap the first-order forward, so that the probes replay its dropout masks."""
+        self._probes.record_rng()
+        yield
+
+    @torch.no_grad()
+    def refine_grads_(
+        self,
+        closure: Closure | None = None,
+        expected_loss: Tensor | float | None = None,
+        grad_scale: float = 1.0,
+    ) -> RefineStats:
+        """Replace the gradients of the quantized weights. Call it after backward, before clipping.
+
+        Args:
+            closure: Recomputes the scalar loss that backward() differentiated, on the same
+                batches, without backward. Called 2n times.
+            expected_loss: That loss. The first call then checks, with one more forward, that the
+                closure reproduces it.
+            grad_scale: What the gradients are multiplied by at present:
+                ``scaler.get_scale()`` before ``scaler.unscale_(optimizer)``, else 1.
+
+        Returns:
+            The step's statistics. Where a loss or the gradient is not finite, or the gradient
+            is zero, ``fallback`` says so and the gradients are as backward left them.
+
+        Raises:
+            ValueError: If there are no gradients, or the closure is not that loss. Weights,
+                gradients, buffers, modes and random streams are then as before the call.
+        """
+        try:
+            stats = self._refine(closure, expected_loss, grad_scale)
+        finally:
+            self._probes.forget_rng()
+        self.step += 1
+        return stats
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs to draw the same directions."""
+        return {"step": self.step, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it is not a state of an estimator.
+        """
+        if set(state_dict) != {"step", "seed"}:
+            raise ValueError(
+                f"expected the keys step and seed, got {sorted(state_dict)}: "
+                "estimator.load_state_dict(checkpoint['estimator'])"
+            )
+        self.step, self.seed = int(state_dict["step"]), int(state_dict["seed"])
+
+    def _refine(
+        self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
+    ) -> RefineStats:
+        if not (grad_scale > 0 and math.isfinite(grad_scale)):
+            raise ValueError(f"grad_scale must be positive, got {grad_scale}: scaler.get_scale()")
+        share = self.noise_share(self.step)
+        if share is None:
+            return RefineStats(self.step)
+        weights = self._weights_to_refine()
+        seed = mix_seed(self.seed, self.step)
+        directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
+        probes = self.plan(share, directions)
+        losses, flip_rate = self._measure(weights, directions, probes, closure, expected_loss)
+        # The step's one wait for the device.
+        norm, *values = torch.stack([directions.norm, *losses]).tolist()
+
+        fallback = self._reason_to_fall_back(norm, values)
+        agreement = None
+        if fallback is None:
+            slopes = [(p - m) / 2 for p, m in zip(values[::2], values[1::2], strict=True)]
+            guide, noise, agreement = self.combine(share, probes, slopes, directions, norm)
+            directions.write_grads_(guide, noise)
+        if values:
+            self._warn_if_scaled(agreement, grad_scale)
+            self._audited = True
+        return RefineStats(
+            step=self.step,
+            agreement=agreement,
+            noise_share=share,
+            kappa=kappa_from_noise_share(share, self.num_weights, self.num_samples),
+            probe_losses=tuple(values),
+            gradient_norm=norm,
+            flip_rate=flip_rate,
+            fallback=fallback,
+        )
+
+    def _weights_to_refine(self) -> list[QuantizedWeight]:
+        if not self.needs_gradient:
+            return self.weights
+        # A weight without gradient took no part in this step (an unused expert): leave it alone.
+        weights = [weight for weight in self.weights if weight.param.grad is not None]
+        if not weights:
+            raise ValueError(
+                "no quantized weight has a gradient. Call it after backward and before zero_grad: "
+                "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
+                "these weights belong to another model than the loss (a deep copy made after "
+                "quantized_weights(model), say)"
+            )
+        return weights
+
+    def _measure(
+        self,
+        weights: Sequence[QuantizedWeight],
+        directions: Directions,
+        probes: Sequence[Probe],
+        closure: Closure | None,
+        expected_loss: Tensor | float | None,
+    ) -> tuple[list[Tensor], float | None]:
+        """The losses along the probes, averaged over ranks, and the rate of flipped codes."""
+        if not probes:
+            return [], None
+        if closure is None:
+            raise ValueError(
+                f"{type(self).__name__} measures the loss and needs a closure: "
+                "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
+            )
+        losses: list[Tensor] = []
+        flip_rate = None
+        with self._probes.loan(weights):
+            if expected_loss is not None and not self._audited:
+                check_same_loss(float(self._probes.evaluate(closure)), float(expected_loss))
+            for probe in probes:
+                self._probes.shift_(directions.offsets(*probe))
+                losses.append(self._probes.evaluate(closure))
+                count_flips = self.track_flips and flip_rate is None
+                codes = (
+                    [weight.codes() for weight in weights if weight.codes] if count_flips else []
+                )
+                self._probes.mirror_()
+                losses.append(self._probes.evaluate(closure))
+                if count_flips:
+                    flip_rate = _flip_rate(weights, codes)
+            device = directions.norm.device
+            values = torch.stack([loss.to(device, torch.float64) for loss in losses])
+            values = mean_over_ranks(values)
+            if not self._audited and bool((values == values[0]).all()):
+                self._check_dependence(weights, directions, closure, losses[0])
+        return list(values), flip_rate
+
+    def _check_dependence(
+        self,
+        weights: Sequence[QuantizedWeight],
+        directions: Directions,
+        closure: Closure,
+        loss: Tensor,
+    ) -> None:
+        """Every probe gave the same loss: see whether the closure uses these weights at all."""
+        if not (loss.isfinite() and directions.norm > 0):
+            return
+        self._probes.shift_(
+            u * weight.param.abs().max()
+            for weight, u in zip(weights, directions.noise(0), strict=True)
+        )
+        if torch.equal(self._probes.evaluate(closure).to(loss), loss):
+            raise ValueError(
+                "the closure's loss does not depend on the quantized weights, although they have "
+                "gradients: it evaluates another model, or a cached output. List the weights of "
+                "the model in the closure: fogzo.quantized_weights(model)"
+            )
+
+    def _reason_to_fall_back(self, norm: float, losses: Sequence[float]) -> str | None:
+        if self.needs_gradient and not math.isfinite(norm):
+            return "the first-order gradient is not finite"
+        if self.needs_gradient and norm == 0:
+            return "the first-order gradient is zero"
+        if all(map(math.isfinite, losses)):
+            return None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a probe loss is not finite: this step keeps its first-order gradient. Said once; "
+                "see stats.fallback for later steps",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return "a probe loss is not finite"
+
+    def _warn_if_scaled(self, agreement: float | None, grad_scale: float) -> None:
+        if self._audited or grad_scale != 1 or not agreement or abs(agreement) > 2**-7:
+            return
+        warnings.warn(
+            f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
+            "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "
+            "grad_scale=scaler.get_scale()",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def mean_along_probes(probes: Sequence[Probe], slopes: Sequence[float], norm: float) -> Combination:
+    """The two-point estimate: the mean over probes of ``slope * v``."""
+    count = len(probes)
+    guide = sum(slope * probe.guide for probe, slope in zip(probes, slopes, strict=True)) / count
+    noise = [(p.sample, slope * p.noise / count) for p, slope in zip(probes, slopes, strict=True)]
+    return Combination(guide / norm if guide else 0.0, noise)
+
+
+def _flip_rate(weights: Sequence[QuantizedWeight], codes: Sequence[Tensor]) -> float:
+    after = [weight.codes() for weight in weights if weight.codes]
+    flipped = sum(int((a != b).sum()) for a, b in zip(codes, after, strict=True))
+    return flipped / sum(a.numel() for a in after)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f'{name} must be one of {", ".join(choices)}, got {value!r}: {name}="{choices[0]}"'
+        )

@@ -1,0 +1,39 @@
+"""What one call of `refine_grads_` reports."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RefineStats:
+    """Plain numbers of one refined step; nothing here costs an extra forward.
+
+    Attributes:
+        step: Index of the step, from 0.
+        agreement: lambda, the measured slope of the quantized loss along the first-order
+            gradient over the slope that gradient predicts: 1 where STE is right, 0 where it is
+            orthogonal to the loss, negative where it climbs. None without such a measurement.
+        noise_share: q = 1 - beta of this step, or None where the gradient was left alone.
+        kappa: Noise-to-signal power ``q d / (n beta)``, or None likewise.
+        probe_losses: The 2n losses in the order of evaluation, ``L1+, L1-, L2+, ...``.
+        gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates.
+        flip_rate: Fraction of integer codes that differ between the first pair of probes; None
+            unless asked for.
+        fallback: Why the first-order gradient was kept, or None.
+    """
+
+    step: int
+    agreement: float | None = None
+    noise_share: float | None = None
+    kappa: float | None = None
+    probe_losses: tuple[float, ...] = ()
+    gradient_norm: float | None = None
+    flip_rate: float | None = None
+    fallback: str | None = None
+
+    @property
+    def loss_gap(self) -> float | None:
+        """Mean ``|L+ - L-|`` over samples, in the loss's units; None without probes."""
+        if not self.probe_losses:
+            return None
+        plus, minus = self.probe_losses[::2], self.probe_losses[1::2]
+        return sum(abs(p - m) for p, m in zip(plus, minus, strict=True)) / len(plus)

@@ -1,0 +1,142 @@
+"""Probes: the loss at perturbed weights, with everything borrowed given back bit for bit."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.rng import RngState
+from fogzo.weights import QuantizedWeight
+
+Closure = Callable[[], Tensor | float]
+
+
+class Probes:
+    """Lends the weights to a closure and takes them back.
+
+    While a loan lasts, probes run without gradient in the mode the closure leaves the model in
+    (train mode: the function that backward saw), with frozen step sizes, and each from the same
+    random state. When it ends, also by an exception, the weights come back from a copy, and
+    buffers, modes, random streams and the autocast cache are as they were.
+
+    Args:
+        weights: What may be perturbed.
+        model: The model, if the records do not name it: its buffers and modes are protected.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedWeight], model: nn.Module | None = None) -> None:
+        models = [model, *(weight.model for weight in weights)]
+        self._models = list(dict.fromkeys(m for m in models if m is not None))
+        self._devices = list(dict.fromkeys(weight.param.device for weight in weights))
+        self._borrowed: Sequence[QuantizedWeight] = ()
+        self._saved: list[Tensor] = []
+        self._recorded: RngState | None = None
+        self._replay: RngState | None = None
+        self._numpy_in_use = True  # until a loan shows that the closure leaves NumPy alone
+
+    def record_rng(self) -> None:
+        """Remember the random state that the backward's own forward starts from."""
+        self._recorded = RngState(self._devices)
+
+    @contextmanager
+    def loan(self, weights: Sequence[QuantizedWeight]) -> Iterator[None]:
+        """Borrow these weights; `evaluate` and the perturbing methods work inside."""
+        before = RngState(self._devices)
+        self._replay = self._recorded or before
+        modules = [module for model in self._models for module in model.modules()]
+        modes = [module.training for module in modules]
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        params = [weight.param for weight in weights]
+        with torch.no_grad(), ExitStack() as frozen:
+            for weight in weights:
+                frozen.enter_context(weight.frozen_step())
+            self._borrowed, self._saved = weights, [param.clone() for param in params]
+            try:
+                yield
+            finally:
+                for param, saved in zip(params, self._saved, strict=True):
+                    param.copy_(saved)
+                self._borrowed, self._saved = (), []
+                for module, name, buffer, copy in buffers:
+                    buffer.copy_(copy)
+                    module._buffers[name] = buffer  # a closure may have assigned another tensor
+                for module, mode in zip(modules, modes, strict=True):
+                    module.training = mode
+                self._numpy_in_use = before.numpy_moved()
+                before.restore(numpy=self._numpy_in_use)
+                torch.clear_autocast_cache()
+
+    def forget_rng(self) -> None:
+        """Drop the recorded random state: it belonged to the step that has just ended."""
+        self._recorded = None
+
+    def shift_(self, offsets: Iterable[Tensor]) -> None:
+        """Move every weight to its saved value plus its offset."""
+        for weight, saved, offset in zip(self._borrowed, self._saved, offsets, strict=True):
+            # Added in the offset's precision, rounded once to the weight's.
+            weight.param.copy_(offset.add_(saved))
+
+    def mirror_(self) -> None:
+        """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
+        for weight, saved in zip(self._borrowed, self._saved, strict=True):
+            weight.param.lerp_(saved, 2.0)
+
+    def evaluate(self, closure: Closure) -> Tensor:
+        """The closure's loss at the weights as they are, a scalar tensor.
+
+        Raises:
+            ValueError: If the closure returns anything but one number.
+        """
+        assert self._replay is not None, "evaluate() outside a loan"
+        self._replay.restore(numpy=self._numpy_in_use)
+        # A cast of the unperturbed weight may be cached from an enclosing autocast block.
+        torch.clear_autocast_cache()
+        return as_loss(closure())
+
+
+def as_loss(value: object) -> Tensor:
+    """The closure's result as a scalar tensor.
+
+    Raises:
+        ValueError: If it is anything but one real number.
+    """
+    if isinstance(value, float | int):
+        return torch.tensor(float(value))
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        return value.detach()
+    if isinstance(value, Tensor):
+        came, fix = f"a tensor of shape {tuple(value.shape)}", "closure=lambda: losses.mean()"
+    else:
+        came, fix = type(value).__name__, "closure=lambda: model(**batch).loss"
+    raise ValueError(
+        f"the closure must return the scalar loss that backward() differentiated, got {came}: "
+        f"for example {fix}"
+    )
+
+
+def check_same_loss(probe: float, expected: float) -> None:
+    """Raise a `ValueError` unless the closure reproduces the loss of the backward pass.
+
+    Args:
+        probe: The closure's loss at the unperturbed weights.
+        expected: The loss that was differentiated.
+    """
+    if not (math.isfinite(probe) and math.isfinite(expected)):
+        return  # a fallback of the step, not a mistake in the closure
+    # Room for bfloat16 and for another graph of the compiler; a wrong batch is far outside.
+    if abs(probe - expected) <= 5e-3 * max(abs(probe), abs(expected), 1e-3):
+        return
+    raise ValueError(
+        f"the closure returned {probe:.6g} at the unperturbed weights, but expected_loss is "
+        f"{expected:.6g}. It must be the loss that backward() differentiated. Usual causes: the "
+        "closure reads a variable that the loop has rebound to the next batch; dropout, fixed by "
+        "`with estimator.record_rng(): loss = ...` around the first forward; a sum against a "
+        "mean, or a missing division by the accumulation steps"
+    )

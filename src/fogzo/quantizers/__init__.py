@@ -1,0 +1,38 @@
+"""Quantizers that compose: pure functions from tensor to tensor, usable without the rest."""
+
+from fogzo.quantizers.granularity import Granularity
+from fogzo.quantizers.grids import SIGN, TERNARY, Grid, uniform
+from fogzo.quantizers.presets import fixed, lsq, quest, sign, ternary
+from fogzo.quantizers.quantizer import Quantizer
+from fogzo.quantizers.rotations import Hadamard
+from fogzo.quantizers.scales import (
+    Scale,
+    abs_mean_scale,
+    fixed_scale,
+    learned_scale,
+    rms_scale,
+)
+from fogzo.quantizers.surrogates import SURROGATE_NAMES, Surrogate, resolve_surrogate
+
+__all__ = [
+    "SIGN",
+    "SURROGATE_NAMES",
+    "TERNARY",
+    "Granularity",
+    "Grid",
+    "Hadamard",
+    "Quantizer",
+    "Scale",
+    "Surrogate",
+    "abs_mean_scale",
+    "fixed",
+    "fixed_scale",
+    "learned_scale",
+    "lsq",
+    "quest",
+    "resolve_surrogate",
+    "rms_scale",
+    "sign",
+    "ternary",
+    "uniform",
+]

@@ -1,0 +1,73 @@
+"""Presets: the quantizers people name, each a composition of the parts beside this file."""
+
+import torch
+
+from fogzo.quantizers.granularity import Granularity
+from fogzo.quantizers.grids import SIGN, TERNARY, Levels, uniform
+from fogzo.quantizers.quantizer import Quantizer
+from fogzo.quantizers.rotations import Hadamard
+from fogzo.quantizers.scales import Rule, abs_mean_scale, fixed_scale, learned_scale, rms_scale
+from fogzo.quantizers.surrogates import Surrogate
+
+
+def fixed(
+    bits: int,
+    *,
+    step: float | None = None,
+    init: Rule = "mse",
+    levels: Levels | None = None,
+    surrogate: str | Surrogate = "identity",
+    granularity: Granularity = "tensor",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """A constant step size (the paper's "fixed alpha"): `step`, or measured once by rule `init`."""
+    scale = fixed_scale(step, init)
+    return Quantizer(uniform(bits, levels), scale, surrogate, None, granularity, scale_dtype)
+
+
+def lsq(
+    bits: int,
+    *,
+    init: Rule = "lsq",
+    levels: Levels | None = None,
+    surrogate: str | Surrogate = "identity",
+    granularity: Granularity = "tensor",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """Learned step sizes (Esser et al., arXiv 1902.08153)."""
+    scale = learned_scale(init)
+    return Quantizer(uniform(bits, levels), scale, surrogate, None, granularity, scale_dtype)
+
+
+def quest(
+    bits: int,
+    *,
+    block: int = 128,
+    surrogate: str | Surrogate = "trust",
+    granularity: Granularity = "channel",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """Hadamard rotation, Gaussian-optimal steps, trust mask (QuEST, arXiv 2502.05003)."""
+    grid = uniform(bits, "half")
+    scale = rms_scale("quest")
+    return Quantizer(grid, scale, surrogate, Hadamard(block), granularity, scale_dtype)
+
+
+def ternary(
+    *,
+    surrogate: str | Surrogate = "identity_unmasked",
+    granularity: Granularity = "tensor",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """BitNet b1.58: {-1, 0, 1} times the mean magnitude (arXiv 2402.17764)."""
+    return Quantizer(TERNARY, abs_mean_scale(), surrogate, None, granularity, scale_dtype)
+
+
+def sign(
+    *,
+    surrogate: str | Surrogate = "hardtanh",
+    granularity: Granularity = "channel",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """XNOR-Net weights: the sign times each output channel's mean magnitude, detached."""
+    return Quantizer(SIGN, abs_mean_scale(), surrogate, None, granularity, scale_dtype)

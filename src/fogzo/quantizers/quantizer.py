@@ -1,0 +1,156 @@
+"""The quantizer: grid x scale x surrogate x rotation, a pure function from weight to weight."""
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fogzo.quantizers.fake_quantize import EffectiveStep, FakeQuantize
+from fogzo.quantizers.granularity import (
+    Granularity,
+    broadcast_step,
+    check_granularity,
+    from_rows,
+    to_groups,
+    to_rows,
+)
+from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.rotations import Hadamard
+from fogzo.quantizers.scales import Scale
+from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a weight is quantized.
+
+    It holds no tensors: the step sizes that a scale keeps between forwards belong to the layer
+    and are passed in, as tensors of shape (groups, 1).
+
+    Attributes:
+        grid: The levels.
+        scale: Where step sizes come from.
+        surrogate: The backward rule, by name or as an object.
+        rotation: A change of basis along the input, undone after rounding, or None.
+        granularity: ``"tensor"``, ``"channel"`` (one step an output channel) or the number of
+            consecutive inputs that share a step.
+        scale_dtype: Round step sizes to this dtype in the forward (``torch.float16``, say), so
+            that what is trained is exactly what a low-bit file can hold.
+
+    >>> from fogzo.quantizers import TERNARY, abs_mean_scale
+    >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
+    >>> quantizer(torch.tensor([[0.1, -0.5], [2.0, 0.6]]))
+    tensor([[ 0.0000, -0.8000],
+            [ 0.8000,  0.8000]])
+    """
+
+    grid: Grid
+    scale: Scale
+    surrogate: Surrogate | str = "identity"
+    rotation: Hadamard | None = None
+    granularity: Granularity = "tensor"
+    scale_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_granularity(self.granularity)
+        object.__setattr__(self, "surrogate", resolve_surrogate(self.surrogate, self.grid))
+        if self.scale_dtype is not None and not self.scale_dtype.is_floating_point:
+            raise ValueError(
+                f"scale_dtype must be a floating-point dtype, got {self.scale_dtype}: "
+                "for example scale_dtype=torch.float16"
+            )
+
+    def initial_step(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
+        """Step sizes to keep for this weight, of shape (groups, 1); None for dynamic scales."""
+        groups = self._groups(weight.detach(), output_dim)
+        return self._measure(groups) if self.scale.has_state else None
+
+    def __call__(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
+        """The quantized weight, of the weight's shape and dtype.
+
+        Args:
+            weight: The latent weight, of two dimensions or more.
+            step: Step sizes of shape (groups, 1), as `initial_step` or `current_step` returns
+                them. None measures the weight.
+            output_dim: Which dimension holds the output channels.
+        """
+        groups = self._groups(weight, output_dim)
+        step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
+        grad_scale = self.scale.grad_scale(groups, self.grid)
+        # apply() is typed as returning Any
+        quantized = cast(
+            Tensor, FakeQuantize.apply(groups, step, self.grid, self.surrogate, grad_scale)
+        )
+        return self._ungroup(quantized, weight, output_dim)
+
+    @torch.no_grad()
+    def current_step(
+        self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0
+    ) -> Tensor:
+        """The (groups, 1) step sizes that a forward would use, after any rounding of them."""
+        if step is None:
+            step = self._measure(self._groups(weight, output_dim))
+        return self._effective(step, weight.dtype)
+
+    def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
+        """`current_step`, shaped to broadcast against the weight (rotated, if it is)."""
+        step = self.current_step(weight, step, output_dim)
+        return broadcast_step(step, weight.shape, self.granularity, output_dim)
+
+    def codes(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
+        """Integer codes, int8 of the weight's shape, in the rotated basis if there is one."""
+        with torch.no_grad():
+            groups = self._groups(weight, output_dim)
+            step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
+            codes = self.grid.round_to_code(groups / step)
+            return self._arrange(codes.to(torch.int8), weight, output_dim)
+
+    def dequantize(
+        self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Exactly the weight that the forward used, from its codes and `current_step`.
+
+        Args:
+            codes: What `codes` returned.
+            step: What `current_step` returned for the same weight.
+            output_dim: As given to `codes`.
+            dtype: The latent weight's dtype, by default that of ``step``.
+        """
+        dtype = dtype or step.dtype
+        plain = replace(self, rotation=None)  # codes are in the rotated basis already
+        groups = plain._groups(codes.to(dtype), output_dim)
+        return self._ungroup(self.grid.level(groups) * step.to(dtype), codes, output_dim)
+
+    def rotate(self, weight: Tensor, output_dim: int = 0) -> Tensor:
+        """A weight-shaped tensor in the basis where it is rounded. Its own inverse."""
+        if self.rotation is None:
+            return weight
+        rows = self.rotation(to_rows(weight, output_dim))
+        return from_rows(rows, weight.shape, output_dim)
+
+    def _measure(self, groups: Tensor) -> Tensor:
+        return self.scale.measure(groups, self.grid)
+
+    def _effective(self, step: Tensor, dtype: torch.dtype) -> Tensor:
+        return cast(Tensor, EffectiveStep.apply(step.to(dtype), self.scale_dtype))
+
+    def _groups(self, weight: Tensor, output_dim: int) -> Tensor:
+        if self.granularity == "tensor" and self.rotation is None:
+            return weight.reshape(1, -1)  # every order of the weights will do, so copy none
+        rows = to_rows(weight, output_dim)
+        if self.rotation is not None:
+            rows = self.rotation(rows)
+        return to_groups(rows, self.granularity)
+
+    def _ungroup(self, groups: Tensor, like: Tensor, output_dim: int) -> Tensor:
+        if self.rotation is None:
+            return self._arrange(groups, like, output_dim)
+        rows = self.rotation(groups.reshape(like.shape[output_dim], -1))
+        return from_rows(rows, like.shape, output_dim)
+
+    def _arrange(self, groups: Tensor, like: Tensor, output_dim: int) -> Tensor:
+        """Groups in the weight's shape, without leaving the rotated basis."""
+        if self.granularity == "tensor" and self.rotation is None:
+            return groups.reshape(like.shape)
+        return from_rows(groups.reshape(like.shape[output_dim], -1), like.shape, output_dim)

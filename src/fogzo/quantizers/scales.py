@@ -1,0 +1,137 @@
+"""Scales: where the step size of each group of weights comes from."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fogzo.quantizers.grids import Grid
+
+Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max"]
+MIN_STEP = 1e-8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A rule that finds step sizes from weights, and when it is applied.
+
+    Attributes:
+        rule: How `measure` finds a step size.
+        kind: ``"fixed"`` measures once and keeps it in a buffer, ``"learned"`` measures once and
+            trains it (LSQ), ``"dynamic"`` measures the current weights at every forward.
+        value: For fixed scales, the step size itself instead of a rule.
+    """
+
+    rule: Rule
+    kind: Literal["fixed", "learned", "dynamic"]
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in _RULES:
+            raise ValueError(
+                f"unknown rule {self.rule!r} for a step size: use one of {', '.join(_RULES)}, "
+                'for example fixed_scale(init="mse")'
+            )
+        if self.value is not None and not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(
+                f"a step size must be positive and finite, got {self.value!r}: "
+                "for example fixed_scale(0.05), or fixed_scale() to choose it from the weights"
+            )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the step sizes are kept between forwards."""
+        return self.kind != "dynamic"
+
+    def measure(self, groups: Tensor, grid: Grid) -> Tensor:
+        """Step sizes, of shape (groups, 1), for weights of shape (groups, group size)."""
+        if self.value is not None:
+            return groups.new_full((len(groups), 1), self.value)
+        return _RULES[self.rule](groups.detach(), grid)
+
+    def grad_scale(self, groups: Tensor, grid: Grid) -> float:
+        """LSQ's gradient scale ``1 / sqrt(group size * largest level)`` (arXiv 1902.08153)."""
+        return 1 / math.sqrt(groups.shape[1] * grid.high) if self.kind == "learned" else 1.0
+
+
+def fixed_scale(value: float | None = None, init: Rule = "mse") -> Scale:
+    """A constant step size: `value`, or what the rule `init` finds when the layer is quantized."""
+    return Scale(init, "fixed", value)
+
+
+def learned_scale(init: Rule = "lsq") -> Scale:
+    """A trained step size (LSQ). ``init="rms"`` is LSQ+'s start, the optimum for a Gaussian."""
+    return Scale(init, "learned")
+
+
+def rms_scale(rule: Literal["rms", "quest"] = "rms") -> Scale:
+    """The best step for a Gaussian of the weights' current rms.
+
+    ``"quest"`` takes the constants that QuEST published (arXiv 2502.05003), so that its models
+    quantize to the same weights here; ``"rms"`` solves for the optimum (1% wider at 8 bits).
+    """
+    return Scale(rule, "dynamic")
+
+
+def abs_mean_scale() -> Scale:
+    """The weights' current mean magnitude (BitNet b1.58, XNOR-Net)."""
+    return Scale("abs_mean", "dynamic")
+
+
+def _rms(groups: Tensor, grid: Grid) -> Tensor:
+    return grid.gaussian_step * groups.square().mean(1, keepdim=True).sqrt() + MIN_STEP
+
+
+# QuEST's end level of a half-integer grid on a unit Gaussian, by number of levels.
+_QUEST_EDGE = {2: 0.7978845, 4: 1.4935346, 8: 2.0510684, 16: 2.5139306, 256: 3.884939}
+
+
+def _quest(groups: Tensor, grid: Grid) -> Tensor:
+    if grid.offset == 0 or grid.num_levels not in _QUEST_EDGE:
+        return _rms(groups, grid)
+    rms = groups.square().mean(1, keepdim=True).sqrt()
+    return (_QUEST_EDGE[grid.num_levels] * rms + MIN_STEP) / grid.high
+
+
+def _abs_mean(groups: Tensor, grid: Grid) -> Tensor:
+    return groups.abs().mean(1, keepdim=True)
+
+
+def _lsq(groups: Tensor, grid: Grid) -> Tensor:
+    # LSQ's Qp, generalised to the largest level so that half-integer grids have one too.
+    return 2 * groups.abs().mean(1, keepdim=True) / math.sqrt(grid.high)
+
+
+def _max(groups: Tensor, grid: Grid) -> Tensor:
+    return groups.abs().amax(1, keepdim=True) / grid.high
+
+
+def _mse(groups: Tensor, grid: Grid) -> Tensor:
+    """The step of least squared error on these weights: a scan over step sizes, then a finer one.
+
+    Layers are often initialised uniformly, not as Gaussians, so the closed form is only the start.
+    """
+    best = _rms(groups, grid)
+    widest = torch.maximum(_max(groups, grid) / best, groups.new_tensor(2.0))
+    for low, high in ((groups.new_tensor(0.3), widest), (0.94, 1.06)):
+        centre, best_error = best, torch.full_like(best, math.inf)
+        for fraction in torch.linspace(0, 1, 33).tolist():
+            step = centre * (low + fraction * (high - low))
+            error = (grid.round(groups / step) * step - groups).square().mean(1, keepdim=True)
+            best, best_error = (
+                torch.where(error < best_error, step, best),
+                torch.minimum(error, best_error),
+            )
+    return best
+
+
+_RULES = {
+    "mse": _mse,
+    "rms": _rms,
+    "quest": _quest,
+    "abs_mean": _abs_mean,
+    "lsq": _lsq,
+    "max": _max,
+}

@@ -1,0 +1,233 @@
+"""Smoothing laws: the noise z whose expectation turns a staircase into a smooth surrogate.
+
+A grid Q with thresholds t_k and jumps J satisfies ``d/dx E Q(x + z) = J sum_k p(t_k - x)``. So a
+law p *is* a backward rule, and its standard deviation is the perturbation radius (the paper's
+epsilon-bar) that FOGZO needs to estimate that same slope from losses. One object holds both.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+class SmoothingLaw(ABC):
+    """A symmetric, zero-mean law p(z), z in units of the step size."""
+
+    @property
+    @abstractmethod
+    def radius(self) -> float:
+        """Standard deviation of z: the paper's epsilon-bar, in steps."""
+
+    @property
+    @abstractmethod
+    def kurtosis(self) -> float:
+        """``E u^4`` of the standardised ``u = z / radius`` (Gaussian: 3)."""
+
+    @abstractmethod
+    def pdf(self, z: Tensor) -> Tensor:
+        """Density at z."""
+
+    @abstractmethod
+    def cdf(self, z: Tensor) -> Tensor:
+        """P(Z <= z)."""
+
+    @abstractmethod
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        """Fill ``out`` with independent u of zero mean and unit variance, and return it."""
+
+
+@dataclass(frozen=True)
+class Uniform(SmoothingLaw):
+    """U(-width/2, width/2). Width 1 makes round the identity, width 2 makes sign hardtanh."""
+
+    width: float = 1.0
+
+    @property
+    def radius(self) -> float:
+        return self.width / math.sqrt(12)
+
+    @property
+    def kurtosis(self) -> float:
+        return 9 / 5
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return (z.abs() <= self.width / 2).to(z.dtype) / self.width
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return (z / self.width + 0.5).clamp(0, 1)
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        edge = math.sqrt(3)
+        return out.uniform_(-edge, edge, generator=generator)
+
+
+@dataclass(frozen=True)
+class Triangular(SmoothingLaw):
+    """The triangle on (-half_width, half_width).
+
+    Half-width 1 makes sign the second-order polynomial ApproxSign, and is also the smallest law
+    (TPDF dither) under which both E round(x+z) = x and the two-point estimator's own slope is 1.
+    """
+
+    half_width: float = 1.0
+
+    @property
+    def radius(self) -> float:
+        return self.half_width / math.sqrt(6)
+
+    @property
+    def kurtosis(self) -> float:
+        return 12 / 5
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return (1 - (z / self.half_width).abs()).clamp(min=0) / self.half_width
+
+    def cdf(self, z: Tensor) -> Tensor:
+        y = (z / self.half_width).clamp(-1, 1)
+        return 0.5 + y - 0.5 * y * y.abs()
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        out.uniform_(-1, 1, generator=generator)
+        # Inverse of the cdf on each side of zero: one draw an element instead of two.
+        magnitude = out.abs().neg_().add_(1).sqrt_().neg_().add_(1)
+        return out.sign_().mul_(magnitude).mul_(math.sqrt(6))
+
+
+@dataclass(frozen=True)
+class Logistic(SmoothingLaw):
+    """``p(z) = tau/2 sech^2(tau z)``: sign becomes tanh(tau x)."""
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("tau", self.tau, "tanh(tau=1.0)")
+
+    @property
+    def radius(self) -> float:
+        return math.pi / (math.sqrt(12) * self.tau)
+
+    @property
+    def kurtosis(self) -> float:
+        return 21 / 5
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return self.tau / 2 * (1 - torch.tanh(self.tau * z).square())
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return 0.5 + 0.5 * torch.tanh(self.tau * z)
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        # atanh(±1) is infinite, and uniform_ may return its lower bound.
+        edge = 1 - 1e-7
+        out.uniform_(-1, 1, generator=generator).clamp_(-edge, edge)
+        return out.atanh_().mul_(math.sqrt(12) / math.pi)
+
+
+@dataclass(frozen=True)
+class Normal(SmoothingLaw):
+    """N(0, sigma^2): sign becomes erf(x / (sqrt(2) sigma)). Its own Stein kernel."""
+
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_positive("sigma", self.sigma, "erf(sigma=0.5)")
+
+    @property
+    def radius(self) -> float:
+        return self.sigma
+
+    @property
+    def kurtosis(self) -> float:
+        return 3.0
+
+    def pdf(self, z: Tensor) -> Tensor:
+        y = z / self.sigma
+        return torch.exp(-0.5 * y * y) / (self.sigma * math.sqrt(2 * math.pi))
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return 0.5 * torch.erfc(-z / (self.sigma * math.sqrt(2)))
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        return out.normal_(generator=generator)
+
+
+@dataclass(frozen=True)
+class RaisedCosine(SmoothingLaw):
+    """``p(z) = pi/4 cos(pi z / 2)`` on (-1, 1): sign becomes sin(pi x / 2), clipped."""
+
+    @property
+    def radius(self) -> float:
+        return math.sqrt(1 - 8 / math.pi**2)
+
+    @property
+    def kurtosis(self) -> float:
+        return (1 - 48 / math.pi**2 + 384 / math.pi**4) / self.radius**4
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return math.pi / 4 * torch.cos(math.pi / 2 * z.clamp(-1, 1))
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return 0.5 + 0.5 * torch.sin(math.pi / 2 * z.clamp(-1, 1))
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        out.uniform_(-1, 1, generator=generator)
+        return out.asin_().mul_(2 / (math.pi * self.radius))
+
+
+@dataclass(frozen=True)
+class BSpline(SmoothingLaw):
+    """The sum of ``order`` uniforms of width ``width``: sign becomes a polynomial of that order.
+
+    Order 1 is Uniform, order 2 Triangular; the law tends to a Gaussian as the order grows.
+    """
+
+    order: int = 3
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("width", self.width, "bspline(order=3, width=1.0)")
+        if not 1 <= self.order <= 8:
+            # The alternating sum below loses all digits for high orders.
+            raise ValueError(
+                f"order must be from 1 to 8, got {self.order}: for example bspline(order=3); "
+                "for a smoother law use erf(sigma=...)"
+            )
+
+    @property
+    def radius(self) -> float:
+        return self.width * math.sqrt(self.order / 12)
+
+    @property
+    def kurtosis(self) -> float:
+        return 3 - 6 / (5 * self.order)
+
+    def pdf(self, z: Tensor) -> Tensor:
+        if self.order == 1:
+            return Uniform(self.width).pdf(z)
+        return self._truncated_powers(z, self.order - 1) / self.width
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self._truncated_powers(z, self.order).clamp(0, 1)
+
+    def _truncated_powers(self, z: Tensor, power: int) -> Tensor:
+        """The Irwin-Hall sum ``sum_j (-1)^j C(k, j) (y - j)_+^power / power!``."""
+        y = (z / self.width + self.order / 2).clamp(0, self.order)
+        total = torch.zeros_like(y)
+        for j in range(self.order + 1):
+            total += (-1) ** j * math.comb(self.order, j) * (y - j).clamp(min=0) ** power
+        return total / math.factorial(power)
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        out.uniform_(-1, 1, generator=generator)
+        term = torch.empty_like(out)
+        for _ in range(self.order - 1):
+            out.add_(term.uniform_(-1, 1, generator=generator))
+        return out.mul_(math.sqrt(3 / self.order))
+
+
+def _require_positive(name: str, value: float, example: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}: for example {example}")

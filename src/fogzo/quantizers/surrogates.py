@@ -1,0 +1,257 @@
+"""Surrogates: what the backward pass pretends that rounding did, and which noise makes it true.
+
+A surrogate that comes from a smoothing law takes its slope from that law, on any grid, so the
+backward rule and the perturbation of FOGZO cannot disagree. Those that no law explains (an
+unmasked identity, QuEST's trust mask, heavy-tailed kernels) say ``law=None`` and carry the law
+that perturbs instead.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.smoothing import (
+    BSpline,
+    Logistic,
+    Normal,
+    RaisedCosine,
+    SmoothingLaw,
+    Triangular,
+    Uniform,
+)
+
+Kernel = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A backward rule and its smoothing law.
+
+    Attributes:
+        name: What recipes, reports and ``surrogate=`` arguments call it.
+        law: The law p with ``E Q(x + z) = h(x)``, or None where no law gives this slope.
+        perturbation: The law FOGZO perturbs with: ``law`` itself, or what is used instead of one.
+        range_slack: For identity-like rules: the slope is 1 up to this many steps beyond the end
+            levels and 0 outside (infinity: never masked). None where the slope is a sum of kernels.
+        kernel: The density summed over thresholds where there is no finite-variance law.
+    """
+
+    name: str
+    law: SmoothingLaw | None
+    perturbation: SmoothingLaw
+    range_slack: float | None = None
+    kernel: Kernel | None = None
+
+    @property
+    def radius(self) -> float:
+        """Perturbation radius in steps, the paper's epsilon-bar."""
+        return self.perturbation.radius
+
+    @property
+    def passes_all(self) -> bool:
+        """Whether the slope is 1 everywhere, so the backward pass needs no mask."""
+        return self.range_slack == math.inf
+
+    def slope(self, x: Tensor, grid: Grid) -> Tensor:
+        """``h'(x)`` for ``x = weight / step_size``, in x's shape; a bool mask if it is 0 or 1."""
+        if self.range_slack is not None:
+            return (x >= grid.low - self.range_slack) & (x <= grid.high + self.range_slack)
+        density = self.kernel or self.perturbation.pdf
+        total = density(x - grid.thresholds[0])
+        for threshold in grid.thresholds[1:]:
+            total = total + density(x - threshold)
+        return total if grid.spacing == 1 else total * grid.spacing
+
+    def smooth(self, x: Tensor, grid: Grid) -> Tensor:
+        """``h(x) = E Q(x + z)``, the smooth function whose slope the backward pass uses.
+
+        Raises:
+            ValueError: If this surrogate has no smoothing law.
+        """
+        if self.law is None:
+            raise ValueError(
+                f"surrogate {self.name!r} is the expectation under no smoothing law; it perturbs "
+                f"with {self.perturbation} instead, whose smooth function is "
+                "dataclasses.replace(surrogate, law=surrogate.perturbation).smooth(x, grid)"
+            )
+        total = torch.full_like(x, grid.low)
+        for threshold in grid.thresholds:
+            total = total + grid.spacing * self.law.cdf(x - threshold)
+        return total
+
+
+def identity(spacing: float = 1.0) -> Surrogate:
+    """Slope 1 between the end levels, 0 outside: LSQ's mask and the paper's "identity".
+
+    >>> from fogzo.quantizers import Quantizer, fixed_scale, uniform
+    >>> w = torch.tensor([[0.2, 9.0]], requires_grad=True)
+    >>> q = Quantizer(uniform(2, "half"), fixed_scale(1.0), identity())(w, torch.ones(1, 1))
+    >>> q.sum().backward()
+    >>> q.tolist(), w.grad.tolist()
+    ([[0.5, 1.5]], [[1.0, 0.0]])
+    """
+    law = Uniform(spacing)
+    return Surrogate("identity", law, law, range_slack=0.0)
+
+
+def identity_unmasked(spacing: float = 1.0) -> Surrogate:
+    """Slope 1 everywhere, as in BitNet. No law gives it outside the range; perturbs uniformly.
+
+    >>> from fogzo.quantizers import Quantizer, fixed_scale, uniform
+    >>> w = torch.tensor([[0.2, 9.0]], requires_grad=True)
+    >>> quantizer = Quantizer(uniform(2, "half"), fixed_scale(1.0), identity_unmasked())
+    >>> quantizer(w, torch.ones(1, 1)).sum().backward()
+    >>> w.grad.tolist()
+    [[1.0, 1.0]]
+    """
+    return Surrogate("identity_unmasked", None, Uniform(spacing), range_slack=math.inf)
+
+
+def trust(spacing: float = 1.0) -> Surrogate:
+    """QuEST's trust mask: slope 1 where the rounding error is at most half a step.
+
+    That reaches half a step beyond the end levels (arXiv 2502.05003). No smoothing law gives it;
+    perturbs uniformly.
+
+    >>> from fogzo.quantizers import Quantizer, fixed_scale, uniform
+    >>> w = torch.tensor([[1.9, 2.1]], requires_grad=True)
+    >>> quantizer = Quantizer(uniform(2, "half"), fixed_scale(1.0), trust())
+    >>> quantizer(w, torch.ones(1, 1)).sum().backward()
+    >>> w.grad.tolist()
+    [[1.0, 0.0]]
+    """
+    return Surrogate("trust", None, Uniform(spacing), range_slack=spacing / 2)
+
+
+def hardtanh() -> Surrogate:
+    """Sign becomes clip(x, -1, 1); on finer grids each threshold is smoothed over two steps.
+
+    >>> from fogzo.quantizers import SIGN, Quantizer, fixed_scale
+    >>> w = torch.tensor([[0.2, -0.9, 1.1]], requires_grad=True)
+    >>> q = Quantizer(SIGN, fixed_scale(1.0), hardtanh())(w, torch.ones(1, 1))
+    >>> q.sum().backward()
+    >>> q.tolist(), w.grad.tolist()
+    ([[1.0, -1.0, 1.0]], [[1.0, 1.0, 0.0]])
+    """
+    return _from_law("hardtanh", Uniform(2.0))
+
+
+def tanh(tau: float = 1.0) -> Surrogate:
+    """The slope of tanh: sign becomes tanh(tau x), finer grids a sum of tanh steps, as in DSQ.
+
+    >>> from fogzo.quantizers import SIGN, Quantizer, fixed_scale
+    >>> w = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    >>> Quantizer(SIGN, fixed_scale(1.0), tanh())(w, torch.ones(1, 1)).sum().backward()
+    >>> [round(slope, 4) for slope in w.grad[0].tolist()]  # 1 - tanh(x)^2
+    [1.0, 0.42]
+    """
+    return _from_law("tanh", Logistic(tau))
+
+
+def approx_sign() -> Surrogate:
+    """Sign becomes the polynomial 2x - x|x| on (-1, 1) (Bi-Real Net's ApproxSign).
+
+    On unit-spaced grids the same triangle is TPDF dither: the identity inside, ramps at the ends.
+
+    >>> from fogzo.quantizers import SIGN, Quantizer, fixed_scale
+    >>> w = torch.tensor([[0.0, -0.5, 1.5]], requires_grad=True)
+    >>> Quantizer(SIGN, fixed_scale(1.0), approx_sign())(w, torch.ones(1, 1)).sum().backward()
+    >>> w.grad.tolist()  # 2 - 2|x|
+    [[2.0, 1.0, 0.0]]
+    """
+    return _from_law("approx_sign", Triangular(1.0))
+
+
+def triangular() -> Surrogate:
+    """Round under TPDF dither; see `approx_sign`, the same law met on the sign grid."""
+    return _from_law("triangular", Triangular(1.0))
+
+
+def erf(sigma: float = 0.5) -> Surrogate:
+    """Gaussian smoothing: sign becomes erf(x / (sqrt(2) sigma))."""
+    return _from_law("erf", Normal(sigma))
+
+
+def sine() -> Surrogate:
+    """Sign becomes sin(pi x / 2), clipped: raised-cosine smoothing."""
+    return _from_law("sine", RaisedCosine())
+
+
+def bspline(order: int = 3, width: float = 1.0) -> Surrogate:
+    """Sign becomes a polynomial of the given order: smoothing by a sum of uniforms."""
+    return _from_law("bspline", BSpline(order, width))
+
+
+@dataclass(frozen=True)
+class _Cauchy:
+    gamma: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.gamma / (math.pi * (z * z + self.gamma**2))
+
+
+@dataclass(frozen=True)
+class _FastSigmoid:
+    alpha: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.alpha / 2 / (1 + self.alpha * z.abs()).square()
+
+
+def arctan(gamma: float = 0.5) -> Surrogate:
+    """Sign becomes 2/pi atan(x / gamma). Cauchy smoothing has no variance; perturbs uniformly."""
+    return Surrogate("arctan", None, Uniform(2.0), kernel=_Cauchy(gamma))
+
+
+def fast_sigmoid(alpha: float = 2.0) -> Surrogate:
+    """Sign becomes ``alpha x / (1 + alpha|x|)``. Infinite variance too; perturbs uniformly."""
+    return Surrogate("fast_sigmoid", None, Uniform(2.0), kernel=_FastSigmoid(alpha))
+
+
+def _from_law(name: str, law: SmoothingLaw) -> Surrogate:
+    return Surrogate(name, law, law)
+
+
+# Identity-like rules are as wide as the grid's spacing, so on the sign grid they are hardtanh's.
+_AS_WIDE_AS_THE_GRID: dict[str, Callable[[float], Surrogate]] = {
+    "identity": identity,
+    "identity_unmasked": identity_unmasked,
+    "trust": trust,
+}
+_FIXED_WIDTH: dict[str, Callable[[], Surrogate]] = {
+    "hardtanh": hardtanh,
+    "tanh": tanh,
+    "approx_sign": approx_sign,
+    "triangular": triangular,
+    "erf": erf,
+    "sine": sine,
+    "bspline": bspline,
+    "arctan": arctan,
+    "fast_sigmoid": fast_sigmoid,
+}
+SURROGATE_NAMES = (*_AS_WIDE_AS_THE_GRID, *_FIXED_WIDTH)
+
+
+def resolve_surrogate(surrogate: str | Surrogate, grid: Grid) -> Surrogate:
+    """The surrogate of that name for that grid; a `Surrogate` is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if isinstance(surrogate, Surrogate):
+        return surrogate
+    if surrogate in _AS_WIDE_AS_THE_GRID:
+        return _AS_WIDE_AS_THE_GRID[surrogate](grid.spacing)
+    if surrogate in _FIXED_WIDTH:
+        return _FIXED_WIDTH[surrogate]()
+    close = get_close_matches(str(surrogate), SURROGATE_NAMES, n=1)
+    suggestion = close[0] if close else "identity"
+    raise ValueError(
+        f"unknown surrogate {surrogate!r}: use one of {', '.join(SURROGATE_NAMES)}, "
+        f'for example fogzo.fixed(bits=2, surrogate="{suggestion}"), or a Surrogate object'
+    )

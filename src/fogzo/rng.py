@@ -1,0 +1,58 @@
+"""Random streams: captured and put back, never reseeded.
+
+A closure may draw from torch (dropout), from Python's ``random`` (LayerDrop) or from NumPy
+(SpecAugment masks). Every probe must see the same draws, and the loop must not notice the probes.
+"""
+
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+NumpyState = Any
+
+
+class RngState:
+    """The state of every global random stream that a closure may draw from.
+
+    Args:
+        devices: Accelerators whose streams matter too.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._torch = torch.get_rng_state()
+        self._accelerators = [
+            (torch.get_device_module(device), device, _accelerator_state(device))
+            for device in devices
+            if device.type != "cpu"
+        ]
+        self._python = random.getstate()
+        self._numpy = numpy_state()
+
+    def restore(self, numpy: bool = True) -> None:
+        """Put every stream back; NumPy's only if asked, as it costs more than a small forward."""
+        torch.set_rng_state(self._torch)
+        for module, device, state in self._accelerators:
+            module.set_rng_state(state, device)
+        random.setstate(self._python)
+        if numpy and self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+    def numpy_moved(self) -> bool:
+        """Whether anything has drawn from NumPy's global stream since the capture."""
+        now = numpy_state()
+        if self._numpy is None or now is None:
+            return now is not self._numpy
+        return now[2:] != self._numpy[2:] or bool((now[1] != self._numpy[1]).any())
+
+
+def numpy_state() -> NumpyState | None:
+    """NumPy's global stream, or None if nobody has imported NumPy's generators."""
+    numpy_random = sys.modules.get("numpy.random")
+    return None if numpy_random is None else numpy_random.get_state()
+
+
+def _accelerator_state(device: torch.device) -> torch.Tensor:
+    return torch.get_device_module(device).get_rng_state(device)

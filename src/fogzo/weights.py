@@ -1,0 +1,125 @@
+"""The records an estimator works on: a latent weight, its step size and its surrogate."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.quantizers.surrogates import Surrogate, identity
+
+StepSize = Callable[[], Tensor]
+_IDENTITY = identity()
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """One latent weight, as `quantized_weights` lists it or as you write it down yourself.
+
+    Three fields are enough for a fake quantization of your own:
+    ``QuantizedWeight("proj", model.proj.weight, lambda: model.proj.step)``.
+
+    Attributes:
+        name: What messages call it.
+        param: The latent weight that the optimizer trains.
+        step_size: Returns the current step sizes, in the weight's units, broadcastable to it.
+        surrogate: The backward rule whose smoothing law sets the perturbation; rounding with
+            the identity unless you say otherwise.
+        model: Its model. Known, its buffers and modes come back unchanged from every probe.
+        rotate: The orthonormal, self-inverse change of basis in which the weight is rounded.
+        codes: Returns the current integer codes, for counting flips.
+        frozen_step: A context in which the quantizer keeps its present step sizes although its
+            weights move, for scales that are measured from the weights.
+    """
+
+    name: str
+    param: nn.Parameter
+    step_size: StepSize
+    surrogate: Surrogate = _IDENTITY
+    model: nn.Module | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
+    codes: Callable[[], Tensor] | None = None
+    frozen_step: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]
+
+
+def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]:
+    """Checked records, from records or plain ``(name, param, step_size)`` triples.
+
+    Raises:
+        ValueError: If the list is empty, a weight appears twice, is not a floating-point
+            parameter with memory of its own, or has a step size that does not fit it.
+    """
+    records = [_as_record(weight) for weight in weights]
+    if not records:
+        raise ValueError(
+            "got no quantized weights: quantize the model first, "
+            "fogzo.quantize_(model, fogzo.lsq(bits=2)), then "
+            "FogzoEstimator(fogzo.quantized_weights(model), ...)"
+        )
+    seen: dict[int, str] = {}
+    for record in records:
+        check_parameter(record.name, record.param)
+        if id(record.param) in seen:
+            raise ValueError(
+                f"{record.name!r} and {seen[id(record.param)]!r} are the same parameter: "
+                "list a tied weight once"
+            )
+        seen[id(record.param)] = record.name
+        _check_step(record)
+    return records
+
+
+def check_parameter(name: str, param: object) -> None:
+    """Raise a `ValueError` unless it is a real floating-point parameter."""
+    if not isinstance(param, nn.Parameter):
+        raise ValueError(
+            f"{name!r} must be an nn.Parameter, the latent weight that the optimizer trains, "
+            f"got {type(param).__name__}"
+        )
+    if not param.is_floating_point():
+        raise ValueError(
+            f"{name!r} holds {param.dtype}: latent weights must be floating point; "
+            "quantize the float model, before any conversion to integers"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device and has no values yet: load the weights first, "
+            'for example model.to_empty(device="cpu"); model.load_state_dict(...)'
+        )
+
+
+def _as_record(weight: WeightLike) -> QuantizedWeight:
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    if not (isinstance(weight, tuple) and len(weight) == 3):
+        raise ValueError(
+            f"got {weight!r:.80} among the weights: expected the list of "
+            'fogzo.quantized_weights(model), or triples ("name", parameter, step_size)'
+        )
+    name, param, step = weight
+    if callable(step):
+        return QuantizedWeight(name, param, step)
+    return QuantizedWeight(name, param, lambda: torch.as_tensor(step))
+
+
+def _check_step(record: QuantizedWeight) -> None:
+    step = record.step_size()
+    if not isinstance(step, Tensor):
+        raise ValueError(
+            f"step_size() of {record.name!r} returned {type(step).__name__}: return a tensor"
+        )
+    shape = tuple(record.param.shape)
+    try:
+        fits = torch.broadcast_shapes(step.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the step size of {record.name!r} has shape {tuple(step.shape)}, which does not "
+            f"broadcast to the weight's {shape}: give a scalar, or "
+            f"step.reshape({', '.join(['-1'] + ['1'] * (len(shape) - 1))}) for one a channel"
+        )

@@ -202,7 +202,7 @@ def output_dim(module: nn.Module) -> int | None:
 
 
 @cache
-def _quantized_class(plain: type) -> type:
+def _quantized_class(plain: Any) -> Any:
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__module__": __name__})
 
 

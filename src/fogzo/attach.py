@@ -219,7 +219,8 @@ def _new_layer(plain: type) -> nn.Module:
 
 def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None:
     dim = output_dim(plain)
-    plain.__class__ = _quantized_class(type(plain))
+    cls: Any = type(plain)
+    plain.__class__ = _quantized_class(cls)
     layer = cast(QuantizedLayer, plain)
     layer.quantizer = quantizer
     layer.output_dim = dim or 0

@@ -80,10 +80,19 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The layer's own, and how it is quantized."""
+        return ", ".join(filter(None, (super().extra_repr(), self._description())))
+
+    def __repr__(self) -> str:
+        own = super().__repr__()
+        # transformers' Conv1D writes its own, without extra_repr.
+        description = self._description()
+        return own if description in own else f"Quantized{own[:-1]}, {description})"
+
+    def _description(self) -> str:
         quantizer = self.quantizer
         surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
         return (
-            f"{super().extra_repr()}, {quantizer.grid.name}, {quantizer.scale.kind} scale "
+            f"{quantizer.grid.name}, {quantizer.scale.kind} scale "
             f"per {quantizer.granularity}, {surrogate}"
         )
 
@@ -120,7 +129,8 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
         )
     layers = {name: m for name, m in model.named_modules() if output_dim(m) is not None}
     selected = _select(model, layers, filter_fn)
-    _check_ties(layers, selected)
+    one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
+    _check_ties(layers, selected, one_step)
 
     # Two passes: every error comes before the first change.
     steps: dict[int, Tensor | None] = {}
@@ -138,6 +148,7 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
             steps[id(layer.weight)] = step
     for layer in selected.values():
         _attach(layer, quantizer, steps[id(layer.weight)])
+    _leave_fast_path(model)
 
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         logger.warning("nn.MultiheadAttention bypasses its layers' forward and is not quantized")
@@ -233,6 +244,17 @@ def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None
         layer.weight_step = None
 
 
+def _leave_fast_path(model: nn.Module) -> None:
+    """Make transformer encoders call their layers: in eval mode they would read raw weights."""
+    for module in model.modules():
+        if not any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's own mark of a layer without a fast path
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # the format of the fast path alone
+
+
 def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> QuantizedWeight:
     """The record of one weight and all the layers that share it."""
     layer = layers[0]
@@ -306,8 +328,19 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     check_parameter(f"{name}.weight", layer.weight)
 
 
-def _check_ties(layers: dict[str, nn.Module], selected: dict[str, nn.Module]) -> None:
+def _check_ties(
+    layers: dict[str, nn.Module], selected: dict[str, nn.Module], one_step: bool
+) -> None:
     """A tied weight must be quantized wherever it is used, or the uses would drift apart."""
+    first: dict[int, str] = {}
+    for name, layer in selected.items():
+        other = first.setdefault(id(layer.weight), name)
+        if output_dim(layer) != output_dim(selected[other]) and not one_step:
+            raise ValueError(
+                f"{name!r} and {other!r} share a weight but not which dimension is its output: "
+                'use granularity="tensor" without rotation, for example '
+                "fogzo.lsq(bits=2), or leave both out with filter_fn"
+            )
     for name, layer in layers.items():
         if name in selected:
             continue

@@ -40,6 +40,7 @@ class _Prepared:
     weight: QuantizedWeight
     grad: Tensor | None  # as backward left it
     eps: Tensor  # broadcastable to the weight
+    guide_factor: Tensor  # eps^2 / N: eps * ghat = guide_factor * g
     rms_ratio: Tensor | None  # noise_shape="tensor_rms": this tensor's rms over the global one
 
 
@@ -77,12 +78,11 @@ class Directions:
             _norm(weight, grad, e) for weight, grad, e in zip(weights, grads, eps, strict=True)
         ]
         device = weights[0].param.device
-        scaled_norm = torch.stack([n.to(device) for n in norms]).square().sum().sqrt()
+        scaled_norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
         #: ||g_phi||, a float64 scalar tensor in loss units.
         self.norm = scaled_norm / grad_scale
-        # No gradient at all, or a broken one: perturb by noise alone and let the caller fall back.
-        usable = scaled_norm.isfinite() & (scaled_norm > 0)
-        self._inverse_norm = torch.where(usable, 1 / scaled_norm, 0.0)
+        # Without a usable gradient, perturb by noise alone; the caller falls back.
+        inverse_norm = scaled_norm.reciprocal().nan_to_num_(0.0, posinf=0.0)
         ratios: list[Tensor | None] = [None] * len(norms)
         if noise_shape == "tensor_rms":
             mean_square = scaled_norm.square() / sum(w.param.numel() for w in weights)
@@ -91,7 +91,8 @@ class Directions:
                 for n, w in zip(norms, weights, strict=True)
             ]
         self._prepared = [
-            _Prepared(*parts) for parts in zip(weights, grads, eps, ratios, strict=True)
+            _Prepared(weight, grad, e, e * e * inverse_norm.to(e), ratio)
+            for weight, grad, e, ratio in zip(weights, grads, eps, ratios, strict=True)
         ]
 
     def sign(self, sample: int) -> float:
@@ -121,9 +122,11 @@ class Directions:
             eps, grad = prepared.eps, prepared.grad
             shift = None if u is None else u.mul_(eps * noise)
             if guide and grad is not None:
-                factor = eps * eps * (guide * self._inverse_norm).to(eps)
                 grad = _rotated(prepared.weight, grad.to(eps.dtype))
-                shift = grad * factor if shift is None else shift.addcmul_(grad, factor)
+                if shift is None:
+                    shift = grad * (guide * prepared.guide_factor)
+                else:
+                    shift.addcmul_(grad, prepared.guide_factor, value=guide)
             if shift is None:
                 shift = torch.zeros_like(prepared.weight.param, dtype=eps.dtype)
             yield _rotated(prepared.weight, shift)
@@ -163,7 +166,7 @@ class Directions:
                 param.grad.mul_(guide)
             if total is not None:
                 # A group of weights whose step is zero has no coordinates to move in.
-                total.mul_(torch.where(eps > 0, self.grad_scale / eps, 0.0))
+                total.mul_((self.grad_scale / eps).nan_to_num_(posinf=0.0))
                 param.grad.add_(_rotated(prepared.weight, total))
 
 

@@ -32,6 +32,7 @@ class Probes:
         self._devices = list(dict.fromkeys(weight.param.device for weight in weights))
         self._borrowed: Sequence[QuantizedWeight] = ()
         self._saved: list[Tensor] = []
+        self._kept: dict[int, Tensor] = {}
         self._recorded: RngState | None = None
         self._replay: RngState | None = None
         self._numpy_in_use = True  # until a loan shows that the closure leaves NumPy alone
@@ -57,7 +58,7 @@ class Probes:
         with torch.no_grad(), ExitStack() as frozen:
             for weight in weights:
                 frozen.enter_context(weight.frozen_step())
-            self._borrowed, self._saved = weights, [param.clone() for param in params]
+            self._borrowed, self._saved = weights, [self._copy(param) for param in params]
             try:
                 yield
             finally:
@@ -72,6 +73,16 @@ class Probes:
                 self._numpy_in_use = before.numpy_moved()
                 before.restore(numpy=self._numpy_in_use)
                 torch.clear_autocast_cache()
+
+    def _copy(self, param: Tensor) -> Tensor:
+        if param.device.type != "cpu":
+            return param.clone()
+        # On an accelerator the copy lives only while activations do not. On a CPU it is kept:
+        # allocating it anew makes the C library hand memory back and fetch it again in every
+        # forward, which costs more than the copy.
+        if id(param) not in self._kept:
+            self._kept[id(param)] = torch.empty_like(param)
+        return self._kept[id(param)].copy_(param)
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""

@@ -199,7 +199,7 @@ class GradientEstimator(ABC):
         probes = self.plan(share, directions)
         losses, flip_rate = self._measure(weights, directions, probes, closure, expected_loss)
         # The step's one wait for the device.
-        norm, *values = torch.stack([directions.norm, *losses]).tolist()
+        norm, *values = torch.cat([directions.norm.reshape(1), losses]).tolist()
 
         fallback = self._reason_to_fall_back(norm, values)
         agreement = None
@@ -242,10 +242,10 @@ class GradientEstimator(ABC):
         probes: Sequence[Probe],
         closure: Closure | None,
         expected_loss: Tensor | float | None,
-    ) -> tuple[list[Tensor], float | None]:
+    ) -> tuple[Tensor, float | None]:
         """The losses along the probes, averaged over ranks, and the rate of flipped codes."""
         if not probes:
-            return [], None
+            return directions.norm.new_empty(0), None
         if closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
@@ -272,7 +272,7 @@ class GradientEstimator(ABC):
             values = mean_over_ranks(values)
             if not self._audited and bool((values == values[0]).all()):
                 self._check_dependence(weights, directions, closure, losses[0])
-        return list(values), flip_rate
+        return values, flip_rate
 
     def _check_dependence(
         self,

@@ -1,6 +1,7 @@
 """Fake quantization: the exact staircase forward, the surrogate's slope backward."""
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,25 +11,54 @@ from fogzo.quantizers.scales import MIN_STEP
 from fogzo.quantizers.surrogates import Surrogate
 
 
-class FakeQuantize(torch.autograd.Function):
+def fake_quantize(
+    weight: Tensor, step: Tensor, grid: Grid, surrogate: Surrogate, grad_scale: float = 1.0
+) -> Tensor:
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
-    For the clipped identity the second is LSQ's scale gradient. Only the inputs are saved, so a
-    quantized layer keeps no activation-sized tensor for its backward pass.
-    """
+    For the clipped identity the second is LSQ's scale gradient. Only the inputs are kept for the
+    backward pass, so a quantized layer stores no tensor of its own.
 
+    Args:
+        weight: The latent weight.
+        step: Step sizes that broadcast against it.
+        grid: The levels Q rounds to.
+        surrogate: Whose slope is h'.
+        grad_scale: Multiplies the gradient of the step sizes.
+    """
+    if not _needs_grad(weight, step):
+        return _FakeQuantize.forward(weight, step, grid, surrogate, grad_scale)
+    return cast(Tensor, _FakeQuantize.apply(weight, step, grid, surrogate, grad_scale))
+
+
+def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The step size that the forward uses: positive, and rounded to ``dtype`` if one is given.
+
+    The gradient passes straight through, so a learned step that has strayed below the minimum
+    can come back.
+    """
+    if not _needs_grad(step):
+        return _EffectiveStep.forward(step, dtype)
+    return cast(Tensor, _EffectiveStep.apply(step, dtype))
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    # Applying an autograd function costs more than the arithmetic of a small layer, so the
+    # probes, which run without gradient, go around it.
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class _FakeQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         weight: Tensor, step: Tensor, grid: Grid, surrogate: Surrogate, grad_scale: float
     ) -> Tensor:
-        """Quantize ``weight`` with step sizes that broadcast against it."""
         return grid.round(weight / step) * step
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the inputs for the backward pass."""
         weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale = inputs
         if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
             return  # the gradient passes as it is, so nothing has to be kept alive
@@ -36,7 +66,6 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the weight (by the surrogate) and of the step size."""
         (grad,) = grad_outputs
         if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
             return grad, None, None, None, None
@@ -51,29 +80,30 @@ class FakeQuantize(torch.autograd.Function):
         return grad_weight, grad_step, None, None, None
 
 
-class EffectiveStep(torch.autograd.Function):
-    """The step size that the forward uses: positive, and rounded if a file format asks for it.
-
-    The gradient passes straight through, so a learned step that has strayed below the minimum
-    can come back.
-    """
-
+class _EffectiveStep(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Clamp, and round to ``dtype`` and back."""
+        own = torch.finfo(step.dtype)
         if dtype is None:
-            return step.clamp(min=MIN_STEP)
+            # float16 has no MIN_STEP: there, its smallest number (subnormal) is the minimum.
+            return step.clamp(min=max(own.tiny * own.eps, MIN_STEP))
         limits = torch.finfo(dtype)
         smallest = max(limits.smallest_normal, MIN_STEP)
-        return step.clamp(smallest, limits.max).to(dtype).to(step.dtype)
+        # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
+        largest = limits.max * (1 - own.eps)
+        return step.clamp(smallest, largest).to(dtype).to(step.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing to keep."""
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient as it is."""
         return grad_outputs[0], None
+
+
+for _function in (_FakeQuantize, _EffectiveStep):
+    # apply() binds this signature at every call; looking it up is most of what a call costs.
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

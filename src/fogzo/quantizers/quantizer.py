@@ -1,12 +1,11 @@
 """The quantizer: grid x scale x surrogate x rotation, a pure function from weight to weight."""
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from fogzo.quantizers.fake_quantize import EffectiveStep, FakeQuantize
+from fogzo.quantizers.fake_quantize import effective_step, fake_quantize
 from fogzo.quantizers.granularity import (
     Granularity,
     broadcast_step,
@@ -78,10 +77,8 @@ class Quantizer:
         groups = self._groups(weight, output_dim)
         step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
         grad_scale = self.scale.grad_scale(groups, self.grid)
-        # apply() is typed as returning Any
-        quantized = cast(
-            Tensor, FakeQuantize.apply(groups, step, self.grid, self.surrogate, grad_scale)
-        )
+        surrogate = resolve_surrogate(self.surrogate, self.grid)
+        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale)
         return self._ungroup(quantized, weight, output_dim)
 
     @torch.no_grad()
@@ -133,7 +130,7 @@ class Quantizer:
         return self.scale.measure(groups, self.grid)
 
     def _effective(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        return cast(Tensor, EffectiveStep.apply(step.to(dtype), self.scale_dtype))
+        return effective_step(step.to(dtype), self.scale_dtype)
 
     def _groups(self, weight: Tensor, output_dim: int) -> Tensor:
         if self.granularity == "tensor" and self.rotation is None:

@@ -53,7 +53,7 @@ class Scale:
 
     def grad_scale(self, groups: Tensor, grid: Grid) -> float:
         """LSQ's gradient scale ``1 / sqrt(group size * largest level)`` (arXiv 1902.08153)."""
-        return 1 / math.sqrt(groups.shape[1] * grid.high) if self.kind == "learned" else 1.0
+        return 1 / math.sqrt(groups.shape[1] * _largest(grid)) if self.kind == "learned" else 1.0
 
 
 def fixed_scale(value: float | None = None, init: Rule = "mse") -> Scale:
@@ -80,6 +80,11 @@ def abs_mean_scale() -> Scale:
     return Scale("abs_mean", "dynamic")
 
 
+def _largest(grid: Grid) -> float:
+    """The largest level; of the 1-bit integer grid {-1, 0}, where that is zero, its other one."""
+    return grid.high or -grid.low
+
+
 def _rms(groups: Tensor, grid: Grid) -> Tensor:
     return grid.gaussian_step * groups.square().mean(1, keepdim=True).sqrt() + MIN_STEP
 
@@ -101,30 +106,33 @@ def _abs_mean(groups: Tensor, grid: Grid) -> Tensor:
 
 def _lsq(groups: Tensor, grid: Grid) -> Tensor:
     # LSQ's Qp, generalised to the largest level so that half-integer grids have one too.
-    return 2 * groups.abs().mean(1, keepdim=True) / math.sqrt(grid.high)
+    return 2 * groups.abs().mean(1, keepdim=True) / math.sqrt(_largest(grid))
 
 
 def _max(groups: Tensor, grid: Grid) -> Tensor:
-    return groups.abs().amax(1, keepdim=True) / grid.high
+    return groups.abs().amax(1, keepdim=True) / _largest(grid)
 
 
 def _mse(groups: Tensor, grid: Grid) -> Tensor:
-    """The step of least squared error on these weights: a scan over step sizes, then a finer one.
+    """The step of least squared error on these weights: a scan over step sizes, then finer ones.
 
     Layers are often initialised uniformly, not as Gaussians, so the closed form is only the start.
     """
-    best = _rms(groups, grid)
-    widest = torch.maximum(_max(groups, grid) / best, groups.new_tensor(2.0))
-    for low, high in ((groups.new_tensor(0.3), widest), (0.94, 1.06)):
-        centre, best_error = best, torch.full_like(best, math.inf)
-        for fraction in torch.linspace(0, 1, 33).tolist():
-            step = centre * (low + fraction * (high - low))
+    centre = _rms(groups, grid)
+    low, high = torch.full_like(centre, 0.05), (_max(groups, grid) / centre).clamp(min=2.0)
+    for count in (32, 16, 16):
+        # In equal ratios, as outliers can put the best step far from the Gaussian's.
+        ratio = (high / low) ** (1 / count)
+        best, best_error = centre, torch.full_like(centre, math.inf)
+        for power in range(count + 1):
+            step = centre * low * ratio**power
             error = (grid.round(groups / step) * step - groups).square().mean(1, keepdim=True)
             best, best_error = (
                 torch.where(error < best_error, step, best),
                 torch.minimum(error, best_error),
             )
-    return best
+        centre, low, high = best, 1 / ratio, ratio
+    return centre
 
 
 _RULES = {

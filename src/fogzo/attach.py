@@ -326,6 +326,11 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             "not isinstance(module, fogzo.attach.QuantizedLayer)"
         )
     check_parameter(f"{name}.weight", layer.weight)
+    if getattr(layer, "sparse", False):
+        raise ValueError(
+            f"{name!r} has sparse gradients, which no rounding passes on: build it with "
+            "nn.Embedding(..., sparse=False), or leave it out with filter_fn"
+        )
 
 
 def _check_ties(

@@ -132,13 +132,14 @@ def as_loss(value: object) -> Tensor:
     )
 
 
-def check_same_loss(probe: float, expected: float) -> None:
+def check_same_loss(probe_loss: Tensor, expected_loss: Tensor) -> None:
     """Raise a `ValueError` unless the closure reproduces the loss of the backward pass.
 
     Args:
-        probe: The closure's loss at the unperturbed weights.
-        expected: The loss that was differentiated.
+        probe_loss: The closure's loss at the unperturbed weights.
+        expected_loss: The loss that was differentiated.
     """
+    probe, expected = float(probe_loss), float(expected_loss)
     if not (math.isfinite(probe) and math.isfinite(expected)):
         return  # a fallback of the step, not a mistake in the closure
     # Room for bfloat16 and for another graph of the compiler; a wrong batch is far outside.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fogzo.collectives import mean_over_ranks
 from fogzo.directions import Coordinates, Directions, NoiseShape, mix_seed
 from fogzo.estimators.stats import RefineStats
-from fogzo.probes import Closure, Probes, check_same_loss
+from fogzo.probes import Closure, Probes, as_loss, check_same_loss
 from fogzo.schedules import NoiseShare, as_noise_share, kappa_from_noise_share
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
@@ -255,7 +255,7 @@ class GradientEstimator(ABC):
         flip_rate = None
         with self._probes.loan(weights):
             if expected_loss is not None and not self._audited:
-                check_same_loss(float(self._probes.evaluate(closure)), float(expected_loss))
+                check_same_loss(self._probes.evaluate(closure), as_loss(expected_loss))
             for probe in probes:
                 self._probes.shift_(directions.offsets(*probe))
                 losses.append(self._probes.evaluate(closure))

@@ -82,7 +82,8 @@ class Grid:
             x = x / self.spacing
         # floor(x), not round(x - 0.5): subtracting first would send -1e-9 to +level.
         code = torch.floor(x) if self.offset else torch.round(x)
-        return code.clamp_(self.low_code, self.high_code)
+        # A clamp in place by the name that torch.func.vmap knows.
+        return torch.nn.functional.hardtanh_(code, self.low_code, self.high_code)
 
     def level(self, code: Tensor) -> Tensor:
         """The level of each code, in steps."""

@@ -1,6 +1,6 @@
 """The quantizer: grid x scale x surrogate x rotation, a pure function from weight to weight."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -115,8 +115,7 @@ class Quantizer:
             dtype: The latent weight's dtype, by default that of ``step``.
         """
         dtype = dtype or step.dtype
-        plain = replace(self, rotation=None)  # codes are in the rotated basis already
-        groups = plain._groups(codes.to(dtype), output_dim)
+        groups = self._groups(codes.to(dtype), output_dim, rotated=True)
         return self._ungroup(self.grid.level(groups) * step.to(dtype), codes, output_dim)
 
     def rotate(self, weight: Tensor, output_dim: int = 0) -> Tensor:
@@ -132,11 +131,11 @@ class Quantizer:
     def _effective(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         return effective_step(step.to(dtype), self.scale_dtype)
 
-    def _groups(self, weight: Tensor, output_dim: int) -> Tensor:
+    def _groups(self, weight: Tensor, output_dim: int, rotated: bool = False) -> Tensor:
         if self.granularity == "tensor" and self.rotation is None:
             return weight.reshape(1, -1)  # every order of the weights will do, so copy none
         rows = to_rows(weight, output_dim)
-        if self.rotation is not None:
+        if self.rotation is not None and not rotated:
             rows = self.rotation(rows)
         return to_groups(rows, self.granularity)
 
@@ -144,10 +143,15 @@ class Quantizer:
         if self.rotation is None:
             return self._arrange(groups, like, output_dim)
         rows = self.rotation(groups.reshape(like.shape[output_dim], -1))
-        return from_rows(rows, like.shape, output_dim)
+        return _like_a_parameter(rows, like, output_dim)
 
     def _arrange(self, groups: Tensor, like: Tensor, output_dim: int) -> Tensor:
         """Groups in the weight's shape, without leaving the rotated basis."""
         if self.granularity == "tensor" and self.rotation is None:
             return groups.reshape(like.shape)
-        return from_rows(groups.reshape(like.shape[output_dim], -1), like.shape, output_dim)
+        return _like_a_parameter(groups.reshape(like.shape[output_dim], -1), like, output_dim)
+
+
+def _like_a_parameter(rows: Tensor, like: Tensor, output_dim: int) -> Tensor:
+    # A product rounds differently on a transposed weight, and a baked weight is contiguous.
+    return from_rows(rows, like.shape, output_dim).contiguous()

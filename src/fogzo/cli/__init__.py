@@ -1,0 +1,1 @@
+"""The commands: fogzo train and fogzo compare."""

@@ -1,0 +1,111 @@
+"""The entry point: picks the command and the recipe, and turns errors into one line."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeVar
+
+try:
+    import tyro
+
+    from fogzo.cli import display, report
+    from fogzo.recipes import RECIPES, TrainConfig, train
+    from fogzo.recipes.compare import CompareConfig, compare
+    from fogzo.recipes.run_folder import read_metrics
+    from fogzo.recipes.train import DivergedError
+except ImportError as error:
+    sys.exit(f"fogzo: the commands need {error.name}: pip install 'fogzo[cli]'")
+
+ConfigT = TypeVar("ConfigT")
+
+USAGE = f"""usage: fogzo COMMAND RECIPE [options]
+
+commands:
+  train RECIPE      train one network, write its run folder
+  compare RECIPE    tune and compare gradient estimators, write a table and a report
+
+recipes: {", ".join(RECIPES)}
+options: fogzo COMMAND RECIPE --help"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 on an error of the user's or the data's, without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    command, *rest = arguments
+    try:
+        run = COMMANDS[_known("command", command, COMMANDS)]
+        if not rest or rest[0] in ("-h", "--help"):
+            print(USAGE)
+            return
+        _known("recipe", rest[0], RECIPES)
+        run(rest)
+    except (ValueError, DivergedError, OSError) as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    defaults = {
+        name: replace(recipe(), output_dir=Path("runs") / name) for name, recipe in RECIPES.items()
+    }
+    config = _parse("train", arguments, defaults)
+    with display.progress(config.max_steps, "training") as advance:
+        result = train(config, lambda m: advance(m["step"], config.max_steps, display.step_text(m)))
+    metrics = read_metrics(config.output_dir / "metrics.jsonl")
+    path = report.write_train_report(config, metrics, result)
+    display.train_result(result, path)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    defaults = {
+        name: CompareConfig(base=replace(recipe(), output_dir=Path("runs") / f"{name}-compare"))
+        for name, recipe in RECIPES.items()
+    }
+    config = _parse("compare", arguments, defaults)
+    if config.base.estimator != defaults[arguments[0]].base.estimator:
+        raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
+    total = len(config.rows) * len(config.grid) * config.num_seeds
+    with display.progress(total, "comparing") as advance:
+        results = compare(config, lambda done, known: advance(done, known, "runs"))
+    path = report.write_compare_report(config, results)
+    display.compare_results(results, path)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "compare": _compare}
+
+
+def _parse(command: str, arguments: Sequence[str], defaults: dict[str, ConfigT]) -> ConfigT:
+    name, *rest = arguments
+    default = defaults[name]
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=rest,
+        prog=f"fogzo {command} {name}",
+        description=RECIPES[name].__doc__,
+    )
+
+
+def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:
+    if name in choices:
+        return name
+    close = get_close_matches(name, list(choices), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+    raise ValueError(f"no {kind} {name!r}: {hint}")
+
+
+def _fail(message: str) -> int:
+    print(f"fogzo: {message}", file=sys.stderr)
+    return 2
+
+
+__all__ = ["TrainConfig", "main"]
+
+if __name__ == "__main__":
+    main()

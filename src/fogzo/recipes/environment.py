@@ -1,0 +1,33 @@
+"""Where a result was measured: hardware, versions, date."""
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import fogzo
+
+
+def environment() -> dict[str, str | int]:
+    """Facts that a published number needs beside it; nothing that names a machine or a person."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "fogzo": fogzo.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -112,24 +112,28 @@ def table_cells(results: Results, row: Results) -> list[str]:
 
 def findings(results: Results) -> list[str]:
     """What the intervals allow one to say about FOGZO, in sentences, wins and losses alike."""
-    verdicts: dict[str, list[str]] = {"better than": [], "worse than": [], "no different from": []}
-    for row in results["rows"]:
-        difference = _difference(results, row)
-        if difference is None or row["name"] == "float":
-            continue
-        gap = difference["test_accuracy"]
-        if gap["low"] is not None and gap["low"] > 0:
-            verdicts["better than"].append(row_label(row))
-        elif gap["high"] is not None and gap["high"] < 0:
-            verdicts["worse than"].append(row_label(row))
-        else:
-            verdicts["no different from"].append(row_label(row))
-    return [
-        f"FOGZO's test accuracy is {verdict} that of {'; '.join(rows)} "
-        + ("(the 95% interval contains 0)." if "no" in verdict else "(the 95% interval is clear).")
-        for verdict, rows in verdicts.items()
-        if rows
-    ]
+    sentences = []
+    for key, name, sign in (
+        ("test_accuracy", "test accuracy", 1),
+        ("train_loss", "train loss", -1),
+    ):
+        verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+        for row in results["rows"]:
+            difference = _difference(results, row)
+            if difference is None or row["name"] == "float":
+                continue
+            low, high = difference[key]["low"], difference[key]["high"]
+            better = low is not None and (low > 0 if sign > 0 else high < 0)
+            worse = low is not None and (high < 0 if sign > 0 else low > 0)
+            verdicts["better" if better else "worse" if worse else "open"].append(row_label(row))
+        for verdict, begin in (
+            ("better", f"FOGZO's {name} is better than that of "),
+            ("worse", f"FOGZO's {name} is worse than that of "),
+            ("open", f"These seeds do not tell FOGZO's {name} apart from that of "),
+        ):
+            if verdicts[verdict]:
+                sentences.append(f"{begin}{'; '.join(verdicts[verdict])}.")
+    return sentences and [*sentences, "Each by a 95% interval of differences paired by seed."]
 
 
 def _difference(results: Results, row: Results) -> Any:

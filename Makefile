@@ -1,0 +1,34 @@
+# The two commands of the README, each with all of its set-up, and what they are made of.
+PYTHON ?= python3
+BIN := .venv/bin
+# Small matrices on few cores: threads cost more than they give.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint suite benchmarks results clean
+
+demo: .venv/installed  ## train and compare on real digits, write runs/demo/report.html
+	$(BIN)/fogzo compare digits-mlp --output-dir runs/demo
+
+test: lint suite  ## everything CI checks
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+suite: .venv/installed
+	$(BIN)/pytest -n 2 --dist loadfile
+
+benchmarks: .venv/installed  ## measure again what the README says of cost
+	$(BIN)/python benchmarks/step_cost.py --output benchmarks/step_cost.json
+
+results: .venv/installed  ## rewrite the README's tables from the committed JSON
+	$(BIN)/python experiments/tables.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -115,21 +115,22 @@ class Directions:
                 u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
             yield u
 
-    def offsets(self, sample: int, guide: float, noise: float) -> Iterator[Tensor]:
-        """``eps * (guide * ghat + noise * u_i)`` of each weight, in its own coordinates."""
+    @torch.no_grad()
+    def add_offsets_(self, sample: int, guide: float, noise: float) -> None:
+        """Move every weight by ``eps * (guide * ghat + noise * u_i)``."""
         draws = self.noise(sample) if noise else iter([None] * len(self._prepared))
         for prepared, u in zip(self._prepared, draws, strict=True):
-            eps, grad = prepared.eps, prepared.grad
-            shift = None if u is None else u.mul_(eps * noise)
+            weight, eps, grad = prepared.weight, prepared.eps, prepared.grad
+            # Straight into the weight where that is as exact as one rounding at the end.
+            direct = weight.rotate is None and weight.param.dtype == eps.dtype
+            target = weight.param if direct else torch.zeros_like(weight.param, dtype=eps.dtype)
+            if u is not None:
+                target.addcmul_(u, eps * noise)
             if guide and grad is not None:
-                grad = _rotated(prepared.weight, grad.to(eps.dtype))
-                if shift is None:
-                    shift = grad * (guide * prepared.guide_factor)
-                else:
-                    shift.addcmul_(grad, prepared.guide_factor, value=guide)
-            if shift is None:
-                shift = torch.zeros_like(prepared.weight.param, dtype=eps.dtype)
-            yield _rotated(prepared.weight, shift)
+                grad = _rotated(weight, grad.to(eps.dtype))
+                target.addcmul_(grad, prepared.guide_factor, value=guide)
+            if not direct:
+                weight.param.copy_(_rotated(weight, target).add_(weight.param))
 
     def projections(self, samples: Sequence[int]) -> Tensor:
         """``u_i . g_phi`` of each sample in loss units, a float64 tensor."""
@@ -164,10 +165,14 @@ class Directions:
                 param.grad.zero_()  # not a product: 0 * inf would keep a broken gradient alive
             elif guide != 1:
                 param.grad.mul_(guide)
-            if total is not None:
-                # A group of weights whose step is zero has no coordinates to move in.
-                total.mul_((self.grad_scale / eps).nan_to_num_(posinf=0.0))
-                param.grad.add_(_rotated(prepared.weight, total))
+            if total is None:
+                continue
+            # A group of weights whose step is zero has no coordinates to move in.
+            inverse_eps = (self.grad_scale / eps).nan_to_num_(posinf=0.0)
+            if prepared.weight.rotate is None and param.grad.dtype == eps.dtype:
+                param.grad.addcmul_(total, inverse_eps)
+            else:
+                param.grad.add_(_rotated(prepared.weight, total.mul_(inverse_eps)))
 
 
 def _working_dtype(param: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Probes: the loss at perturbed weights, with everything borrowed given back bit for bit."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -54,16 +54,14 @@ class Probes:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        params = [weight.param for weight in weights]
         with torch.no_grad(), ExitStack() as frozen:
             for weight in weights:
                 frozen.enter_context(weight.frozen_step())
-            self._borrowed, self._saved = weights, [self._copy(param) for param in params]
+            self._borrowed, self._saved = weights, [self._copy(weight.param) for weight in weights]
             try:
                 yield
             finally:
-                for param, saved in zip(params, self._saved, strict=True):
-                    param.copy_(saved)
+                self.reset_()
                 self._borrowed, self._saved = (), []
                 for module, name, buffer, copy in buffers:
                     buffer.copy_(copy)
@@ -88,11 +86,10 @@ class Probes:
         """Drop the recorded random state: it belonged to the step that has just ended."""
         self._recorded = None
 
-    def shift_(self, offsets: Iterable[Tensor]) -> None:
-        """Move every weight to its saved value plus its offset."""
-        for weight, saved, offset in zip(self._borrowed, self._saved, offsets, strict=True):
-            # Added in the offset's precision, rounded once to the weight's.
-            weight.param.copy_(offset.add_(saved))
+    def reset_(self) -> None:
+        """Put the saved weights back while the loan goes on."""
+        for weight, saved in zip(self._borrowed, self._saved, strict=True):
+            weight.param.copy_(saved)
 
     def mirror_(self) -> None:
         """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""

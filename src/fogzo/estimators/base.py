@@ -257,7 +257,9 @@ class GradientEstimator(ABC):
             if expected_loss is not None and not self._audited:
                 check_same_loss(self._probes.evaluate(closure), as_loss(expected_loss))
             for probe in probes:
-                self._probes.shift_(directions.offsets(*probe))
+                if losses:
+                    self._probes.reset_()
+                directions.add_offsets_(*probe)
                 losses.append(self._probes.evaluate(closure))
                 count_flips = self.track_flips and flip_rate is None
                 codes = (
@@ -284,10 +286,8 @@ class GradientEstimator(ABC):
         """Every probe gave the same loss: see whether the closure uses these weights at all."""
         if not (loss.isfinite() and directions.norm > 0):
             return
-        self._probes.shift_(
-            u * weight.param.abs().max()
-            for weight, u in zip(weights, directions.noise(0), strict=True)
-        )
+        for weight, u in zip(weights, directions.noise(0), strict=True):
+            weight.param.add_(u * weight.param.abs().max())
         if torch.equal(self._probes.evaluate(closure).to(loss), loss):
             raise ValueError(
                 "the closure's loss does not depend on the quantized weights, although they have "

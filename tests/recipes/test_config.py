@@ -1,0 +1,51 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fogzo.recipes import RECIPES, TrainConfig
+from fogzo.recipes.compare import CompareConfig
+from fogzo.recipes.config import QuantizerConfig, from_dict, to_json
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_the_json_of_its_run_folder(name):
+    config = replace(RECIPES[name](), output_dir=Path("elsewhere"), hidden=(7, 5))
+    assert from_dict(TrainConfig, json.loads(to_json(config))) == config
+    comparison = CompareConfig(base=config, learning_rates=(0.1, 0.2))
+    assert from_dict(CompareConfig, json.loads(to_json(comparison))) == comparison
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_is_and_carries_its_own_name(name):
+    assert RECIPES[name].__doc__
+    assert RECIPES[name]().recipe == name
+
+
+def test_a_config_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="no field colour"):
+        from_dict(QuantizerConfig, {"colour": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "--max-steps 500"),
+        ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"num_samples": 0}, "--num-samples"),
+        ({"estimator": "spsa", "start": 0.5}, "--start"),
+        ({"quantizer": QuantizerConfig(bits=9)}, "from 1 to 8"),
+        ({"quantizer": QuantizerConfig(preset="quest", init="mse")}, "--quantizer.init"),
+    ],
+)
+def test_options_that_cannot_work_name_the_option(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPES["digits-mlp"](), **changes)
+
+
+@pytest.mark.parametrize("preset", ["fixed", "lsq", "quest", "ternary", "sign"])
+def test_every_preset_can_be_asked_for(preset):
+    assert QuantizerConfig(preset=preset).build() is not None
+    assert QuantizerConfig(preset=preset, granularity="channel").build().granularity == "channel"
+    assert QuantizerConfig(preset="none").build() is None

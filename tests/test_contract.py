@@ -1,0 +1,277 @@
+"""One contract for every quantizer, surrogate and estimator, in all combinations."""
+
+import copy
+import dataclasses
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import fogzo
+from fogzo.quantizers import SURROGATE_NAMES
+
+# By chance some of these 56 weights' measured slopes are tiny, which is warned about.
+pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")
+
+PRESETS = {
+    "fixed": lambda **options: fogzo.fixed(2, init="rms", **options),
+    "fixed 4 bits": lambda **options: fogzo.fixed(4, init="rms", **options),
+    "lsq": lambda **options: fogzo.lsq(2, **options),
+    "lsq per group": lambda **options: fogzo.lsq(3, granularity=4, **options),
+    "quest": lambda **options: fogzo.quest(2, **options),
+    "ternary": lambda **options: fogzo.ternary(**options),
+    "sign": lambda **options: fogzo.sign(**options),
+}
+
+# How each is made, how many losses it measures, its n, and its share of noise where it is fixed.
+ESTIMATORS = {
+    "fogzo": (lambda w, **o: fogzo.FogzoEstimator(w, noise_share=0.01, **o), 2, 1, 0.01),
+    "fogzo n=2": (
+        lambda w, **o: fogzo.FogzoEstimator(w, noise_share=0.01, num_samples=2, **o),
+        4,
+        2,
+        0.01,
+    ),
+    "lambda only": (lambda w, **o: fogzo.FogzoEstimator(w, noise_share=0.0, **o), 2, 1, 0.0),
+    "paired": (
+        lambda w, **o: fogzo.FogzoEstimator(w, paired=True, noise_share=0.1, **o),
+        4,
+        1,
+        0.1,
+    ),
+    "spsa": (lambda w, **o: fogzo.SpsaEstimator(w, num_samples=2, **o), 4, 2, 1.0),
+    "placebo": (lambda w, **o: fogzo.PlaceboEstimator(w, **o), 0, 1, None),
+    "control variate": (
+        lambda w, **o: fogzo.ControlVariateEstimator(w, num_samples=2, **o),
+        4,
+        2,
+        None,
+    ),
+}
+D = 4 * 8 + 6 * 4
+
+
+@lru_cache(maxsize=1)
+def data():
+    stream = torch.Generator().manual_seed(1)
+    x, y = torch.randn(12, 8, generator=stream), torch.randn(12, 3, generator=stream)
+    initial = [0.5 * torch.randn(s, generator=stream) for s in ((4, 8), (4,), (6, 4), (6,), (3, 6))]
+    return x, y, initial
+
+
+def mlp():
+    """Two hidden layers and a head, the same at every call and without the global generator."""
+    with torch.device("meta"):
+        layers = [nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh()]
+        model = nn.Sequential(*layers, nn.Linear(6, 3, bias=False))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), data()[2], strict=True):
+            p.copy_(value)
+    return model
+
+
+@lru_cache(maxsize=2)
+def prepared(preset, surrogate):
+    """A quantized network after its backward pass, and what is needed to reset it."""
+    options = {"surrogate": surrogate} if surrogate else {}
+    model = fogzo.quantize_(mlp(), PRESETS[preset](**options))
+    loss = mse_loss(model(data()[0]), data()[1])
+    loss.backward()
+    latent = [p.detach().clone() for p in model.parameters()]
+    grads = [p.grad.clone() for p in model.parameters()]
+    return model, fogzo.quantized_weights(model), loss.detach(), latent, grads
+
+
+def reset(model, latent, grads):
+    with torch.no_grad():
+        for p, value, grad in zip(model.parameters(), latent, grads, strict=True):
+            p.copy_(value)
+            p.grad = grad.clone()
+
+
+@pytest.mark.parametrize("surrogate", SURROGATE_NAMES)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_step_of_every_combination(estimator, preset, surrogate):
+    model, weights, loss, latent, grads = prepared(preset, surrogate)
+    reset(model, latent, grads)
+    make, count, n, share = ESTIMATORS[estimator]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    flips = estimator in ("fogzo", "fogzo n=2", "spsa", "placebo")
+    instance = make(weights, track_flips=flips)
+    assert instance.num_weights == D
+
+    stats = instance.refine_grads_(
+        lambda: mse_loss(model(data()[0]), data()[1]), expected_loss=loss
+    )
+
+    # What was borrowed is back, and only the quantized weights have other gradients.
+    quantized = {id(w.param) for w in weights}
+    for p, value, grad in zip(model.parameters(), latent, grads, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad.isfinite().all()
+        if id(p) not in quantized:
+            assert torch.equal(p.grad, grad)
+    changed = any(
+        not torch.equal(p.grad, grad)
+        for p, grad in zip(model.parameters(), grads, strict=True)
+        if id(p) in quantized
+    )
+    assert changed or stats.fallback or stats.agreement == 1
+    assert stats.fallback is None
+
+    check_stats(stats, count, n, share, flips=flips and count > 0)
+    if estimator.startswith("fogzo") or estimator in ("lambda only", "paired"):
+        assert type(stats.agreement) is float
+    else:
+        assert stats.agreement is None
+
+    optimizer.step()
+    for p, value in zip(model.parameters(), latent, strict=True):
+        assert p.isfinite().all()
+        assert not torch.equal(p, value)
+
+    other = make(weights)
+    other.load_state_dict(instance.state_dict())
+    assert other.state_dict() == instance.state_dict() == {"step": 1, "seed": 0}
+
+
+def check_stats(stats, count, n, share, flips):
+    assert (type(stats.step), stats.step) == (int, 0)
+    assert type(stats.noise_share) is float
+    if share is not None:
+        assert stats.noise_share == share
+    q = stats.noise_share
+    assert 0 <= q <= 1
+    assert stats.kappa == (math.inf if q == 1 else pytest.approx(q * D / (n * (1 - q))))
+    assert type(stats.probe_losses) is tuple
+    assert len(stats.probe_losses) == count
+    assert all(type(value) is float and math.isfinite(value) for value in stats.probe_losses)
+    assert type(stats.gradient_norm) is float
+    assert stats.gradient_norm > 0
+    if flips:
+        assert type(stats.flip_rate) is float
+        assert 0 <= stats.flip_rate <= 1
+    else:
+        assert stats.flip_rate is None
+    if count:
+        plus, minus = stats.probe_losses[::2], stats.probe_losses[1::2]
+        gaps = [abs(p - m) for p, m in zip(plus, minus, strict=True)]
+        assert stats.loss_gap == pytest.approx(sum(gaps) / len(gaps))
+    else:
+        assert stats.loss_gap is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.step = 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_flip_rate_counts_codes_that_differ_between_the_first_two_probes(preset):
+    model, weights, _, latent, grads = prepared(preset, None)
+    reset(model, latent, grads)
+    seen = []
+
+    def closure():
+        seen.append([w.codes().clone() for w in weights])
+        return mse_loss(model(data()[0]), data()[1])
+
+    estimator = fogzo.FogzoEstimator(weights, num_samples=2, noise_share=0.5, track_flips=True)
+    stats = estimator.refine_grads_(closure)
+    flipped = sum(int((a != b).sum()) for a, b in zip(seen[0], seen[1], strict=True))
+    assert flipped > 0
+    assert stats.flip_rate == pytest.approx(flipped / D)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resumed_run_continues_bit_for_bit(preset):
+    # A checkpoint of model, optimizer and estimator is all that a run is.
+    def start():
+        model = fogzo.quantize_(mlp(), PRESETS[preset]())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, optimizer, fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+
+    def train(model, optimizer, estimator):
+        for _ in range(3):
+            optimizer.zero_grad()
+            mse_loss(model(data()[0]), data()[1]).backward()
+            estimator.refine_grads_(lambda: mse_loss(model(data()[0]), data()[1]))
+            optimizer.step()
+
+    first = start()
+    train(*first)
+    second = start()
+    for new, old in zip(second, first, strict=True):
+        state = old.state_dict()
+        new.load_state_dict(copy.deepcopy(state))
+    train(*first)
+    train(*second)
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# Somebody else's fake quantization
+
+
+class HandWritten(torch.autograd.Function):
+    """Two-bit rounding with the straight-through estimator clipped to the range."""
+
+    @staticmethod
+    def forward(ctx, weight, step):
+        x = weight / step
+        ctx.save_for_backward((x >= -1.5) & (x <= 1.5))
+        return (torch.floor(x).clamp(-2, 1) + 0.5) * step
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+class ForeignLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, HandWritten.apply(self.weight, self.step), self.bias)
+
+
+def foreign_model():
+    model = mlp()
+    for layer in (model[0], model[2]):
+        layer.__class__ = ForeignLinear
+        layer.step = torch.tensor(0.25)
+    return model
+
+
+def as_numbers(model):
+    return [(f"{i}.weight", model[i].weight, 0.25) for i in (0, 2)]
+
+
+def as_tensors(model):
+    return [(f"{i}.weight", model[i].weight, model[i].step) for i in (0, 2)]
+
+
+def as_functions(model):
+    return [(f"{i}.weight", model[i].weight, lambda i=i: model[i].step) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("listed", [as_numbers, as_tensors, as_functions])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_hand_written_fake_quantization_gives_what_an_attached_quantizer_gives(estimator, listed):
+    results = []
+    for model, weights_of in (
+        (foreign_model(), listed),
+        (fogzo.quantize_(mlp(), fogzo.fixed(2, step=0.25)), fogzo.quantized_weights),
+    ):
+        weights = weights_of(model)
+        instance = ESTIMATORS[estimator][0](weights)
+        loss = mse_loss(model(data()[0]), data()[1])
+        loss.backward()
+        stats = instance.refine_grads_(
+            lambda model=model: mse_loss(model(data()[0]), data()[1]), expected_loss=loss
+        )
+        results.append((stats, [p.grad for p in model.parameters()]))
+    (stats, grads), (expected_stats, expected) = results
+    assert stats == expected_stats
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.equal(a, b)

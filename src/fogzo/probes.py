@@ -16,10 +16,10 @@ Closure = Callable[[], Tensor | float]
 class Probes:
     """Lends the weights to a closure and takes them back.
 
-    While a loan lasts, probes run without gradient in the mode the closure leaves the model in
-    (train mode: the function that backward saw), with frozen step sizes, and each from the same
-    random state. When it ends, also by an exception, the weights come back from a copy, and
-    buffers, modes, random streams and the autocast cache are as they were.
+    While a loan lasts, probes run without gradient, in the mode the model is in (train mode: the
+    function that backward saw), with frozen step sizes, and each from the same random state. When
+    it ends, also by an exception, the weights come back from a copy, and gradients, buffers,
+    modes, random streams and the autocast cache are as they were.
 
     Args:
         weights: What may be perturbed.
@@ -35,7 +35,7 @@ class Probes:
         self._kept: dict[int, Tensor] = {}
         self._recorded: RngState | None = None
         self._replay: RngState | None = None
-        self._numpy_in_use = True  # until a loan shows that the closure leaves NumPy alone
+        self._numpy_in_use = False
 
     def record_rng(self) -> None:
         """Remember the random state that the backward's own forward starts from."""
@@ -46,6 +46,7 @@ class Probes:
         """Borrow these weights; `evaluate` and the perturbing methods work inside."""
         before = RngState(self._devices)
         self._replay = self._recorded or before
+        self._numpy_in_use = not self._replay.same_numpy(before)
         modules = [module for model in self._models for module in model.modules()]
         modes = [module.training for module in modules]
         buffers = [
@@ -54,7 +55,12 @@ class Probes:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        with torch.no_grad(), ExitStack() as frozen:
+        params = {
+            id(p): p for module in modules for p in module._parameters.values() if p is not None
+        }
+        params |= {id(weight.param): weight.param for weight in weights}
+        grads = [(param, param.grad) for param in params.values()]
+        with ExitStack() as frozen:
             for weight in weights:
                 frozen.enter_context(weight.frozen_step())
             self._borrowed, self._saved = weights, [self._copy(weight.param) for weight in weights]
@@ -63,34 +69,40 @@ class Probes:
             finally:
                 self.reset_()
                 self._borrowed, self._saved = (), []
-                for module, name, buffer, copy in buffers:
-                    buffer.copy_(copy)
-                    module._buffers[name] = buffer  # a closure may have assigned another tensor
+                for param, grad in grads:
+                    param.grad = grad  # a closure with zero_grad() in it drops them
+                with torch.no_grad():
+                    for module, name, buffer, copy in buffers:
+                        buffer.copy_(copy)
+                        module._buffers[name] = buffer  # it may have assigned another tensor
                 for module, mode in zip(modules, modes, strict=True):
                     module.training = mode
-                self._numpy_in_use = before.numpy_moved()
-                before.restore(numpy=self._numpy_in_use)
+                before.restore(numpy=self._numpy_in_use or not before.same_numpy())
                 torch.clear_autocast_cache()
 
+    @torch.no_grad()
     def _copy(self, param: Tensor) -> Tensor:
         if param.device.type != "cpu":
             return param.clone()
         # On an accelerator the copy lives only while activations do not. On a CPU it is kept:
         # allocating it anew makes the C library hand memory back and fetch it again in every
         # forward, which costs more than the copy.
-        if id(param) not in self._kept:
-            self._kept[id(param)] = torch.empty_like(param)
-        return self._kept[id(param)].copy_(param)
+        kept = self._kept.get(id(param))
+        if kept is None or kept.dtype != param.dtype or kept.shape != param.shape:
+            kept = self._kept[id(param)] = torch.empty_like(param, requires_grad=False)
+        return kept.copy_(param)
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""
         self._recorded = None
 
+    @torch.no_grad()
     def reset_(self) -> None:
         """Put the saved weights back while the loan goes on."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
             weight.param.copy_(saved)
 
+    @torch.no_grad()
     def mirror_(self) -> None:
         """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
@@ -106,7 +118,19 @@ class Probes:
         self._replay.restore(numpy=self._numpy_in_use)
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()
-        return as_loss(closure())
+        try:
+            with torch.no_grad():
+                loss = as_loss(closure())
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "the closure calls backward(): it must only return the loss, for example "
+                "closure=lambda: loss_fn(model(x), y)"
+            ) from error
+        if not self._numpy_in_use:
+            self._numpy_in_use = not self._replay.same_numpy()
+        return loss
 
 
 def as_loss(value: object) -> Tensor:
@@ -118,7 +142,7 @@ def as_loss(value: object) -> Tensor:
     if isinstance(value, float | int):
         return torch.tensor(float(value))
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
-        return value.detach()
+        return value.detach().clone()  # a closure may return the same tensor every time
     if isinstance(value, Tensor):
         came, fix = f"a tensor of shape {tuple(value.shape)}", "closure=lambda: losses.mean()"
     else:

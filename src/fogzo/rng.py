@@ -40,12 +40,14 @@ class RngState:
         if numpy and self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
 
-    def numpy_moved(self) -> bool:
-        """Whether anything has drawn from NumPy's global stream since the capture."""
-        now = numpy_state()
-        if self._numpy is None or now is None:
-            return now is not self._numpy
-        return now[2:] != self._numpy[2:] or bool((now[1] != self._numpy[1]).any())
+    def same_numpy(self, other: "RngState | None" = None) -> bool:
+        """Whether NumPy's stream stands where it does in another capture, or stands now."""
+        if other is self:
+            return True
+        mine, theirs = self._numpy, other._numpy if other else numpy_state()
+        if mine is None or theirs is None:
+            return mine is theirs
+        return theirs[2:] == mine[2:] and bool((theirs[1] == mine[1]).all())
 
 
 def numpy_state() -> NumpyState | None:

@@ -136,7 +136,6 @@ class GradientEstimator(ABC):
         self._probes.record_rng()
         yield
 
-    @torch.no_grad()
     def refine_grads_(
         self,
         closure: Closure | None = None,
@@ -162,7 +161,8 @@ class GradientEstimator(ABC):
                 gradients, buffers, modes and random streams are then as before the call.
         """
         try:
-            stats = self._refine(closure, expected_loss, grad_scale)
+            with torch.no_grad():
+                stats = self._refine(closure, expected_loss, grad_scale)
         finally:
             self._probes.forget_rng()
         self.step += 1
@@ -178,12 +178,13 @@ class GradientEstimator(ABC):
         Raises:
             ValueError: If it is not a state of an estimator.
         """
-        if set(state_dict) != {"step", "seed"}:
+        given = state_dict if isinstance(state_dict, dict) else {}
+        if set(given) != {"step", "seed"} or not all(isinstance(v, int) for v in given.values()):
             raise ValueError(
-                f"expected the keys step and seed, got {sorted(state_dict)}: "
+                f"expected two integers, step and seed, got {state_dict!r:.80}: "
                 "estimator.load_state_dict(checkpoint['estimator'])"
             )
-        self.step, self.seed = int(state_dict["step"]), int(state_dict["seed"])
+        self.step, self.seed = given["step"], given["seed"]
 
     def _refine(
         self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
@@ -207,7 +208,7 @@ class GradientEstimator(ABC):
             slopes = [(p - m) / 2 for p, m in zip(values[::2], values[1::2], strict=True)]
             guide, noise, agreement = self.combine(share, probes, slopes, directions, norm)
             directions.write_grads_(guide, noise)
-        if values:
+        if values and fallback is None:
             self._warn_if_scaled(agreement, grad_scale)
             self._audited = True
         return RefineStats(
@@ -284,15 +285,15 @@ class GradientEstimator(ABC):
         loss: Tensor,
     ) -> None:
         """Every probe gave the same loss: see whether the closure uses these weights at all."""
-        if not (loss.isfinite() and directions.norm > 0):
+        if not loss.isfinite() or (self.needs_gradient and not directions.norm > 0):
             return
         for weight, u in zip(weights, directions.noise(0), strict=True):
             weight.param.add_(u * weight.param.abs().max())
         if torch.equal(self._probes.evaluate(closure).to(loss), loss):
             raise ValueError(
-                "the closure's loss does not depend on the quantized weights, although they have "
-                "gradients: it evaluates another model, or a cached output. List the weights of "
-                "the model in the closure: fogzo.quantized_weights(model)"
+                "the closure's loss does not depend on the quantized weights: it evaluates "
+                "another model, or a cached output. List the weights of the model in the closure: "
+                "fogzo.quantized_weights(model)"
             )
 
     def _reason_to_fall_back(self, norm: float, losses: Sequence[float]) -> str | None:
@@ -313,7 +314,7 @@ class GradientEstimator(ABC):
         return "a probe loss is not finite"
 
     def _warn_if_scaled(self, agreement: float | None, grad_scale: float) -> None:
-        if self._audited or grad_scale != 1 or not agreement or abs(agreement) > 2**-7:
+        if self._audited or grad_scale != 1 or not agreement or abs(agreement) > 2**-10:
             return
         warnings.warn(
             f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "

@@ -72,6 +72,11 @@ class SpsaEstimator(GradientEstimator):
                 "SpsaEstimator has no guide, its directions are noise only: leave noise_share out, "
                 "or use fogzo.FogzoEstimator(weights, noise_share=...)"
             )
+        if options.get("noise_shape") == "tensor_rms":
+            raise ValueError(
+                "noise_shape='tensor_rms' follows the gradients, which SpsaEstimator does without: "
+                'noise_shape="isotropic"'
+            )
         super().__init__(weights, **options)
 
     def default_noise_share(self) -> float:

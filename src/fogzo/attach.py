@@ -50,7 +50,7 @@ class QuantizedLayer(nn.Module):
 
     def step_size(self) -> Tensor:
         """Step sizes in use, broadcastable to the weight."""
-        return self.quantizer.step_size(self.weight, self._step(), self.output_dim).detach()
+        return self.quantizer.step_size(self.weight, self._step(), self.output_dim)
 
     def codes(self) -> Tensor:
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""

@@ -6,9 +6,9 @@ is ``v = guide * ghat + noise * u``: ``ghat`` is the first-order gradient ``g_ph
 divided by one global norm N, and u is independent noise drawn by each weight's smoothing law.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -33,15 +33,19 @@ def mix_seed(*parts: int) -> int:
     return state
 
 
-@dataclass(frozen=True)
-class _Prepared:
+Factor = float | Tensor
+"""A number where reading it is free (one step size, on a CPU), else a tensor that broadcasts."""
+
+
+class _Prepared(NamedTuple):
     """What one weight needs in this step: computed once, used for every sample."""
 
     weight: QuantizedWeight
+    dtype: torch.dtype  # to compute in
     grad: Tensor | None  # as backward left it
-    eps: Tensor  # broadcastable to the weight
-    guide_factor: Tensor  # eps^2 / N: eps * ghat = guide_factor * g
-    rms_ratio: Tensor | None  # noise_shape="tensor_rms": this tensor's rms over the global one
+    eps: Factor
+    guide_factor: Factor  # eps^2 / N: eps * ghat = guide_factor * g
+    rms_ratio: Factor | None  # noise_shape="tensor_rms": this tensor's rms over the global one
 
 
 class Directions:
@@ -74,24 +78,20 @@ class Directions:
         if coordinates == "global":
             eps = [_global_eps(weights, eps)] * len(eps)
         grads = [weight.param.grad for weight in weights]
-        norms = [
-            _norm(weight, grad, e) for weight, grad, e in zip(weights, grads, eps, strict=True)
-        ]
-        device = weights[0].param.device
-        scaled_norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
-        #: ||g_phi||, a float64 scalar tensor in loss units.
-        self.norm = scaled_norm / grad_scale
-        # Without a usable gradient, perturb by noise alone; the caller falls back.
-        inverse_norm = scaled_norm.reciprocal().nan_to_num_(0.0, posinf=0.0)
-        ratios: list[Tensor | None] = [None] * len(norms)
+        norms = [_norm(*parts) for parts in zip(weights, grads, eps, strict=True)]
+        scaled_norm = _global_norm(norms)
+        #: ||g_phi|| in loss units, in float64.
+        self.norm: Factor = scaled_norm / grad_scale
+        inverse_norm = _inverse(scaled_norm)
+        ratios: list[Factor | None] = [None] * len(norms)
         if noise_shape == "tensor_rms":
-            mean_square = scaled_norm.square() / sum(w.param.numel() for w in weights)
+            total = sum(weight.param.numel() for weight in weights)
             ratios = [
-                (n.to(device).square() / w.param.numel() / mean_square).sqrt().nan_to_num(0.0)
-                for n, w in zip(norms, weights, strict=True)
+                norm * inverse_norm * math.sqrt(total / weight.param.numel())
+                for norm, weight in zip(norms, weights, strict=True)
             ]
         self._prepared = [
-            _Prepared(weight, grad, e, e * e * inverse_norm.to(e), ratio)
+            _Prepared(weight, _working_dtype(weight.param), grad, e, e * e * inverse_norm, ratio)
             for weight, grad, e, ratio in zip(weights, grads, eps, ratios, strict=True)
         ]
 
@@ -107,10 +107,10 @@ class Directions:
             if param.device not in generators:
                 seed = mix_seed(self.seed, sample, 0) >> 1  # manual_seed takes 63 bits everywhere
                 generators[param.device] = Generator(param.device).manual_seed(seed)
-            u = torch.empty(param.shape, dtype=_working_dtype(param), device=param.device)
+            u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
             prepared.weight.surrogate.perturbation.sample_(u, generators[param.device])
             if prepared.rms_ratio is not None:
-                u.mul_(prepared.rms_ratio.to(u))
+                u.mul_(prepared.rms_ratio)
             if not self.noise_on_masked and prepared.grad is not None:
                 u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
             yield u
@@ -120,29 +120,31 @@ class Directions:
         """Move every weight by ``eps * (guide * ghat + noise * u_i)``."""
         draws = self.noise(sample) if noise else iter([None] * len(self._prepared))
         for prepared, u in zip(self._prepared, draws, strict=True):
-            weight, eps, grad = prepared.weight, prepared.eps, prepared.grad
+            weight, grad = prepared.weight, prepared.grad
             # Straight into the weight where that is as exact as one rounding at the end.
-            direct = weight.rotate is None and weight.param.dtype == eps.dtype
-            target = weight.param if direct else torch.zeros_like(weight.param, dtype=eps.dtype)
+            direct = weight.rotate is None and weight.param.dtype == prepared.dtype
+            target: Tensor = weight.param
+            if not direct:
+                target = torch.zeros_like(target, dtype=prepared.dtype, requires_grad=False)
             if u is not None:
-                target.addcmul_(u, eps * noise)
+                _add_product_(target, u, prepared.eps, noise)
             if guide and grad is not None:
-                grad = _rotated(weight, grad.to(eps.dtype))
-                target.addcmul_(grad, prepared.guide_factor, value=guide)
+                grad = _rotated(weight, grad.to(prepared.dtype))
+                _add_product_(target, grad, prepared.guide_factor, guide)
             if not direct:
                 weight.param.copy_(_rotated(weight, target).add_(weight.param))
 
-    def projections(self, samples: Sequence[int]) -> Tensor:
-        """``u_i . g_phi`` of each sample in loss units, a float64 tensor."""
+    def projections(self, samples: Sequence[int]) -> list[float]:
+        """``u_i . g_phi`` of each sample, in loss units."""
         totals = []
         for sample in samples:
-            total = torch.zeros_like(self.norm)
+            total: Factor = 0.0
             for prepared, u in zip(self._prepared, self.noise(sample), strict=True):
                 if prepared.grad is not None:
                     grad = _rotated(prepared.weight, prepared.grad.to(u.dtype))
-                    total += torch.sum(u.mul_(grad).mul_(prepared.eps)).to(total)
-            totals.append(total / self.grad_scale)
-        return torch.stack(totals)
+                    total = total + torch.sum(u.mul_(grad).mul_(prepared.eps), dtype=torch.float64)
+            totals.append(float(total) / self.grad_scale)
+        return totals
 
     @torch.no_grad()
     def write_grads_(self, guide: float, noise: Sequence[tuple[int, float]]) -> None:
@@ -154,11 +156,8 @@ class Directions:
         """
         draws = [(self.noise(sample), factor) for sample, factor in noise if factor]
         for prepared in self._prepared:
-            param, eps = prepared.weight.param, prepared.eps
-            total = None
-            for draw, factor in draws:
-                u = next(draw)
-                total = u.mul_(factor) if total is None else total.add_(u, alpha=factor)
+            param = prepared.weight.param
+            total, scale = _weighted_sum(draws)
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             elif guide == 0:
@@ -167,12 +166,42 @@ class Directions:
                 param.grad.mul_(guide)
             if total is None:
                 continue
+            scale *= self.grad_scale
             # A group of weights whose step is zero has no coordinates to move in.
-            inverse_eps = (self.grad_scale / eps).nan_to_num_(posinf=0.0)
-            if prepared.weight.rotate is None and param.grad.dtype == eps.dtype:
-                param.grad.addcmul_(total, inverse_eps)
+            inverse_eps = _inverse(prepared.eps)
+            if prepared.weight.rotate is None:
+                _add_product_(param.grad, total, inverse_eps, scale)
             else:
-                param.grad.add_(_rotated(prepared.weight, total.mul_(inverse_eps)))
+                param.grad.add_(prepared.weight.rotate(total.mul_(inverse_eps)), alpha=scale)
+
+
+def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tensor | None, float]:
+    """The next draw of each, summed by their factors, as (sum, factor still to be applied)."""
+    if len(draws) == 1:
+        draw, factor = draws[0]
+        return next(draw), factor
+    total = None
+    for draw, factor in draws:
+        u = next(draw)
+        total = u.mul_(factor) if total is None else total.add_(u, alpha=factor)
+    return total, 1.0
+
+
+def _add_product_(target: Tensor, tensor: Tensor, factor: Factor, scale: float) -> None:
+    """``target += scale * factor * tensor`` in one pass."""
+    if isinstance(factor, float):
+        target.add_(tensor, alpha=factor * scale)
+    elif target.dtype == tensor.dtype:
+        target.addcmul_(tensor, factor, value=scale)
+    else:
+        target.add_(tensor * factor, alpha=scale)
+
+
+def _inverse(factor: Factor) -> Factor:
+    """1 / factor, or 0 where that is not finite."""
+    if isinstance(factor, float):
+        return 1 / factor if factor > 0 and math.isfinite(factor) else 0.0
+    return factor.reciprocal().nan_to_num_(0.0, posinf=0.0)
 
 
 def _working_dtype(param: Tensor) -> torch.dtype:
@@ -180,25 +209,44 @@ def _working_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype.itemsize < 4 else param.dtype
 
 
-def _eps(weight: QuantizedWeight) -> Tensor:
-    step = weight.step_size().detach().to(weight.param.device, _working_dtype(weight.param))
-    return step * weight.surrogate.radius
+def _eps(weight: QuantizedWeight) -> Factor:
+    step = weight.step_size()
+    radius = weight.surrogate.radius
+    if step.numel() == 1 and step.is_cpu and weight.param.is_cpu:
+        return float(step.item()) * radius
+    return step.detach().to(weight.param.device, _working_dtype(weight.param)) * radius
 
 
-def _global_eps(weights: Sequence[QuantizedWeight], eps: Sequence[Tensor]) -> Tensor:
-    total = sum(
-        e.expand(w.param.shape).mean(dtype=torch.float64).to(eps[0].device) * w.param.numel()
-        for w, e in zip(weights, eps, strict=True)
-    )
-    return torch.as_tensor(total / sum(w.param.numel() for w in weights)).to(eps[0].dtype)
+def _global_eps(weights: Sequence[QuantizedWeight], eps: Sequence[Factor]) -> Factor:
+    """The mean over all weights."""
+    total: Factor = 0.0
+    for weight, e in zip(weights, eps, strict=True):
+        mean = e if isinstance(e, float) else e.expand(weight.param.shape).mean(dtype=torch.float64)
+        total = total + mean * weight.param.numel()
+    mean = total / sum(weight.param.numel() for weight in weights)
+    return mean if isinstance(mean, float) else mean.to(_working_dtype(weights[0].param))
 
 
-def _norm(weight: QuantizedWeight, grad: Tensor | None, eps: Tensor) -> Tensor:
+def _norm(weight: QuantizedWeight, grad: Tensor | None, eps: Factor) -> Factor:
+    """The norm of one tensor's ``eps * grad``, in float64."""
     if grad is None:
-        return torch.zeros((), dtype=torch.float64, device=weight.param.device)
-    if eps.dim() == 0:  # a rotation keeps the norm
-        return (torch.linalg.vector_norm(grad, dtype=eps.dtype) * eps).double()
-    return torch.linalg.vector_norm(_rotated(weight, grad.to(eps.dtype)) * eps).double()
+        return 0.0
+    dtype = _working_dtype(grad)
+    if isinstance(eps, float):  # a rotation keeps the norm
+        return float(torch.linalg.vector_norm(grad, dtype=dtype)) * eps
+    return torch.linalg.vector_norm(_rotated(weight, grad.to(dtype)) * eps).double()
+
+
+def _global_norm(norms: Sequence[Factor]) -> Factor:
+    numbers = [norm for norm in norms if isinstance(norm, float)]
+    total = math.hypot(*numbers)
+    tensors = [norm for norm in norms if not isinstance(norm, float)]
+    if not tensors:
+        return total
+    device = tensors[0].device
+    return torch.linalg.vector_norm(
+        torch.stack([*(norm.to(device) for norm in tensors), tensors[0].new_tensor(total)])
+    )
 
 
 def _rotated(weight: QuantizedWeight, tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +55,13 @@ class Probes:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        params = {
-            id(p): p for module in modules for p in module._parameters.values() if p is not None
-        }
-        params |= {id(weight.param): weight.param for weight in weights}
-        grads = [(param, param.grad) for param in params.values()]
+        params = [p for module in modules for p in module._parameters.values() if p is not None]
+        params += [weight.param for weight in weights]
+        grads = [(param, param.grad) for param in params]
         with ExitStack() as frozen:
             for weight in weights:
-                frozen.enter_context(weight.frozen_step())
+                if weight.frozen_step is not nullcontext:
+                    frozen.enter_context(weight.frozen_step())
             self._borrowed, self._saved = weights, [self._copy(weight.param) for weight in weights]
             try:
                 yield
@@ -70,13 +69,15 @@ class Probes:
                 self.reset_()
                 self._borrowed, self._saved = (), []
                 for param, grad in grads:
-                    param.grad = grad  # a closure with zero_grad() in it drops them
+                    if param.grad is not grad:  # a closure with zero_grad() in it drops them
+                        param.grad = grad
                 with torch.no_grad():
                     for module, name, buffer, copy in buffers:
                         buffer.copy_(copy)
                         module._buffers[name] = buffer  # it may have assigned another tensor
                 for module, mode in zip(modules, modes, strict=True):
-                    module.training = mode
+                    if module.training is not mode:
+                        module.training = mode
                 before.restore(numpy=self._numpy_in_use or not before.same_numpy())
                 torch.clear_autocast_cache()
 
@@ -140,7 +141,7 @@ def as_loss(value: object) -> Tensor:
         ValueError: If it is anything but one real number.
     """
     if isinstance(value, float | int):
-        return torch.tensor(float(value))
+        return torch.tensor(float(value), dtype=torch.float64)
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         return value.detach().clone()  # a closure may return the same tensor every time
     if isinstance(value, Tensor):

@@ -200,7 +200,8 @@ class GradientEstimator(ABC):
         probes = self.plan(share, directions)
         losses, flip_rate = self._measure(weights, directions, probes, closure, expected_loss)
         # The step's one wait for the device.
-        norm, *values = torch.cat([directions.norm.reshape(1), losses]).tolist()
+        values: list[float] = losses.tolist()
+        norm = float(directions.norm)
 
         fallback = self._reason_to_fall_back(norm, values)
         agreement = None
@@ -246,7 +247,7 @@ class GradientEstimator(ABC):
     ) -> tuple[Tensor, float | None]:
         """The losses along the probes, averaged over ranks, and the rate of flipped codes."""
         if not probes:
-            return directions.norm.new_empty(0), None
+            return torch.empty(0), None
         if closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
@@ -270,9 +271,8 @@ class GradientEstimator(ABC):
                 losses.append(self._probes.evaluate(closure))
                 if count_flips:
                     flip_rate = _flip_rate(weights, codes)
-            device = directions.norm.device
-            values = torch.stack([loss.to(device, torch.float64) for loss in losses])
-            values = mean_over_ranks(values)
+            device = weights[0].param.device
+            values = mean_over_ranks(torch.stack(losses).to(device, torch.float64))
             if not self._audited and bool((values == values[0]).all()):
                 self._check_dependence(weights, directions, closure, losses[0])
         return values, flip_rate

@@ -148,7 +148,7 @@ class ControlVariateEstimator(GradientEstimator):
         norm: float,
     ) -> Combination:
         """The gradient, corrected by what it did not predict."""
-        predicted = directions.projections([probe.sample for probe in probes]).tolist()
+        predicted = directions.projections([probe.sample for probe in probes])
         surprises = [
             noise_share * (slope - expected)
             for slope, expected in zip(slopes, predicted, strict=True)

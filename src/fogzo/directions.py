@@ -72,6 +72,7 @@ class Directions:
         noise_on_masked: bool = True,
     ) -> None:
         self.seed = seed
+        self._seeds: dict[int, int] = {}
         self.grad_scale = grad_scale
         self.noise_on_masked = noise_on_masked
         eps = [_eps(weight) for weight in weights]
@@ -97,7 +98,12 @@ class Directions:
 
     def sign(self, sample: int) -> float:
         """The fair coin s_i."""
-        return 1.0 if mix_seed(self.seed, sample, 1) & 1 else -1.0
+        return 1.0 if self._seed(sample) & 1 else -1.0
+
+    def _seed(self, sample: int) -> int:
+        if sample not in self._seeds:
+            self._seeds[sample] = mix_seed(self.seed, sample)
+        return self._seeds[sample]
 
     def noise(self, sample: int) -> Iterator[Tensor]:
         """u_i of each weight in turn, the same tensors whenever it is called."""
@@ -105,7 +111,7 @@ class Directions:
         for prepared in self._prepared:
             param = prepared.weight.param
             if param.device not in generators:
-                seed = mix_seed(self.seed, sample, 0) >> 1  # manual_seed takes 63 bits everywhere
+                seed = self._seed(sample) >> 1  # without the coin's bit
                 generators[param.device] = Generator(param.device).manual_seed(seed)
             u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
             prepared.weight.surrogate.perturbation.sample_(u, generators[param.device])
@@ -115,7 +121,6 @@ class Directions:
                 u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
             yield u
 
-    @torch.no_grad()
     def add_offsets_(self, sample: int, guide: float, noise: float) -> None:
         """Move every weight by ``eps * (guide * ghat + noise * u_i)``."""
         draws = self.noise(sample) if noise else iter([None] * len(self._prepared))
@@ -146,7 +151,6 @@ class Directions:
             totals.append(float(total) / self.grad_scale)
         return totals
 
-    @torch.no_grad()
     def write_grads_(self, guide: float, noise: Sequence[tuple[int, float]]) -> None:
         """``grad <- guide * grad + sum_i noise_i * u_i / eps``, at the scale the gradients have.
 

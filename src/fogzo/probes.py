@@ -21,6 +21,8 @@ class Probes:
     it ends, also by an exception, the weights come back from a copy, and gradients, buffers,
     modes, random streams and the autocast cache are as they were.
 
+    All of it belongs under `torch.no_grad`, as the weights are edited in place.
+
     Args:
         weights: What may be perturbed.
         model: The model, if the records do not name it: its buffers and modes are protected.
@@ -71,17 +73,15 @@ class Probes:
                 for param, grad in grads:
                     if param.grad is not grad:  # a closure with zero_grad() in it drops them
                         param.grad = grad
-                with torch.no_grad():
-                    for module, name, buffer, copy in buffers:
-                        buffer.copy_(copy)
-                        module._buffers[name] = buffer  # it may have assigned another tensor
+                for module, name, buffer, copy in buffers:
+                    buffer.copy_(copy)
+                    module._buffers[name] = buffer  # it may have assigned another tensor
                 for module, mode in zip(modules, modes, strict=True):
                     if module.training is not mode:
                         module.training = mode
                 before.restore(numpy=self._numpy_in_use or not before.same_numpy())
                 torch.clear_autocast_cache()
 
-    @torch.no_grad()
     def _copy(self, param: Tensor) -> Tensor:
         if param.device.type != "cpu":
             return param.clone()
@@ -97,13 +97,11 @@ class Probes:
         """Drop the recorded random state: it belonged to the step that has just ended."""
         self._recorded = None
 
-    @torch.no_grad()
     def reset_(self) -> None:
         """Put the saved weights back while the loan goes on."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
             weight.param.copy_(saved)
 
-    @torch.no_grad()
     def mirror_(self) -> None:
         """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
@@ -120,7 +118,7 @@ class Probes:
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()
         try:
-            with torch.no_grad():
+            with torch.no_grad():  # again, as a closure may leave gradients switched on
                 loss = as_loss(closure())
         except RuntimeError as error:
             if "does not require grad" not in str(error):

@@ -199,17 +199,15 @@ class GradientEstimator(ABC):
         directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
         probes = self.plan(share, directions)
         losses, flip_rate = self._measure(weights, directions, probes, closure, expected_loss)
-        # The step's one wait for the device.
-        values: list[float] = losses.tolist()
         norm = float(directions.norm)
 
-        fallback = self._reason_to_fall_back(norm, values)
+        fallback = self._reason_to_fall_back(norm, losses)
         agreement = None
         if fallback is None:
-            slopes = [(p - m) / 2 for p, m in zip(values[::2], values[1::2], strict=True)]
+            slopes = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
             guide, noise, agreement = self.combine(share, probes, slopes, directions, norm)
             directions.write_grads_(guide, noise)
-        if values and fallback is None:
+        if losses and fallback is None:
             self._warn_if_scaled(agreement, grad_scale)
             self._audited = True
         return RefineStats(
@@ -217,7 +215,7 @@ class GradientEstimator(ABC):
             agreement=agreement,
             noise_share=share,
             kappa=kappa_from_noise_share(share, self.num_weights, self.num_samples),
-            probe_losses=tuple(values),
+            probe_losses=tuple(losses),
             gradient_norm=norm,
             flip_rate=flip_rate,
             fallback=fallback,
@@ -244,10 +242,10 @@ class GradientEstimator(ABC):
         probes: Sequence[Probe],
         closure: Closure | None,
         expected_loss: Tensor | float | None,
-    ) -> tuple[Tensor, float | None]:
+    ) -> tuple[list[float], float | None]:
         """The losses along the probes, averaged over ranks, and the rate of flipped codes."""
         if not probes:
-            return torch.empty(0), None
+            return [], None
         if closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
@@ -271,11 +269,11 @@ class GradientEstimator(ABC):
                 losses.append(self._probes.evaluate(closure))
                 if count_flips:
                     flip_rate = _flip_rate(weights, codes)
-            device = weights[0].param.device
-            values = mean_over_ranks(torch.stack(losses).to(device, torch.float64))
-            if not self._audited and bool((values == values[0]).all()):
+            # The step's one wait for the device.
+            means = mean_over_ranks(losses, weights[0].param.device)
+            if not self._audited and all(mean == means[0] for mean in means):
                 self._check_dependence(weights, directions, closure, losses[0])
-        return values, flip_rate
+        return means, flip_rate
 
     def _check_dependence(
         self,
@@ -328,8 +326,8 @@ class GradientEstimator(ABC):
 def mean_along_probes(probes: Sequence[Probe], slopes: Sequence[float], norm: float) -> Combination:
     """The two-point estimate: the mean over probes of ``slope * v``."""
     count = len(probes)
-    guide = sum(slope * probe.guide for probe, slope in zip(probes, slopes, strict=True)) / count
-    noise = [(p.sample, slope * p.noise / count) for p, slope in zip(probes, slopes, strict=True)]
+    guide = math.fsum(s * probe.guide for s, probe in zip(slopes, probes, strict=True)) / count
+    noise = [(p.sample, s * p.noise / count) for s, p in zip(slopes, probes, strict=True)]
     return Combination(guide / norm if guide else 0.0, noise)
 
 

@@ -237,8 +237,7 @@ def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Ten
     draws = torch.empty((out.numel() + 3) // 4, dtype=torch.int64)
     draws.random_(-(2**63), None, generator=generator)
     lanes = draws.view(torch.int16)[: out.numel()].view(out.shape)
-    spacing = edge / 2**15
-    return torch.mul(lanes, spacing, out=out).add_(spacing / 2)
+    return out.copy_(lanes).add_(0.5).mul_(edge / 2**15)
 
 
 def _require_positive(name: str, value: float, example: str) -> None:

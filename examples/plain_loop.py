@@ -1,0 +1,104 @@
+"""FOGZO in a loop of your own: everything a real one has, in one file, with no fogzo.recipes.
+
+    python examples/plain_loop.py
+
+Gradient accumulation, autocast, a GradScaler, clipping, dropout and batch norm, a checkpoint.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fogzo
+
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    """Train a small quantized network on noisy stripes and print its accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--accumulate", type=int, default=2)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(256, 64),
+        nn.ReLU(),
+        nn.Linear(64, 4),
+    ).to(device)
+    fogzo.quantize_(model, fogzo.lsq(bits=2, granularity="channel"))
+    weights = fogzo.quantized_weights(model)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    estimator = fogzo.FogzoEstimator(
+        weights,
+        noise_share=fogzo.linear_noise_share(
+            num_weights=sum(weight.param.numel() for weight in weights),
+            total_steps=options.steps,
+            kappa=0.1,
+            start=0.3,
+        ),
+    )
+
+    def window_loss(window: Sequence[Batch]) -> Tensor:
+        """The loss that backward() differentiates: summed over the window, on the same batches."""
+        total = torch.zeros((), device=device)
+        for images, labels in window:
+            with torch.autocast(device.type, dtype):  # one block a forward: see the caveats
+                loss = cross_entropy(model(images), labels) / len(window)
+            if torch.is_grad_enabled():  # the first-order pass; probes run without gradient
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    for step in range(options.steps):
+        window = [batch(32, generator, device) for _ in range(options.accumulate)]
+        with estimator.record_rng():  # so that the probes see the same dropout masks
+            loss = window_loss(window)
+        scaler.unscale_(optimizer)
+        stats = estimator.refine_grads_(lambda w=window: window_loss(w), expected_loss=loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            agreement = "-" if stats.agreement is None else f"{stats.agreement:.2f}"
+            print(f"step {step + 1}: loss {loss:.3f}, agreement {agreement}")
+
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "estimator": estimator.state_dict()}, file)
+
+    fogzo.dequantize_(model).eval()  # a plain model again, with its quantized weights baked in
+    images, labels = batch(500, generator, device)
+    with torch.no_grad():
+        accuracy = (model(images).argmax(1) == labels).float().mean()
+    print(f"accuracy {accuracy:.3f}")
+
+
+def batch(size: int, generator: torch.Generator, device: torch.device) -> Batch:
+    """Noisy 12 x 12 images of stripes in one of four directions."""
+    labels = torch.randint(4, (size,), generator=generator)
+    y, x = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    stripes = torch.stack([x, y, x + y, x - y]).mul(1.5).sin()
+    noise = torch.randn(size, 12, 12, generator=generator)
+    return (stripes[labels] + noise).unsqueeze(1).to(device), labels.to(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Rewrite the README's tables from the committed JSON; --check fails where they differ.
+
+    python experiments/tables.py [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a folder of
+experiments/ with a results.json, or step_cost.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fogzo.cli import display
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite or check the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = MARKED.sub(lambda match: marked_table(match[1]), before)
+    if not parser.parse_args().check:
+        readme.write_text(after, encoding="utf-8")
+    elif after != before:
+        sys.exit("README.md differs from the committed results: run make results")
+
+
+def marked_table(name: str) -> str:
+    """The table of that name, with its marks."""
+    if name == "step_cost":
+        text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
+    else:
+        text = comparison_table(read(ROOT / "experiments" / name / "results.json"))
+    return f"<!-- table: {name} -->\n{text}<!-- end -->"
+
+
+def comparison_table(results: dict[str, Any]) -> str:
+    """Rows of a comparison, what their intervals say, and where they were measured."""
+    heading = ("row", "test accuracy %", "train loss (nats)", "lr", "steps", "seconds")
+    heading += (
+        "extra forwards",
+        "FOGZO minus row: accuracy, points",
+        "FOGZO minus row: train loss",
+    )
+    rows = []
+    for row in results["rows"]:
+        cells = display.table_cells(results, row)
+        rows.append([*cells, loss_difference(results, row)])
+    seeds = len(results["rows"][0]["seeds"])
+    facts = results["environment"]
+    note = (
+        f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed, with 95% "
+        f"intervals. {facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, "
+        f"{facts['date']}."
+    )
+    return (
+        markdown(heading, rows) + "\n" + " ".join(display.findings(results)) + "\n\n" + note + "\n"
+    )
+
+
+def loss_difference(results: dict[str, Any], row: dict[str, Any]) -> str:
+    """FOGZO's train loss minus the row's."""
+    for entry in results["differences"]:
+        if (entry["name"], entry["budget"]) == (row["name"], row["budget"]):
+            gap = entry["train_loss"]
+            return f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
+    return ""
+
+
+def cost_table(report: dict[str, Any]) -> str:
+    """What a step costs beside its floor."""
+    heading = ("model", "quantized weights", "FOGZO step / floor", "FOGZO step / STE step")
+    heading += ("extra memory / quantized weights",)
+    rows = [
+        [
+            case["case"],
+            f"{case['quantized_weights']:,}",
+            f"{case['fogzo_over_floor']:.2f}",
+            f"{case['fogzo_over_ste']:.2f}",
+            f"{case['extra_peak_mib'] / case['weights_mib']:.2f}",
+        ]
+        for case in report["cases"]
+    ]
+    facts = report["environment"]
+    note = (
+        f"Medians of paired measurements, {report['threads']} thread(s), {facts['processor']}, "
+        f"torch {facts['torch']}, {facts['date']}.\n"
+    )
+    return markdown(heading, rows) + "\n" + note
+
+
+def markdown(heading: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

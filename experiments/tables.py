@@ -44,11 +44,7 @@ def marked_table(name: str) -> str:
 def comparison_table(results: dict[str, Any]) -> str:
     """Rows of a comparison, what their intervals say, and where they were measured."""
     heading = ("row", "test accuracy %", "train loss (nats)", "lr", "steps", "seconds")
-    heading += (
-        "extra forwards",
-        "FOGZO minus row: accuracy, points",
-        "FOGZO minus row: train loss",
-    )
+    heading += ("extra forwards", "FOGZO minus row: accuracy", "FOGZO minus row: train loss")
     rows = []
     for row in results["rows"]:
         cells = display.table_cells(results, row)

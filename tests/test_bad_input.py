@@ -439,3 +439,13 @@ def test_the_warning_points_at_the_callers_line():
     with pytest.warns(RuntimeWarning) as told:
         setup.estimator.refine_grads_(lambda: math.nan)
     assert told[0].filename == __file__
+
+
+def test_a_noise_share_that_drowns_the_gradient_is_mentioned_with_a_better_one(caplog):
+    layer = torch.nn.Linear(400, 400)
+    fogzo.quantize_(layer, fogzo.fixed(2), lambda module, name: True)
+    weights = fogzo.quantized_weights(layer)
+    fogzo.FogzoEstimator(weights, noise_share=1e-4)
+    assert not caplog.records
+    fogzo.FogzoEstimator(weights, noise_share=1e-3)
+    assert "kappa=1 is noise_share=6.2e-06" in caplog.text

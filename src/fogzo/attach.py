@@ -37,7 +37,7 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward uses, differentiable by the surrogate."""
-        return self.quantizer(self.weight, self._step(), self.output_dim)
+        return self.quantizer(self.weight, self._step(), self.output_dim, self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on quantized weights."""
@@ -188,7 +188,8 @@ def dequantize_(model: ModelT) -> ModelT:
         with torch.no_grad():
             if id(layer.weight) not in baked:
                 baked.add(id(layer.weight))
-                layer.weight.copy_(layer.quantized_weight())
+                nearest = layer.quantizer(layer.weight, layer.weight_step, layer.output_dim)
+                layer.weight.copy_(nearest)
         del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step
         cast(nn.Module, layer).__class__ = _plain_class(layer)
     return model

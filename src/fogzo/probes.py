@@ -31,7 +31,7 @@ class Probes:
     def __init__(self, weights: Sequence[QuantizedWeight], model: nn.Module | None = None) -> None:
         models = [model, *(weight.model for weight in weights)]
         self._models = list(dict.fromkeys(m for m in models if m is not None))
-        self._devices = list(dict.fromkeys(weight.param.device for weight in weights))
+        self._weights = weights
         self._borrowed: Sequence[QuantizedWeight] = ()
         self._saved: list[Tensor] = []
         self._kept: dict[int, Tensor] = {}
@@ -41,12 +41,12 @@ class Probes:
 
     def record_rng(self) -> None:
         """Remember the random state that the backward's own forward starts from."""
-        self._recorded = RngState(self._devices)
+        self._recorded = self._rng_state()
 
     @contextmanager
     def loan(self, weights: Sequence[QuantizedWeight]) -> Iterator[None]:
         """Borrow these weights; `evaluate` and the perturbing methods work inside."""
-        before = RngState(self._devices)
+        before = self._rng_state()
         self._replay = self._recorded or before
         self._numpy_in_use = not self._replay.same_numpy(before)
         modules = [module for model in self._models for module in model.modules()]
@@ -81,6 +81,10 @@ class Probes:
                         module.training = mode
                 before.restore(numpy=self._numpy_in_use or not before.same_numpy())
                 torch.clear_autocast_cache()
+
+    def _rng_state(self) -> RngState:
+        # Asked anew each time, as the model may have been moved.
+        return RngState({weight.param.device for weight in self._weights})
 
     def _copy(self, param: Tensor) -> Tensor:
         if param.device.type != "cpu":

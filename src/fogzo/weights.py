@@ -27,7 +27,8 @@ class QuantizedWeight:
         surrogate: The backward rule whose smoothing law sets the perturbation; rounding with
             the identity unless you say otherwise.
         model: Its model. Known, its buffers and modes come back unchanged from every probe.
-        rotate: The orthonormal, self-inverse change of basis in which the weight is rounded.
+        rotate: The orthonormal, self-inverse change of basis in which the weight is rounded, and
+            so the one in which it is perturbed; None perturbs the weight itself.
         codes: Returns the current integer codes, for counting flips.
         frozen_step: A context in which the quantizer keeps its present step sizes although its
             weights move, for scales that are measured from the weights.

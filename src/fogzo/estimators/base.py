@@ -1,5 +1,6 @@
 """What every gradient estimator shares: one call between backward and step."""
 
+import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -14,8 +15,15 @@ from fogzo.collectives import mean_over_ranks
 from fogzo.directions import Coordinates, Directions, NoiseShape, mix_seed
 from fogzo.estimators.stats import RefineStats
 from fogzo.probes import Closure, Probes, as_loss, check_same_loss
-from fogzo.schedules import NoiseShare, as_noise_share, kappa_from_noise_share
+from fogzo.schedules import (
+    NoiseShare,
+    as_noise_share,
+    kappa_from_noise_share,
+    noise_share_from_kappa,
+)
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
@@ -91,6 +99,8 @@ class GradientEstimator(ABC):
         self.noise_share = (
             (lambda _: default) if noise_share is None else as_noise_share(noise_share)
         )
+        if isinstance(noise_share, float):
+            self._mention_loud_noise(noise_share)
         self.seed = seed
         self.step = 0
         self.track_flips = track_flips
@@ -292,6 +302,19 @@ class GradientEstimator(ABC):
                 "the closure's loss does not depend on the quantized weights: it evaluates "
                 "another model, or a cached output. List the weights of the model in the closure: "
                 "fogzo.quantized_weights(model)"
+            )
+
+    def _mention_loud_noise(self, noise_share: float) -> None:
+        """A share that suits a small network drowns the gradient of a large one."""
+        kappa = kappa_from_noise_share(noise_share, self.num_weights, self.num_samples)
+        if kappa > 100:
+            logger.warning(
+                "noise_share=%g on %d weights means %.0f times more noise than signal (kappa); "
+                "kappa=1 is noise_share=%.2g",
+                noise_share,
+                self.num_weights,
+                kappa,
+                noise_share_from_kappa(1.0, self.num_weights, self.num_samples),
             )
 
     def _reason_to_fall_back(self, norm: float, losses: Sequence[float]) -> str | None:

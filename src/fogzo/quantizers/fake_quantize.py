@@ -12,7 +12,12 @@ from fogzo.quantizers.surrogates import Surrogate
 
 
 def fake_quantize(
-    weight: Tensor, step: Tensor, grid: Grid, surrogate: Surrogate, grad_scale: float = 1.0
+    weight: Tensor,
+    step: Tensor,
+    grid: Grid,
+    surrogate: Surrogate,
+    grad_scale: float = 1.0,
+    dither: Tensor | None = None,
 ) -> Tensor:
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
@@ -25,10 +30,12 @@ def fake_quantize(
         grid: The levels Q rounds to.
         surrogate: Whose slope is h'.
         grad_scale: Multiplies the gradient of the step sizes.
+        dither: Added to x before rounding, for stochastic rounding; the slope stays that at x.
     """
+    arguments = (weight, step, grid, surrogate, grad_scale, dither)
     if not _needs_grad(weight, step):
-        return _FakeQuantize.forward(weight, step, grid, surrogate, grad_scale)
-    return cast(Tensor, _FakeQuantize.apply(weight, step, grid, surrogate, grad_scale))
+        return _FakeQuantize.forward(*arguments)
+    return cast(Tensor, _FakeQuantize.apply(*arguments))
 
 
 def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -53,31 +60,40 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, step: Tensor, grid: Grid, surrogate: Surrogate, grad_scale: float
+        weight: Tensor,
+        step: Tensor,
+        grid: Grid,
+        surrogate: Surrogate,
+        grad_scale: float,
+        dither: Tensor | None,
     ) -> Tensor:
-        return grid.round(weight / step) * step
+        return _rounded(weight / step, grid, dither) * step
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale = inputs
+        weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale, dither = inputs
         if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
             return  # the gradient passes as it is, so nothing has to be kept alive
-        ctx.save_for_backward(weight, step)
+        ctx.save_for_backward(weight, step, dither)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
-            return grad, None, None, None, None
-        weight, step = ctx.saved_tensors
+            return grad, None, None, None, None, None
+        weight, step, dither = ctx.saved_tensors
         x = weight / step
         slope = ctx.surrogate.slope(x, ctx.grid)
         grad_weight = grad * slope if ctx.needs_input_grad[0] else None
         grad_step = None
         if ctx.needs_input_grad[1]:
-            per_weight = grad * (ctx.grid.round(x) - x * slope)
+            per_weight = grad * (_rounded(x, ctx.grid, dither) - x * slope)
             grad_step = per_weight.sum_to_size(step.shape) * ctx.grad_scale
-        return grad_weight, grad_step, None, None, None
+        return grad_weight, grad_step, None, None, None, None
+
+
+def _rounded(x: Tensor, grid: Grid, dither: Tensor | None) -> Tensor:
+    return grid.round(x if dither is None else x + dither)
 
 
 class _EffectiveStep(torch.autograd.Function):

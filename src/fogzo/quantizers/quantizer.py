@@ -36,6 +36,9 @@ class Quantizer:
             consecutive inputs that share a step.
         scale_dtype: Round step sizes to this dtype in the forward (``torch.float16``, say), so
             that what is trained is exactly what a low-bit file can hold.
+        stochastic: In training, round up or down at random, up the more often the nearer: the
+            mean of the rounded weight is then the weight, inside the range. Draws from torch's
+            global stream, which FOGZO's probes replay. Codes are those of rounding to nearest.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
     >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
@@ -50,6 +53,7 @@ class Quantizer:
     rotation: Hadamard | None = None
     granularity: Granularity = "tensor"
     scale_dtype: torch.dtype | None = None
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
         check_granularity(self.granularity)
@@ -65,7 +69,13 @@ class Quantizer:
         groups = self._groups(weight.detach(), output_dim)
         return self._measure(groups) if self.scale.has_state else None
 
-    def __call__(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
+    def __call__(
+        self,
+        weight: Tensor,
+        step: Tensor | None = None,
+        output_dim: int = 0,
+        training: bool = False,
+    ) -> Tensor:
         """The quantized weight, of the weight's shape and dtype.
 
         Args:
@@ -73,12 +83,16 @@ class Quantizer:
             step: Step sizes of shape (groups, 1), as `initial_step` or `current_step` returns
                 them. None measures the weight.
             output_dim: Which dimension holds the output channels.
+            training: Whether a stochastic quantizer rounds at random or to nearest.
         """
         groups = self._groups(weight, output_dim)
         step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
         grad_scale = self.scale.grad_scale(groups, self.grid)
         surrogate = resolve_surrogate(self.surrogate, self.grid)
-        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale)
+        dither = None
+        if self.stochastic and training:
+            dither = (torch.rand_like(groups) - 0.5) * self.grid.spacing
+        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale, dither)
         return self._ungroup(quantized, weight, output_dim)
 
     @torch.no_grad()

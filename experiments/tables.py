@@ -87,7 +87,8 @@ def cost_table(report: dict[str, Any]) -> str:
     facts = report["environment"]
     note = (
         f"Medians of paired measurements, {report['threads']} thread(s), {facts['processor']}, "
-        f"torch {facts['torch']}, {facts['date']}.\n"
+        f"torch {facts['torch']}, {facts['date']}. `import fogzo` takes "
+        f"{report['import_seconds']:.2f} s after `import torch`.\n"
     )
     return markdown(heading, rows) + "\n" + note
 

@@ -80,3 +80,10 @@ def test_help_lists_commands_and_recipes():
         assert done.returncode == 0
         assert "digits-mlp" in done.stdout
     assert "--kappa" in fogzo("train", "digits-mlp", "--help").stdout
+
+
+def test_without_its_extra_the_command_says_how_to_install_it():
+    code = "import sys; sys.modules['tyro'] = None; import fogzo.cli.main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fogzo: the commands need tyro: pip install 'fogzo[cli]'"

@@ -68,6 +68,7 @@ def test_the_probes_need_one_copy_of_the_weights_and_one_layer_at_most(step_cost
 
 def test_the_committed_cost_meets_its_bounds():
     report = json.loads((ROOT / "benchmarks" / "step_cost.json").read_text(encoding="utf-8"))
+    assert report["import_seconds"] < 0.3
     for case in report["cases"]:
         small = case["quantized_weights"] < 1_000_000
         assert case["extra_peak_mib"] <= case["weights_mib"] + 3 * case["largest_layer_mib"]

@@ -1,5 +1,6 @@
 """Images as tensors: embedded digits, or whatever `datasets` reads."""
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,6 +75,8 @@ def _from_datasets(dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise ValueError(
             f"reading {dataset!r} needs the datasets library: pip install 'fogzo[data]'"
         ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if dataset.startswith((".", "/", "~")) and not Path(dataset).expanduser().is_dir():
         raise ValueError(
             f"there is no folder {dataset!r}: give one with train and test files, a hub id such "

@@ -16,15 +16,27 @@ Advance = Callable[[int, int, str], None]
 """Called with (done, total, what to say)."""
 
 ROW_LABELS = {
-    "float": "float (no quantization)",
+    "float": "float",
     "ste": "STE",
     "ste-unmasked": "STE, unmasked",
-    "placebo": "placebo (FOGZO's noise, no losses)",
-    "lambda": "lambda only (beta = 1)",
+    "placebo": "placebo",
+    "lambda": "lambda only",
     "fogzo": "FOGZO",
     "fogzo-paired": "FOGZO, paired",
     "control-variate": "control variate",
     "spsa": "n-SPSA",
+}
+
+MEANINGS = {
+    "float": "no quantization",
+    "ste": "the recipe's straight-through estimator",
+    "ste-unmasked": "STE with slope 1 everywhere",
+    "placebo": "STE plus noise of FOGZO's law and size, no loss measured",
+    "lambda": "STE times the measured agreement, no noise (beta = 1)",
+    "fogzo": "the measured slopes along STE's direction plus noise",
+    "fogzo-paired": "FOGZO with both signs of STE's direction for each noise",
+    "control-variate": "STE plus what the measured slopes add to its prediction",
+    "spsa": "the measured slopes along noise alone",
 }
 
 

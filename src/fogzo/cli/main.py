@@ -70,8 +70,7 @@ def _compare(arguments: Sequence[str]) -> None:
     config = _parse("compare", arguments, defaults)
     if config.base.estimator != defaults[arguments[0]].base.estimator:
         raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
-    total = len(config.rows) * len(config.grid) * config.num_seeds
-    with display.progress(total, "comparing") as advance:
+    with display.progress(1, "comparing") as advance:
         results = compare(config, lambda done, known: advance(done, known, "runs"))
     path = report.write_compare_report(config, results)
     display.compare_results(results, path)

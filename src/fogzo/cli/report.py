@@ -55,7 +55,7 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
 
         def agreement(axes: Axes) -> None:
             steps = [m["step"] for m in measured]
-            axes.plot(steps, [m["agreement"] for m in measured], color="black", linewidth=0.8)
+            axes.plot(steps, _smooth([m["agreement"] for m in measured]), color="black")
             _mark_one(axes)
 
         plots.append(_plot("Agreement", _AGREEMENT, agreement))
@@ -121,6 +121,10 @@ def write_compare_report(config: CompareConfig, results: Results) -> Path:
         f"rates {', '.join(f'{rate:g}' for rate in results['grid'])}; the one with the lowest "
         "validation loss is reported, on test data. All rows share initial weights, batches and "
         "seeds.",
+        "The rows: "
+        + "; ".join(f"{display.ROW_LABELS[name]}, {display.MEANINGS[name]}" for name in config.rows)
+        + '. "As long as FOGZO" gives a row as many steps as fit into FOGZO\'s seconds, from step '
+        "times measured in turns.",
         *display.findings(results),
     ]
     return _write(
@@ -146,7 +150,8 @@ def write_compare_report(config: CompareConfig, results: Results) -> Path:
 
 _AGREEMENT = (
     "The measured slope of the quantized loss along the STE gradient, divided by the slope STE "
-    "predicts: 1 where STE is right, below 1 where it promises too much, negative where it climbs."
+    "predicts: 1 where STE is right, below 1 where it promises too much, negative where it climbs. "
+    "A running mean of nine logged steps."
 )
 
 
@@ -209,8 +214,20 @@ def _learning_rates(axes: Axes, rows: Sequence[Results]) -> None:
 
 
 def _agreements(axes: Axes, rows: Sequence[Results]) -> None:
-    _curves(axes, rows, "step", "agreement", "step", "agreement")
+    smooth = []
+    for row in rows:
+        points = [p for p in row["curve"] if p.get("agreement") is not None]
+        values = _smooth([p["agreement"] for p in points])
+        curve = [{"step": p["step"], "agreement": v} for p, v in zip(points, values, strict=True)]
+        smooth.append({**row, "curve": curve})
+    _curves(axes, smooth, "step", "agreement", "step", "agreement")
     _mark_one(axes)
+
+
+def _smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+    """A running mean: one step's agreement has the noise of a few flipped weights."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _mark_one(axes: Axes) -> None:

@@ -20,6 +20,7 @@ import tyro
 from fogzo.recipes.config import TrainConfig, to_json
 from fogzo.recipes.environment import environment
 from fogzo.recipes.run_folder import dumps, read_metrics, write_text
+from fogzo.recipes.timing import run_seconds
 from fogzo.recipes.train import DivergedError, train
 
 RowName = Literal[
@@ -115,7 +116,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
 
     Args:
         config: What to compare.
-        on_run: Called after every finished run with (runs done, runs known so far).
+        on_run: Called after every finished run with (runs done, runs in all).
 
     Returns:
         The results, as in results.json.
@@ -126,12 +127,15 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
     with ProcessPoolExecutor(
         config.workers, mp_context=get_context("spawn"), initializer=_start_worker
     ) as pool:
+        # First and alone, so that nothing else runs on the machine meanwhile.
+        base = replace(config.base, learning_rate=min(config.grid))
+        seconds = pool.submit(
+            run_seconds, {name: ROWS[name](base) for name in config.rows}
+        ).result()
         runs = [run for name in config.rows for run in _runs(config, name, "steps")]
-        outcomes = _execute(pool, runs, on_run, 0)
         if config.equal_time and "fogzo" in config.rows:
-            longer = list(_equal_time_runs(config, runs, outcomes))
-            outcomes += _execute(pool, longer, on_run, len(runs))
-            runs += longer
+            runs += _equal_time_runs(config, seconds)
+        outcomes = _execute(pool, runs, on_run)
     rows = [
         _summarise(name, budget, config.grid, _of(runs, outcomes, name, budget))
         for budget in ("steps", "time")
@@ -142,6 +146,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         "recipe": config.base.recipe,
         "environment": environment(),
         "grid": config.grid,
+        "run_seconds_measured_in_turns": seconds,
         "rows": rows,
         "differences": _differences(rows),
     }
@@ -161,22 +166,18 @@ def _runs(
             yield _Run(name, budget, ROWS[name](changed))
 
 
-def _equal_time_runs(
-    config: CompareConfig, runs: Sequence[_Run], outcomes: Sequence[Results]
-) -> Iterable[_Run]:
+def _equal_time_runs(config: CompareConfig, seconds: dict[str, float]) -> list[_Run]:
     """Each cheaper quantized row again, with as many steps as fit into FOGZO's seconds."""
-    step_seconds = {
-        name: statistics.median(o["seconds"] / o["steps"] for _, o in _of(runs, outcomes, name))
-        for name in config.rows
-    }
+    runs: list[_Run] = []
     for name in config.rows:
-        ratio = step_seconds["fogzo"] / step_seconds[name]
+        ratio = seconds["fogzo"] / seconds[name]
         if name not in ("float", "fogzo") and ratio > 1.02:
-            yield from _runs(config, name, "time", round(config.base.max_steps * ratio))
+            runs += _runs(config, name, "time", round(config.base.max_steps * ratio))
+    return runs
 
 
 def _of(
-    runs: Sequence[_Run], outcomes: Sequence[Results], name: str, budget: str = "steps"
+    runs: Sequence[_Run], outcomes: Sequence[Results], name: str, budget: str
 ) -> list[tuple[_Run, Results]]:
     pairs = zip(runs, outcomes, strict=True)
     return [(run, o) for run, o in pairs if run.row == name and run.budget == budget]
@@ -186,14 +187,13 @@ def _execute(
     pool: ProcessPoolExecutor,
     runs: Sequence[_Run],
     on_run: Callable[[int, int], None] | None,
-    done: int,
 ) -> list[Results]:
     futures = {pool.submit(_one_run, run.config): i for i, run in enumerate(runs)}
     outcomes: list[Results] = [{}] * len(runs)
     for finished, future in enumerate(as_completed(futures), start=1):
         outcomes[futures[future]] = future.result()
         if on_run is not None:
-            on_run(done + finished, done + len(runs))
+            on_run(finished, len(runs))
     return outcomes
 
 

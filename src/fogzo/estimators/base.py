@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,19 @@ class Combination(NamedTuple):
     guide: float
     noise: list[tuple[int, float]]
     agreement: float | None = None
+
+
+class EstimatorOptions(TypedDict, total=False):
+    """The keyword arguments that every member of the family takes; see `GradientEstimator`."""
+
+    num_samples: int
+    noise_share: float | NoiseShare | None
+    seed: int
+    coordinates: Coordinates
+    noise_shape: NoiseShape
+    noise_on_masked: bool
+    track_flips: bool
+    model: nn.Module | None
 
 
 class GradientEstimator(ABC):

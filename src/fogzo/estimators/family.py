@@ -2,10 +2,16 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Unpack
 
 from fogzo.directions import Directions
-from fogzo.estimators.base import Combination, GradientEstimator, Probe, mean_along_probes
+from fogzo.estimators.base import (
+    Combination,
+    EstimatorOptions,
+    GradientEstimator,
+    Probe,
+    mean_along_probes,
+)
 from fogzo.schedules import default_kappa, noise_share_from_kappa
 from fogzo.weights import WeightLike
 
@@ -27,7 +33,11 @@ class FogzoEstimator(GradientEstimator):
     """
 
     def __init__(
-        self, weights: Iterable[WeightLike], *, paired: bool = False, **options: Any
+        self,
+        weights: Iterable[WeightLike],
+        *,
+        paired: bool = False,
+        **options: Unpack[EstimatorOptions],
     ) -> None:
         super().__init__(weights, **options)
         self.paired = paired
@@ -66,7 +76,7 @@ class SpsaEstimator(GradientEstimator):
 
     needs_gradient = False
 
-    def __init__(self, weights: Iterable[WeightLike], **options: Any) -> None:
+    def __init__(self, weights: Iterable[WeightLike], **options: Unpack[EstimatorOptions]) -> None:
         if "noise_share" in options:
             raise ValueError(
                 "SpsaEstimator has no guide, its directions are noise only: leave noise_share out, "

@@ -469,3 +469,14 @@ def test_a_composed_quantizer_equals_its_preset():
 def test_a_bad_argument_is_refused_with_a_good_one(make, advice):
     with pytest.raises(ValueError, match=advice):
         make()
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "identity_unmasked", "trust"])
+def test_a_learned_step_has_lsqs_gradient_under_every_identity(surrogate):
+    # An unmasked rule must not pull the step by the distance of weights far outside the range.
+    w = torch.tensor([[0.2, -0.7, 1.9, 40.0]], requires_grad=True)
+    step = torch.ones(1, 1, requires_grad=True)
+    quantizer = fogzo.lsq(2, surrogate=surrogate)
+    quantizer(w, step).sum().backward()
+    expected = (0.5 - 0.2) + (-0.5 + 0.7) + 1.5 + 1.5
+    assert float(step.grad) == pytest.approx(expected / (4 * 1.5) ** 0.5)

@@ -21,7 +21,8 @@ def fake_quantize(
 ) -> Tensor:
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
-    For the clipped identity the second is LSQ's scale gradient. Only the inputs are kept for the
+    For the clipped identity the second is LSQ's scale gradient, and so it is for rules that pass
+    gradients beyond the range (`Surrogate.step_slope`). Only the inputs are kept for the
     backward pass, so a quantized layer stores no tensor of its own.
 
     Args:
@@ -83,10 +84,12 @@ class _FakeQuantize(torch.autograd.Function):
             return grad, None, None, None, None, None
         weight, step, dither = ctx.saved_tensors
         x = weight / step
-        slope = ctx.surrogate.slope(x, ctx.grid)
-        grad_weight = grad * slope if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_weight = grad * ctx.surrogate.slope(x, ctx.grid)
         grad_step = None
         if ctx.needs_input_grad[1]:
+            slope = ctx.surrogate.step_slope(x, ctx.grid)
             per_weight = grad * (_rounded(x, ctx.grid, dither) - x * slope)
             grad_step = per_weight.sum_to_size(step.shape) * ctx.grad_scale
         return grad_weight, grad_step, None, None, None, None

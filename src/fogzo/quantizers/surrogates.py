@@ -67,6 +67,17 @@ class Surrogate:
             total = total + density(x - threshold)
         return total if grid.spacing == 1 else total * grid.spacing
 
+    def step_slope(self, x: Tensor, grid: Grid) -> Tensor:
+        """The slope in the step size's gradient ``Q(x) - x h'(x)``.
+
+        It is `slope` where a law gives one. A rule that lets gradients pass outside the range
+        would pull the step without bound there, against the levels that are really used, so its
+        step gets LSQ's gradient, masked at the range.
+        """
+        if self.range_slack:
+            return (x >= grid.low) & (x <= grid.high)
+        return self.slope(x, grid)
+
     def smooth(self, x: Tensor, grid: Grid) -> Tensor:
         """``h(x) = E Q(x + z)``, the smooth function whose slope the backward pass uses.
 

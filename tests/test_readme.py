@@ -72,5 +72,6 @@ def test_the_committed_cost_meets_its_bounds():
     for case in report["cases"]:
         small = case["quantized_weights"] < 1_000_000
         assert case["extra_peak_mib"] <= case["weights_mib"] + 3 * case["largest_layer_mib"]
-        if small or "batch 128" not in case["case"]:  # see the README on wide layers, small batches
-            assert case["fogzo_over_floor"] <= (1.35 if small else 1.10), case["case"]
+        if case["case"] == "MLP 784-1024-256-10, batch 128":
+            continue  # misses the bound, as the README says
+        assert case["fogzo_over_floor"] <= (1.35 if small else 1.10), case["case"]

@@ -21,6 +21,8 @@ suite: .venv/installed
 
 benchmarks: .venv/installed  ## measure again what the README says of cost
 	$(BIN)/python benchmarks/step_cost.py --output benchmarks/step_cost.json
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_cost.py --threads 2 \
+		--output benchmarks/step_cost_2_threads.json
 
 results: .venv/installed  ## rewrite the README's tables from the committed JSON
 	$(BIN)/python experiments/tables.py

@@ -66,8 +66,9 @@ def test_the_probes_need_one_copy_of_the_weights_and_one_layer_at_most(step_cost
     assert result["extra_peak_mib"] < result["weights_mib"] + 3 * result["largest_layer_mib"]
 
 
-def test_the_committed_cost_meets_its_bounds():
-    report = json.loads((ROOT / "benchmarks" / "step_cost.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["step_cost", "step_cost_2_threads"])
+def test_the_committed_cost_meets_its_bounds(name):
+    report = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
     assert report["import_seconds"] < 0.3
     for case in report["cases"]:
         small = case["quantized_weights"] < 1_000_000

@@ -24,7 +24,7 @@ benchmarks: .venv/installed  ## measure again what the README says of cost
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_cost.py --threads 2 \
 		--output benchmarks/step_cost_2_threads.json
 
-results: .venv/installed  ## rewrite the README's tables from the committed JSON
+results: .venv/installed  ## rewrite the README's tables and the reports from the committed JSON
 	$(BIN)/python experiments/tables.py
 
 .venv/installed: pyproject.toml constraints.txt

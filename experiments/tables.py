@@ -1,4 +1,6 @@
-"""Rewrite the README's tables from the committed JSON; --check fails where they differ.
+"""Rewrite the README's tables and the reports from the committed JSON.
+
+With --check nothing is written, and tables that differ are an error.
 
     python experiments/tables.py [--check]
 
@@ -10,17 +12,21 @@ import argparse
 import json
 import re
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from fogzo.cli import display
+from fogzo.cli.report import write_compare_report
+from fogzo.recipes.compare import CompareConfig
+from fogzo.recipes.config import from_dict
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite or check the README."""
+    """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     readme = ROOT / "README.md"
@@ -28,6 +34,10 @@ def main() -> None:
     after = MARKED.sub(lambda match: marked_table(match[1]), before)
     if not parser.parse_args().check:
         readme.write_text(after, encoding="utf-8")
+        with chdir(ROOT):  # where the configs' output folders begin
+            for path in Path("experiments").glob("*/results.json"):
+                config = from_dict(CompareConfig, read(path.with_name("config.json")))
+                write_compare_report(config, read(path))
     elif after != before:
         sys.exit("README.md differs from the committed results: run make results")
 

@@ -35,6 +35,7 @@ def test_a_config_of_another_version_is_refused():
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"num_samples": 0}, "--num-samples"),
         ({"estimator": "spsa", "start": 0.5}, "--start"),
+        ({"estimator": "control-variate", "start": 0.5}, "--start"),
         ({"quantizer": QuantizerConfig(bits=9)}, "from 1 to 8"),
         ({"quantizer": QuantizerConfig(preset="quest", init="mse")}, "--quantizer.init"),
     ],

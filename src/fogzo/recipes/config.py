@@ -95,9 +95,9 @@ class TrainConfig:
     num_samples: int = 1
     """n, directions probed a step."""
     kappa: float = 0.1
-    """Noise-to-signal power at the end of training, which sets the noise share from d and n."""
+    """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
     start: float = 0.0
-    """Fraction of steps that are plain STE before the estimator switches on."""
+    """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
     batch_size: int = 128
     """Images a step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -128,8 +128,10 @@ class TrainConfig:
             raise ValueError(
                 f"learning_rate must be positive, got {self.learning_rate}: --learning-rate 3e-3"
             )
-        if self.estimator == "spsa" and self.start:
-            raise ValueError("spsa has no STE phase before it: leave --start out")
+        if self.start and self.estimator in ("spsa", "control-variate"):
+            raise ValueError(
+                f"{self.estimator} has no STE phase before it: leave --start out, or this row"
+            )
         self.quantizer.build()
 
 

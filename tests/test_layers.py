@@ -19,6 +19,7 @@ LEVELS = {
     "rng": 0,
     "schedules": 0,
     "weights": 1,
+    "activations": 1,
     "attach": 1,
     "directions": 1,
     "probes": 1,

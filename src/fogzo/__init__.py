@@ -8,6 +8,7 @@ estimator.refine_grads_(lambda: loss_fn(model(x), y), expected_loss=loss)
 optimizer.step()
 """
 
+from fogzo.activations import calibrate_
 from fogzo.attach import dequantize_, quantize_, quantized_weights
 from fogzo.estimators import (
     ControlVariateEstimator,
@@ -15,7 +16,7 @@ from fogzo.estimators import (
     PlaceboEstimator,
     SpsaEstimator,
 )
-from fogzo.quantizers import Quantizer, fixed, lsq, quest, sign, ternary
+from fogzo.quantizers import Quantizer, abs_max, fixed, lsq, quest, sign, ternary
 from fogzo.schedules import linear_noise_share
 from fogzo.weights import QuantizedWeight
 
@@ -28,6 +29,8 @@ __all__ = [
     "QuantizedWeight",
     "Quantizer",
     "SpsaEstimator",
+    "abs_max",
+    "calibrate_",
     "dequantize_",
     "fixed",
     "linear_noise_share",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fogzo.activations import Activations, QuantizedInput, activation_quantizers
+from fogzo.collectives import full, is_sharded, reshard, sharded_dims
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.weights import QuantizedWeight, check_parameter
 
@@ -21,7 +23,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _HEAD_NAMES = {"lm_head", "classifier", "head", "fc", "score", "qa_outputs", "embed_out"}
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(QuantizedInput):
     """Mixed into a layer's class by `quantize_`: the layer's own forward sees quantized weights.
 
     ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
@@ -34,6 +36,7 @@ class QuantizedLayer(nn.Module):
     weight_step: Tensor | None
     output_dim: int
     _frozen_step: Tensor | None
+    _forward_dtype: torch.dtype | None = None  # in which FSDP gathers the weight
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward uses, differentiable by the surrogate."""
@@ -41,6 +44,9 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on quantized weights."""
+        self.__dict__["_forward_dtype"] = self.weight.dtype
+        if self.activation_quantizer is not None:
+            args = self.with_quantized_input(args)
         # An instance attribute hides the parameter of that name, whatever the class's forward is.
         self.__dict__["weight"] = self.quantized_weight()
         try:
@@ -49,12 +55,18 @@ class QuantizedLayer(nn.Module):
             del self.__dict__["weight"]
 
     def step_size(self) -> Tensor:
-        """Step sizes in use, broadcastable to the weight."""
-        return self.quantizer.step_size(self.weight, self._step(), self.output_dim)
+        """Step sizes in use, broadcastable to the weight.
+
+        Of a layer that FSDP has sharded, all ranks have to ask for them together, as for `codes`:
+        the step sizes are gathered, or the weight that they are measured from.
+        """
+        return self.quantizer.step_size(*self._gathered(), self.output_dim)
 
     def codes(self) -> Tensor:
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
-        return self.quantizer.codes(self.weight, self._step(), self.output_dim)
+        step = self._step()
+        step = None if step is None else full(step)
+        return self.quantizer.codes(self._whole_weight(), step, self.output_dim)
 
     @contextmanager
     def frozen_step(self) -> Iterator[None]:
@@ -62,7 +74,8 @@ class QuantizedLayer(nn.Module):
         if self.quantizer.scale.has_state:
             yield
             return
-        self._frozen_step = self.quantizer.current_step(self.weight, None, self.output_dim)
+        # Not by way of a local variable, which would keep a gathered weight until the end.
+        self._frozen_step = self.quantizer.current_step(self._whole_weight(), None, self.output_dim)
         try:
             yield
         finally:
@@ -70,6 +83,18 @@ class QuantizedLayer(nn.Module):
 
     def _step(self) -> Tensor | None:
         return self.weight_step if self._frozen_step is None else self._frozen_step
+
+    def _whole_weight(self) -> Tensor:
+        """The weight as a forward sees it, outside of one."""
+        if not is_sharded(self.weight):
+            return self.weight
+        weight = full(self.weight)
+        return weight.to(self._forward_dtype or weight.dtype)
+
+    def _gathered(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and all of its step sizes; of the weight only the shape if it has some."""
+        step = self._step()
+        return (self._whole_weight(), None) if step is None else (self.weight, full(step))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint has no step sizes: measure its weights instead of keeping stale ones.
@@ -89,20 +114,21 @@ class QuantizedLayer(nn.Module):
         return own if description in own else f"Quantized{own[:-1]}, {description})"
 
     def _description(self) -> str:
-        quantizer = self.quantizer
-        surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
-        return (
-            f"{quantizer.grid.name}, {quantizer.scale.kind} scale "
-            f"per {quantizer.granularity}, {surrogate}"
-        )
+        own, of_input = _describe(self.quantizer), self.activation_quantizer
+        return own if of_input is None else f"{own}; input: {_describe(of_input)}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so pickle must be told how to make it again.
         return _new_layer, (_plain_class(self),), self.__getstate__()
 
 
-def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = None) -> ModelT:
-    """Quantize the weights of a model's layers in place.
+def quantize_(
+    model: ModelT,
+    quantizer: Quantizer,
+    filter_fn: FilterFn | None = None,
+    activations: Activations = None,
+) -> ModelT:
+    """Quantize the weights of a model's layers in place and, if you like, the layers' inputs.
 
     Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are supported,
     with their subclasses. By default embeddings and output heads stay as they are: layers whose
@@ -114,6 +140,11 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
         model: Any module; its layers keep their identity, hooks, names and parameters.
         quantizer: A preset such as ``fogzo.lsq(bits=2)``, or a composed `Quantizer`.
         filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
+        activations: How the first input of each of these layers is quantized, embeddings apart:
+            a preset, or ``activations(module, name)`` that returns one or None. None leaves
+            inputs in float. `fixed` and `lsq` measure their step in the first training forward or
+            by `calibrate_`, and take unsigned levels where no input is negative (after a ReLU);
+            ``levels="unsigned"`` decides that beforehand.
 
     Returns:
         The same model.
@@ -127,6 +158,12 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
             f"quantizer must be a fogzo.Quantizer, got {type(quantizer).__name__}: "
             "for example fogzo.quantize_(model, fogzo.lsq(bits=2))"
         )
+    if quantizer.granularity == "token":
+        raise ValueError(
+            'weights have no tokens, but the quantizer has granularity="token": use "channel", '
+            'one step an output channel, for example fogzo.lsq(bits=2, granularity="channel")'
+        )
+    reshard([model])
     layers = {name: m for name, m in model.named_modules() if output_dim(m) is not None}
     selected = _select(model, layers, filter_fn)
     one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
@@ -146,8 +183,10 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
             if step is not None and quantizer.scale.kind == "learned":
                 step = nn.Parameter(step)
             steps[id(layer.weight)] = step
-    for layer in selected.values():
+    inputs = activation_quantizers(selected, activations)
+    for name, layer in selected.items():
         _attach(layer, quantizer, steps[id(layer.weight)])
+        cast(QuantizedLayer, layer).attach_input(inputs[name])
     _leave_fast_path(model)
 
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
@@ -160,10 +199,16 @@ def quantize_(model: ModelT, quantizer: Quantizer, filter_fn: FilterFn | None = 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     """The quantized weights of a model, tied ones once, in the order of its modules.
 
+    Call it after ``fully_shard(model)``, which replaces the parameters.
+
     Returns:
         Records with ``.name``, ``.param`` (latent), ``.step_size()`` and ``.surrogate``; they
         also read out ``.codes()``.
+
+    Raises:
+        ValueError: If FSDP has cut a rotated weight along the dimension that is rotated.
     """
+    reshard([model])  # else the outermost module's parameters may be the gathered ones
     shared: dict[int, list[tuple[str, QuantizedLayer]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
@@ -174,14 +219,22 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 def dequantize_(model: ModelT) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
+    Activation quantizers are dropped: the plain layers take their inputs in float.
+
     Raises:
-        ValueError: If nothing in the model is quantized.
+        ValueError: If nothing in the model is quantized, or FSDP has sharded it.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     if not layers:
         raise ValueError(
             "nothing in this model is quantized: first call "
             "fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
+    reshard([model])
+    if any(is_sharded(layer.weight) for layer in layers):
+        raise ValueError(
+            "this model is sharded: load its full state_dict into a model that is not, quantized "
+            "alike, and call fogzo.dequantize_ on that one"
         )
     baked: set[int] = set()
     for layer in layers:
@@ -191,6 +244,8 @@ def dequantize_(model: ModelT) -> ModelT:
                 nearest = layer.quantizer(layer.weight, layer.weight_step, layer.output_dim)
                 layer.weight.copy_(nearest)
         del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step
+        layer.__dict__.pop("_forward_dtype", None)
+        layer.detach_input()
         cast(nn.Module, layer).__class__ = _plain_class(layer)
     return model
 
@@ -221,12 +276,21 @@ def _quantized_class(plain: Any) -> Any:
 def _plain_class(layer: nn.Module) -> type:
     """The class that `_quantized_class` was given, whatever other tools mixed in on top."""
     mro = type(layer).__mro__
-    return mro[mro.index(QuantizedLayer) + 1]
+    return mro[mro.index(QuantizedInput) + 1]
 
 
 def _new_layer(plain: type) -> nn.Module:
     cls = _quantized_class(plain)
     return cast(nn.Module, cls.__new__(cls))
+
+
+def _describe(quantizer: Quantizer) -> str:
+    """A quantizer in the words that a printed model shows."""
+    surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
+    return (
+        f"{quantizer.grid.name}, {quantizer.scale.kind} scale "
+        f"per {quantizer.granularity}, {surrogate}"
+    )
 
 
 def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None:
@@ -260,6 +324,14 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
     """The record of one weight and all the layers that share it."""
     layer = layers[0]
     quantizer = layer.quantizer
+    full_name = f"{name}.weight" if name else "weight"
+    if quantizer.rotation is not None and sharded_dims(layer.weight) - {layer.output_dim}:
+        raise ValueError(
+            f"{full_name!r} is rotated along its inputs, and no rank holds them all: cut it by "
+            "output, fully_shard(..., shard_placement_fn=lambda p: "
+            f"Shard({layer.output_dim}) if p is model.{full_name} else None), or quantize it "
+            "without rotation"
+        )
 
     @contextmanager
     def frozen_steps() -> Iterator[None]:
@@ -269,7 +341,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
             yield
 
     return QuantizedWeight(
-        name=f"{name}.weight" if name else "weight",
+        name=full_name,
         param=layer.weight,
         step_size=layer.step_size,
         surrogate=cast(Surrogate, quantizer.surrogate),
@@ -327,6 +399,11 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             "not isinstance(module, fogzo.attach.QuantizedLayer)"
         )
     check_parameter(f"{name}.weight", layer.weight)
+    if is_sharded(cast(Tensor, layer.weight)):
+        raise ValueError(
+            f"{name!r} is sharded already, and FSDP would not know of its step sizes: "
+            "fogzo.quantize_(model, quantizer) first, then fully_shard(model)"
+        )
     if getattr(layer, "sparse", False):
         raise ValueError(
             f"{name!r} has sparse gradients, which no rounding passes on: build it with "

@@ -1,18 +1,29 @@
-"""What ranks must agree on: the mean of the probe losses. Nothing happens in a single process."""
+"""What ranks exchange, and the shards they hold of a weight. Nothing happens in a single process.
 
-from collections.abc import Sequence
+FSDP2 (`torch.distributed.fsdp.fully_shard`) leaves each rank some rows of every weight, as the
+local tensor of a DTensor. The functions here pass any other tensor through untouched.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def mean_over_ranks(losses: Sequence[Tensor], device: torch.device) -> list[float]:
     """The mean over ranks of each loss, in one all-reduce, so that all take the same step.
 
-    Gradients are averaged by then (DDP) and all ranks draw the same directions from the same
-    seed, so these scalars are the only thing left to exchange. A non-finite loss on one rank
-    makes the mean non-finite on all, and all fall back together.
+    Gradients are averaged by then (DDP, FSDP) and all ranks draw the same directions from the
+    same seed. A non-finite loss on one rank makes the mean non-finite on all, and all fall back
+    together.
 
     Args:
         losses: Scalars.
@@ -26,3 +37,127 @@ def mean_over_ranks(losses: Sequence[Tensor], device: torch.device) -> list[floa
         dist.all_reduce(together, op=dist.ReduceOp.SUM)
         together /= dist.get_world_size()
     return together.tolist()
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether other ranks hold other parts of this tensor."""
+    # Whoever shards a weight has imported this, and to import it here would cost all others 1 s.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def sharded_dims(tensor: Tensor) -> set[int]:
+    """The dimensions along which a tensor is cut into shards."""
+    return set(_cuts(tensor).values()) if is_sharded(tensor) else set()
+
+
+def check_placements(name: str, tensor: Tensor) -> None:
+    """Raise a `ValueError` unless each mesh dimension cuts a weight plainly or copies it."""
+    if not is_sharded(tensor):
+        return
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+        raise ValueError(
+            f"{name!r} has the placements {tensor.placements}, but only Shard and Replicate are "
+            "supported: use FSDP2 without tensor parallelism, fully_shard(model)"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the tensor's own memory. Belongs under `torch.no_grad`."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered from all ranks, which have to ask for it together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor that belongs to this rank's part of ``like``, without communication.
+
+    Args:
+        tensor: The same on all ranks, broadcastable to ``like``.
+        like: What decides where to cut.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, dims = like.device_mesh, like.dim()
+    whole = tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape)
+    everywhere = [Replicate()] * mesh.ndim
+    placements: list[Placement] = list(everywhere)
+    for mesh_dim, dim in _cuts(like).items():
+        if whole.shape[dim] == like.shape[dim]:  # else of size 1, for all ranks
+            placements[mesh_dim] = like.placements[mesh_dim]
+    replicated = DTensor.from_local(whole, mesh, everywhere, run_check=False)
+    part = replicated.redistribute(placements=placements).to_local()
+    return part.to(tensor.device)  # offloaded weights are not where their mesh is
+
+
+def sum_over_shards(
+    numbers: Sequence[float | Tensor], tensors: Sequence[Tensor]
+) -> list[float | Tensor]:
+    """Sums over the ranks that share each tensor, in float64 and one all-reduce a mesh.
+
+    Args:
+        numbers: What this rank's part of each tensor contributes, scalars.
+        tensors: One a number. Replicas of the same shard are not summed.
+    """
+    sums = list(numbers)
+    meshes: dict[tuple[Any, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            meshes.setdefault((tensor.device_mesh, *_cuts(tensor)), []).append(i)
+    for (mesh, *cuts), indices in meshes.items():
+        options: dict[str, Any] = {"dtype": torch.float64, "device": mesh.device_type}
+        together = torch.stack([torch.as_tensor(numbers[i], **options) for i in indices])
+        for dim in cuts:
+            dist.all_reduce(together, group=mesh.get_group(dim))
+        together = together.to(tensors[indices[0]].device)
+        totals = together.tolist() if together.is_cpu else together.unbind()
+        for i, total in zip(indices, totals, strict=True):
+            sums[i] = total
+    return sums
+
+
+def compute_device(tensor: Tensor) -> torch.device:
+    """Where the model computes with a weight: not where it is stored, if FSDP offloads it."""
+    if is_sharded(tensor) and tensor.device.type != tensor.device_mesh.device_type:
+        return torch.empty(0, device=tensor.device_mesh.device_type).device
+    return tensor.device
+
+
+def reshard(models: Iterable[nn.Module]) -> None:
+    """Free the gathered weights that FSDP kept from a forward.
+
+    They are out of date once a shard is edited, and FSDP's outermost module would use them again.
+    """
+    for module in _fsdp_modules(models):
+        module.reshard()
+
+
+def recover(models: Iterable[nn.Module]) -> None:
+    """Let FSDP forget a forward that ended in an exception, and what it had gathered for it."""
+    for module in _fsdp_modules(models):
+        if hasattr(module, "reset_iter_state"):  # torch 2.6 has no such thing
+            # Only the outermost module may be asked, and only if a forward has begun.
+            with suppress(RuntimeError, AttributeError):
+                module.reset_iter_state()
+
+
+def _cuts(tensor: "DTensor") -> dict[int, int]:
+    """For each dimension of the mesh that shards a tensor, the tensor's dimension."""
+    from torch.distributed.tensor import Shard
+
+    return {i: p.dim for i, p in enumerate(tensor.placements) if isinstance(p, Shard)}
+
+
+def _fsdp_modules(models: Iterable[nn.Module]) -> "Iterator[FSDPModule]":
+    cls: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if cls is not None:
+        for model in models:
+            yield from (module for module in model.modules() if isinstance(module, cls))

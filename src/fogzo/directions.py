@@ -4,6 +4,10 @@ Everything happens in scale-normalised coordinates ``phi = theta / eps`` with
 ``eps = step_size * radius``, where every weight is one smoothing radius long. There a direction
 is ``v = guide * ghat + noise * u``: ``ghat`` is the first-order gradient ``g_phi = eps * g``
 divided by one global norm N, and u is independent noise drawn by each weight's smoothing law.
+
+Of a weight that FSDP has sharded, each rank perturbs its own rows. It draws the noise of the
+whole weight all the same, one weight at a time, so that all ranks agree on one direction, the
+one that a single process would take.
 """
 
 import math
@@ -13,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
 from fogzo.weights import QuantizedWeight
 
 Coordinates = Literal["scaled", "global"]
@@ -38,11 +43,11 @@ Factor = float | Tensor
 
 
 class _Prepared(NamedTuple):
-    """What one weight needs in this step: computed once, used for every sample."""
+    """What this rank's part of a weight needs in this step: computed once for every sample."""
 
     weight: QuantizedWeight
     dtype: torch.dtype  # to compute in
-    grad: Tensor | None  # as backward left it
+    grad: Tensor | None  # as backward left it, this rank's part
     eps: Factor
     guide_factor: Factor  # eps^2 / N: eps * ghat = guide_factor * g
     rms_ratio: Factor | None  # noise_shape="tensor_rms": this tensor's rms over the global one
@@ -75,11 +80,16 @@ class Directions:
         self._seeds: dict[int, int] = {}
         self.grad_scale = grad_scale
         self.noise_on_masked = noise_on_masked
-        eps = [_eps(weight) for weight in weights]
+        params = [weight.param for weight in weights]
         if coordinates == "global":
-            eps = [_global_eps(weights, eps)] * len(eps)
-        grads = [weight.param.grad for weight in weights]
+            eps = [_global_eps(weights)] * len(weights)
+        else:
+            eps = [_local_eps(weight) for weight in weights]
+        grads = [None if param.grad is None else local(param.grad) for param in params]
         norms = [_norm(*parts) for parts in zip(weights, grads, eps, strict=True)]
+        if any(map(is_sharded, params)):
+            squares = sum_over_shards([norm * norm for norm in norms], params)
+            norms = [square**0.5 for square in squares]
         scaled_norm = _global_norm(norms)
         #: ||g_phi|| in loss units, in float64.
         self.norm: Factor = scaled_norm / grad_scale
@@ -106,7 +116,7 @@ class Directions:
         return self._seeds[sample]
 
     def noise(self, sample: int) -> Iterator[Tensor]:
-        """u_i of each weight in turn, the same tensors whenever it is called."""
+        """u_i of (this rank's part of) each weight in turn, the same whenever it is called."""
         generators: dict[torch.device, Generator] = {}
         for prepared in self._prepared:
             param = prepared.weight.param
@@ -115,6 +125,7 @@ class Directions:
                 generators[param.device] = Generator(param.device).manual_seed(seed)
             u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
             prepared.weight.surrogate.perturbation.sample_(u, generators[param.device])
+            u = shard_like(u, param)
             if prepared.rms_ratio is not None:
                 u.mul_(prepared.rms_ratio)
             if not self.noise_on_masked and prepared.grad is not None:
@@ -128,7 +139,7 @@ class Directions:
             weight, grad = prepared.weight, prepared.grad
             # Straight into the weight where that is as exact as one rounding at the end.
             direct = weight.rotate is None and weight.param.dtype == prepared.dtype
-            target: Tensor = weight.param
+            param = target = local(weight.param)
             if not direct:
                 target = torch.zeros_like(target, dtype=prepared.dtype, requires_grad=False)
             if u is not None:
@@ -137,19 +148,24 @@ class Directions:
                 grad = _rotated(weight, grad.to(prepared.dtype))
                 _add_product_(target, grad, prepared.guide_factor, guide)
             if not direct:
-                weight.param.copy_(_rotated(weight, target).add_(weight.param))
+                param.copy_(_rotated(weight, target).add_(param))
 
     def projections(self, samples: Sequence[int]) -> list[float]:
         """``u_i . g_phi`` of each sample, in loss units."""
-        totals = []
+        products: list[Factor] = []
         for sample in samples:
-            total: Factor = 0.0
             for prepared, u in zip(self._prepared, self.noise(sample), strict=True):
-                if prepared.grad is not None:
-                    grad = _rotated(prepared.weight, prepared.grad.to(u.dtype))
-                    total = total + torch.sum(u.mul_(grad).mul_(prepared.eps), dtype=torch.float64)
-            totals.append(float(total) / self.grad_scale)
-        return totals
+                if prepared.grad is None:
+                    products.append(0.0)
+                    continue
+                grad = _rotated(prepared.weight, prepared.grad.to(u.dtype))
+                products.append(torch.sum(u.mul_(grad).mul_(prepared.eps), dtype=torch.float64))
+        params = [prepared.weight.param for prepared in self._prepared]
+        products = sum_over_shards(products, params * len(samples))
+        return [
+            float(sum(products[start : start + len(params)])) / self.grad_scale
+            for start in range(0, len(products), len(params))
+        ]
 
     def write_grads_(self, guide: float, noise: Sequence[tuple[int, float]]) -> None:
         """``grad <- guide * grad + sum_i noise_i * u_i / eps``, at the scale the gradients have.
@@ -164,19 +180,20 @@ class Directions:
             total, scale = _weighted_sum(draws)
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-            elif guide == 0:
-                param.grad.zero_()  # not a product: 0 * inf would keep a broken gradient alive
+            grad = local(param.grad)
+            if guide == 0:
+                grad.zero_()  # not a product: 0 * inf would keep a broken gradient alive
             elif guide != 1:
-                param.grad.mul_(guide)
+                grad.mul_(guide)
             if total is None:
                 continue
             scale *= self.grad_scale
             # A group of weights whose step is zero has no coordinates to move in.
             inverse_eps = _inverse(prepared.eps)
             if prepared.weight.rotate is None:
-                _add_product_(param.grad, total, inverse_eps, scale)
+                _add_product_(grad, total, inverse_eps, scale)
             else:
-                param.grad.add_(prepared.weight.rotate(total.mul_(inverse_eps)), alpha=scale)
+                grad.add_(prepared.weight.rotate(total.mul_(inverse_eps)), alpha=scale)
 
 
 def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tensor | None, float]:
@@ -214,17 +231,25 @@ def _working_dtype(param: Tensor) -> torch.dtype:
 
 
 def _eps(weight: QuantizedWeight) -> Factor:
-    step = weight.step_size()
+    step = full(weight.step_size())
     radius = weight.surrogate.radius
     if step.numel() == 1 and step.is_cpu and weight.param.is_cpu:
         return float(step.item()) * radius
     return step.detach().to(weight.param.device, _working_dtype(weight.param)) * radius
 
 
-def _global_eps(weights: Sequence[QuantizedWeight], eps: Sequence[Factor]) -> Factor:
+def _local_eps(weight: QuantizedWeight) -> Factor:
+    eps = _eps(weight)
+    if isinstance(eps, float) or eps.numel() == 1:
+        return eps
+    return shard_like(eps, weight.param)
+
+
+def _global_eps(weights: Sequence[QuantizedWeight]) -> Factor:
     """The mean over all weights."""
     total: Factor = 0.0
-    for weight, e in zip(weights, eps, strict=True):
+    for weight in weights:
+        e = _eps(weight)
         mean = e if isinstance(e, float) else e.expand(weight.param.shape).mean(dtype=torch.float64)
         total = total + mean * weight.param.numel()
     mean = total / sum(weight.param.numel() for weight in weights)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
 from fogzo.rng import RngState
 from fogzo.weights import QuantizedWeight
 
@@ -23,14 +24,27 @@ class Probes:
 
     All of it belongs under `torch.no_grad`, as the weights are edited in place.
 
+    Of weights that FSDP has sharded, each rank edits and copies its shards only. What FSDP
+    gathered from them is freed before every probe and at the end.
+
     Args:
         weights: What may be perturbed.
         model: The model, if the records do not name it: its buffers and modes are protected.
+
+    Raises:
+        ValueError: If weights are sharded and nothing names their model.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight], model: nn.Module | None = None) -> None:
         models = [model, *(weight.model for weight in weights)]
         self._models = list(dict.fromkeys(m for m in models if m is not None))
+        self._sharded = [weight for weight in weights if is_sharded(weight.param)]
+        if self._sharded and not self._models:
+            raise ValueError(
+                f"{self._sharded[0].name!r} is sharded, and its model must be known, so that no "
+                "rank uses weights gathered before the perturbation: give the estimator "
+                "model=model, the module that fully_shard was called on last"
+            )
         self._weights = weights
         self._borrowed: Sequence[QuantizedWeight] = ()
         self._saved: list[Tensor] = []
@@ -46,6 +60,7 @@ class Probes:
     @contextmanager
     def loan(self, weights: Sequence[QuantizedWeight]) -> Iterator[None]:
         """Borrow these weights; `evaluate` and the perturbing methods work inside."""
+        self._reshard()
         before = self._rng_state()
         self._replay = self._recorded or before
         self._numpy_in_use = not self._replay.same_numpy(before)
@@ -67,8 +82,14 @@ class Probes:
             self._borrowed, self._saved = weights, [self._copy(weight.param) for weight in weights]
             try:
                 yield
+            except BaseException:
+                if self._sharded:
+                    recover(self._models)
+                raise
             finally:
                 self.reset_()
+                if self._sharded:
+                    reshard(self._models)
                 self._borrowed, self._saved = (), []
                 for param, grad in grads:
                     if param.grad is not grad:  # a closure with zero_grad() in it drops them
@@ -84,18 +105,33 @@ class Probes:
 
     def _rng_state(self) -> RngState:
         # Asked anew each time, as the model may have been moved.
-        return RngState({weight.param.device for weight in self._weights})
+        return RngState({compute_device(weight.param) for weight in self._weights})
+
+    def _reshard(self) -> None:
+        """Leave no gathered weights behind that were, or are about to be, perturbed."""
+        if not self._sharded:
+            return
+        reshard(self._models)
+        held = {id(p) for model in self._models for p in model.parameters()}
+        for weight in self._sharded:
+            if id(weight.param) not in held:
+                raise ValueError(
+                    f"FSDP keeps a gathered copy of {weight.name!r}, out of reach of the model "
+                    "that the estimator knows: give it model=model, the module that fully_shard "
+                    "was called on last, and make it after sharding"
+                )
 
     def _copy(self, param: Tensor) -> Tensor:
-        if param.device.type != "cpu":
-            return param.clone()
+        shard = local(param)
+        if shard.device.type != "cpu":
+            return shard.clone()
         # On an accelerator the copy lives only while activations do not. On a CPU it is kept:
         # allocating it anew makes the C library hand memory back and fetch it again in every
         # forward, which costs more than the copy.
         kept = self._kept.get(id(param))
-        if kept is None or kept.dtype != param.dtype or kept.shape != param.shape:
-            kept = self._kept[id(param)] = torch.empty_like(param, requires_grad=False)
-        return kept.copy_(param)
+        if kept is None or kept.dtype != shard.dtype or kept.shape != shard.shape:
+            kept = self._kept[id(param)] = torch.empty_like(shard, requires_grad=False)
+        return kept.copy_(shard)
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""
@@ -104,12 +140,12 @@ class Probes:
     def reset_(self) -> None:
         """Put the saved weights back while the loan goes on."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
-            weight.param.copy_(saved)
+            local(weight.param).copy_(saved)
 
     def mirror_(self) -> None:
         """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
         for weight, saved in zip(self._borrowed, self._saved, strict=True):
-            weight.param.lerp_(saved, 2.0)
+            local(weight.param).lerp_(saved, 2.0)
 
     def evaluate(self, closure: Closure) -> Tensor:
         """The closure's loss at the weights as they are, a scalar tensor.
@@ -118,6 +154,7 @@ class Probes:
             ValueError: If the closure returns anything but one number.
         """
         assert self._replay is not None, "evaluate() outside a loan"
+        self._reshard()
         self._replay.restore(numpy=self._numpy_in_use)
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()

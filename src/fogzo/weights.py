@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fogzo.collectives import check_placements
 from fogzo.quantizers.surrogates import Surrogate, identity
 
 StepSize = Callable[[], Tensor]
@@ -28,7 +29,8 @@ class QuantizedWeight:
             the identity unless you say otherwise.
         model: Its model. Known, its buffers and modes come back unchanged from every probe.
         rotate: The orthonormal, self-inverse change of basis in which the weight is rounded, and
-            so the one in which it is perturbed; None perturbs the weight itself.
+            so the one in which it is perturbed; None perturbs the weight itself. Of a sharded
+            weight it is given this rank's shard.
         codes: Returns the current integer codes, for counting flips.
         frozen_step: A context in which the quantizer keeps its present step sizes although its
             weights move, for scales that are measured from the weights.
@@ -64,6 +66,7 @@ def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]
     seen: dict[int, str] = {}
     for record in records:
         check_parameter(record.name, record.param)
+        check_placements(record.name, record.param)
         if id(record.param) in seen:
             raise ValueError(
                 f"{record.name!r} and {seen[id(record.param)]!r} are the same parameter: "

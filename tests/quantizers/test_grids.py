@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Generator
 
-from fogzo.quantizers import SIGN, TERNARY, Grid, uniform
+from fogzo.quantizers import SIGN, TERNARY, Grid, uniform, unsigned
 
 BITS = range(1, 9)
-GRIDS = [SIGN, TERNARY, *(uniform(b, levels) for b in BITS for levels in ("half", "integer"))]
+LEVELS = ("half", "integer", "unsigned")
+GRIDS = [SIGN, TERNARY, *(uniform(b, levels) for b in BITS for levels in LEVELS)]
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 
 
@@ -31,6 +32,19 @@ def test_half_levels_are_symmetric(bits):
     assert torch.equal(levels, -levels.flip(0))
     assert torch.equal(levels.diff(), torch.ones(2**bits - 1).double())
     assert levels.abs().min() == 0.5
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_unsigned_levels_count_from_zero(bits):
+    grid = uniform(bits, "unsigned")
+    assert _levels(grid).tolist() == list(range(2**bits))
+    assert grid.bits == bits
+    assert unsigned(uniform(bits, "half")) == unsigned(uniform(bits, "integer")) == grid
+
+
+@pytest.mark.parametrize("grid", [SIGN, TERNARY, uniform(2, "unsigned"), Grid("own", -500, 500)])
+def test_only_signed_uniform_grids_have_an_unsigned_twin(grid):
+    assert unsigned(grid) is grid
 
 
 def test_half_levels_are_the_default_up_to_two_bits():
@@ -59,11 +73,12 @@ def test_every_value_goes_to_its_nearest_level(grid, dtype):
 
 
 @EVERY_GRID
-def test_codes_are_in_range_and_fit_int8(grid):
+def test_codes_are_in_range_and_fit_eight_bits(grid):
     x = torch.tensor([-math.inf, -1e30, -300.0, -0.3, 0.0, 0.3, 300.0, 1e30, math.inf])
     code = grid.round_to_code(x)
     assert code.min() == grid.low_code and code.max() == grid.high_code
-    assert torch.equal(code.to(torch.int8).to(code.dtype), code)
+    dtype = torch.uint8 if grid.low_code >= 0 else torch.int8
+    assert torch.equal(code.to(dtype).to(code.dtype), code)
     assert torch.equal(grid.level(code), grid.round(x))
 
 

@@ -20,15 +20,19 @@ PRESETS = {
     "fixed1-integer": lambda **kw: fogzo.fixed(1, levels="integer", **kw),
     "fixed4-step": lambda **kw: fogzo.fixed(4, step=0.03, **kw),
     "fixed8-half": lambda **kw: fogzo.fixed(8, levels="half", **kw),
+    "fixed8-unsigned": lambda **kw: fogzo.fixed(8, levels="unsigned", **kw),
     "lsq1": lambda **kw: fogzo.lsq(1, **kw),
     "lsq1-integer": lambda **kw: fogzo.lsq(1, levels="integer", **kw),
     "lsq2": lambda **kw: fogzo.lsq(2, **kw),
     "lsq3-max": lambda **kw: fogzo.lsq(3, init="max", **kw),
+    "lsq2-unsigned": lambda **kw: fogzo.lsq(2, levels="unsigned", **kw),
     "lsq8": lambda **kw: fogzo.lsq(8, **kw),
     "quest2": lambda **kw: fogzo.quest(2, **kw),
     "quest4": lambda **kw: fogzo.quest(4, block=16, **kw),
     "ternary": lambda **kw: fogzo.ternary(**kw),
     "sign": lambda **kw: fogzo.sign(**kw),
+    "abs_max8": lambda **kw: fogzo.abs_max(**kw),
+    "abs_max4": lambda **kw: fogzo.abs_max(4, **kw),
 }
 EVERY_PRESET = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -201,6 +205,17 @@ def test_sign_is_the_mean_magnitude_of_each_output_channel():
     assert torch.equal(_grads(output, grad, latent)[0], grad * ((w / a).abs() <= 1))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_abs_max_puts_the_largest_magnitude_on_the_largest_level(bits):
+    w, grad = _draw(5, 32, dtype=torch.float32).requires_grad_(), _draw(5, 32, seed=1).float()
+    largest = 2 ** (bits - 1) - 1
+    a = w.detach().abs().amax(1, keepdim=True) / largest
+    output = fogzo.abs_max(bits)(w)
+    assert torch.equal(output, a * (w / a).round().clamp(-largest - 1, largest))
+    assert torch.allclose(output.abs().amax(1, keepdim=True), a * largest)
+    assert torch.equal(_grads(output, grad, w)[0], grad)
+
+
 @pytest.mark.parametrize(
     "surrogate, slope",
     [
@@ -322,7 +337,8 @@ def test_codes_dequantize_to_exactly_the_forwards_weight(make, granularity, dtyp
         codes, used = quantizer.codes(w, step, dim), quantizer.current_step(w, step, dim)
         output = quantizer(w, step, dim)
         assert output.dtype == dtype and output.shape == w.shape
-        assert codes.dtype == torch.int8 and codes.shape == w.shape
+        assert codes.dtype == (torch.uint8 if quantizer.grid.low_code >= 0 else torch.int8)
+        assert codes.shape == w.shape
         assert torch.equal(quantizer.dequantize(codes, used, dim), output)
         # As a file would store them: the step in its own dtype, the weight's dtype named.
         stored = used.to(scale_dtype or used.dtype)

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import mean_over_ranks
+from fogzo.collectives import (
+    compute_device,
+    local,
+    mean_over_ranks,
+    shard_like,
+    sum_over_shards,
+)
 from fogzo.directions import Coordinates, Directions, NoiseShape, mix_seed
 from fogzo.estimators.stats import RefineStats
 from fogzo.probes import Closure, Probes, as_loss, check_same_loss
@@ -254,7 +260,7 @@ class GradientEstimator(ABC):
                 "no quantized weight has a gradient. Call it after backward and before zero_grad: "
                 "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
                 "these weights belong to another model than the loss (a deep copy made after "
-                "quantized_weights(model), say)"
+                "quantized_weights(model), say), or were sharded after it: call fully_shard first"
             )
         return weights
 
@@ -285,16 +291,15 @@ class GradientEstimator(ABC):
                 directions.add_offsets_(*probe)
                 losses.append(self._probes.evaluate(closure))
                 count_flips = self.track_flips and flip_rate is None
-                codes = (
-                    [weight.codes() for weight in weights if weight.codes] if count_flips else []
-                )
+                codes = _codes(weights) if count_flips else []
                 self._probes.mirror_()
                 losses.append(self._probes.evaluate(closure))
                 if count_flips:
                     flip_rate = _flip_rate(weights, codes)
             # The step's one wait for the device.
-            means = mean_over_ranks(losses, weights[0].param.device)
-            if not self._audited and all(mean == means[0] for mean in means):
+            means = mean_over_ranks(losses, compute_device(weights[0].param))
+            same = math.isfinite(means[0]) and all(mean == means[0] for mean in means)
+            if same and not self._audited:
                 self._check_dependence(weights, directions, closure, losses[0])
         return means, flip_rate
 
@@ -306,10 +311,12 @@ class GradientEstimator(ABC):
         loss: Tensor,
     ) -> None:
         """Every probe gave the same loss: see whether the closure uses these weights at all."""
-        if not loss.isfinite() or (self.needs_gradient and not directions.norm > 0):
+        if self.needs_gradient and not directions.norm > 0:
             return
         for weight, u in zip(weights, directions.noise(0), strict=True):
-            weight.param.add_(u * weight.param.abs().max())
+            param = local(weight.param)
+            if param.numel():  # a rank may hold no row of a small weight
+                param.add_(u * param.abs().max())
         if torch.equal(self._probes.evaluate(closure).to(loss), loss):
             raise ValueError(
                 "the closure's loss does not depend on the quantized weights: it evaluates "
@@ -367,10 +374,15 @@ def mean_along_probes(probes: Sequence[Probe], slopes: Sequence[float], norm: fl
     return Combination(guide / norm if guide else 0.0, noise)
 
 
+def _codes(weights: Sequence[QuantizedWeight]) -> list[Tensor]:
+    """This rank's part of the integer codes."""
+    return [shard_like(weight.codes(), weight.param) for weight in weights if weight.codes]
+
+
 def _flip_rate(weights: Sequence[QuantizedWeight], codes: Sequence[Tensor]) -> float:
-    after = [weight.codes() for weight in weights if weight.codes]
-    flipped = sum(int((a != b).sum()) for a, b in zip(codes, after, strict=True))
-    return flipped / sum(a.numel() for a in after)
+    params = [weight.param for weight in weights]
+    flips = [(a != b).sum() for a, b in zip(codes, _codes(weights), strict=True)]
+    return float(sum(sum_over_shards(flips, params))) / sum(param.numel() for param in params)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

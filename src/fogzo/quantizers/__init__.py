@@ -1,8 +1,8 @@
 """Quantizers that compose: pure functions from tensor to tensor, usable without the rest."""
 
 from fogzo.quantizers.granularity import Granularity
-from fogzo.quantizers.grids import SIGN, TERNARY, Grid, uniform
-from fogzo.quantizers.presets import fixed, lsq, quest, sign, ternary
+from fogzo.quantizers.grids import SIGN, TERNARY, Grid, uniform, unsigned
+from fogzo.quantizers.presets import abs_max, fixed, lsq, quest, sign, ternary
 from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import (
@@ -10,6 +10,7 @@ from fogzo.quantizers.scales import (
     abs_mean_scale,
     fixed_scale,
     learned_scale,
+    max_scale,
     rms_scale,
 )
 from fogzo.quantizers.surrogates import SURROGATE_NAMES, Surrogate, resolve_surrogate
@@ -24,15 +25,18 @@ __all__ = [
     "Quantizer",
     "Scale",
     "Surrogate",
+    "abs_max",
     "abs_mean_scale",
     "fixed",
     "fixed_scale",
     "learned_scale",
     "lsq",
+    "max_scale",
     "quest",
     "resolve_surrogate",
     "rms_scale",
     "sign",
     "ternary",
     "uniform",
+    "unsigned",
 ]

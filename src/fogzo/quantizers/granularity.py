@@ -1,20 +1,21 @@
-"""Granularity: which weights share one step size, as reshapes to (groups, group size) and back."""
+"""Granularity: which values share one step size, as reshapes to (groups, group size) and back."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-Granularity = Literal["tensor", "channel"] | int
+Granularity = Literal["tensor", "channel", "token"] | int
 
 
 def check_granularity(granularity: Granularity) -> None:
-    """Raise a `ValueError` unless it is ``"tensor"``, ``"channel"`` or a positive int."""
-    if granularity in ("tensor", "channel"):
+    """Raise a `ValueError` unless it is one of the words or a positive int."""
+    if granularity in ("tensor", "channel", "token"):
         return
     if not isinstance(granularity, int) or isinstance(granularity, bool) or granularity < 1:
         raise ValueError(
-            f'granularity must be "tensor", "channel" or a group size, got {granularity!r}: '
+            'granularity must be "tensor", "channel" (of weights), "token" (of activations) or a '
+            f"group size, got {granularity!r}: "
             "for example fogzo.lsq(bits=4, granularity=64)"
         )
 
@@ -38,13 +39,13 @@ def to_groups(rows: Tensor, granularity: Granularity) -> Tensor:
     """
     if granularity == "tensor":
         return rows.reshape(1, -1)
-    if granularity == "channel":
+    if isinstance(granularity, str):  # channels or tokens
         return rows
     inputs = rows.shape[1]
     if inputs % granularity:
         fitting = max(size for size in range(1, min(granularity, inputs) + 1) if inputs % size == 0)
         raise ValueError(
-            f"a group size of {granularity} does not divide the {inputs} inputs of a weight: "
+            f"a group size of {granularity} does not divide the {inputs} inputs of a layer: "
             f'use granularity={fitting} or granularity="channel"'
         )
     return rows.reshape(-1, granularity)
@@ -56,7 +57,7 @@ def broadcast_step(
     """Step sizes of shape (groups, 1), reshaped to broadcast against a weight of that shape."""
     if granularity == "tensor":
         return step.reshape(())
-    if granularity == "channel":
+    if isinstance(granularity, str):
         return step.reshape(
             [-1 if dim == output_dim % len(shape) else 1 for dim in range(len(shape))]
         )

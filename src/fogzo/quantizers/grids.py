@@ -1,4 +1,4 @@
-"""Grids: the levels a weight may take, in units of its step size, and rounding to them."""
+"""Grids: the levels a value may take, in units of its step size, and rounding to them."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Levels = Literal["half", "integer"]
+Levels = Literal["half", "integer", "unsigned"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def uniform(bits: int, levels: Levels | None = None) -> Grid:
         levels: ``"integer"`` gives ``-2^(b-1) .. 2^(b-1)-1``, ``"half"`` the symmetric
             ``±1/2, ±3/2, ...``. By default half up to 2 bits, where the wasted negative level of
             the integer grid costs most (squared error .119 against .149 on a unit Gaussian),
-            integer above.
+            integer above. ``"unsigned"`` gives ``0 .. 2^b-1``, for inputs that cannot be negative.
 
     Raises:
         ValueError: If ``bits`` is not an integer from 1 to 8 or ``levels`` is unknown.
@@ -123,13 +123,27 @@ def uniform(bits: int, levels: Levels | None = None) -> Grid:
         )
     if levels is None:
         levels = "half" if bits <= 2 else "integer"
-    if levels not in ("half", "integer"):
+    if levels not in ("half", "integer", "unsigned"):
         raise ValueError(
-            f'levels must be "half" or "integer", got {levels!r}: '
+            f'levels must be "half", "integer" or "unsigned", got {levels!r}: '
             f'for example fogzo.fixed(bits={bits}, levels="half")'
         )
+    if levels == "unsigned":
+        return Grid(f"uniform{bits}-unsigned", 0, 2**bits - 1)
     offset = 0.5 if levels == "half" else 0.0
     return Grid(f"uniform{bits}-{levels}", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, offset)
+
+
+def unsigned(grid: Grid) -> Grid:
+    """The unsigned grid of as many bits as a uniform one; any other grid as it is.
+
+    >>> unsigned(uniform(2, "half")).name, unsigned(TERNARY).name
+    ('uniform2-unsigned', 'ternary')
+    """
+    bits = grid.num_levels.bit_length() - 1
+    if 1 <= bits <= 8 and grid in (uniform(bits, "half"), uniform(bits, "integer")):
+        return uniform(bits, "unsigned")
+    return grid
 
 
 TERNARY = Grid("ternary", -1, 1)

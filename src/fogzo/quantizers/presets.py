@@ -6,7 +6,14 @@ from fogzo.quantizers.granularity import Granularity
 from fogzo.quantizers.grids import SIGN, TERNARY, Levels, uniform
 from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
-from fogzo.quantizers.scales import Rule, abs_mean_scale, fixed_scale, learned_scale, rms_scale
+from fogzo.quantizers.scales import (
+    Rule,
+    abs_mean_scale,
+    fixed_scale,
+    learned_scale,
+    max_scale,
+    rms_scale,
+)
 from fogzo.quantizers.surrogates import Surrogate
 
 
@@ -71,3 +78,19 @@ def sign(
 ) -> Quantizer:
     """XNOR-Net weights: the sign times each output channel's mean magnitude, detached."""
     return Quantizer(SIGN, abs_mean_scale(), surrogate, None, granularity, scale_dtype)
+
+
+def abs_max(
+    bits: int = 8,
+    *,
+    surrogate: str | Surrogate = "identity_unmasked",
+    granularity: Granularity = "channel",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """Integer levels up to the largest magnitude: BitNet's 8-bit activations, one step a token.
+
+    Nothing lies beyond the range, so nothing is masked; a mask at the range would drop the gradient
+    of about one maximum in seven, which its own division rounds to beyond the last level.
+    """
+    grid = uniform(bits, "integer")
+    return Quantizer(grid, max_scale(), surrogate, None, granularity, scale_dtype)

@@ -1,4 +1,4 @@
-"""The quantizer: grid x scale x surrogate x rotation, a pure function from weight to weight."""
+"""The quantizer: grid x scale x surrogate x rotation, a pure function from tensor to tensor."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How a weight is quantized.
+    """How a weight is quantized, or the input of a layer.
 
     It holds no tensors: the step sizes that a scale keeps between forwards belong to the layer
     and are passed in, as tensors of shape (groups, 1).
@@ -33,7 +33,8 @@ class Quantizer:
         surrogate: The backward rule, by name or as an object.
         rotation: A change of basis along the input, undone after rounding, or None.
         granularity: ``"tensor"``, ``"channel"`` (one step an output channel) or the number of
-            consecutive inputs that share a step.
+            consecutive inputs that share a step. For activations ``"token"``, which is the same
+            as ``"channel"`` there: one step for all the features at one position.
         scale_dtype: Round step sizes to this dtype in the forward (``torch.float16``, say), so
             that what is trained is exactly what a low-bit file can hold.
         stochastic: In training, round up or down at random, up the more often the nearer: the
@@ -67,7 +68,7 @@ class Quantizer:
     def initial_step(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
         """Step sizes to keep for this weight, of shape (groups, 1); None for dynamic scales."""
         groups = self._groups(weight.detach(), output_dim)
-        return self._measure(groups) if self.scale.has_state else None
+        return self._measure(groups).to(weight.dtype) if self.scale.has_state else None
 
     def __call__(
         self,
@@ -85,15 +86,36 @@ class Quantizer:
             output_dim: Which dimension holds the output channels.
             training: Whether a stochastic quantizer rounds at random or to nearest.
         """
-        groups = self._groups(weight, output_dim)
-        step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
-        grad_scale = self.scale.grad_scale(groups, self.grid)
-        surrogate = resolve_surrogate(self.surrogate, self.grid)
-        dither = None
-        if self.stochastic and training:
-            dither = (torch.rand_like(groups) - 0.5) * self.grid.spacing
-        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale, dither)
-        return self._ungroup(quantized, weight, output_dim)
+        return self._quantize(weight, step, output_dim, training)
+
+    def quantize_input(
+        self,
+        x: Tensor,
+        step: Tensor | None = None,
+        feature_dim: int = -1,
+        training: bool = False,
+    ) -> Tensor:
+        """The quantized input of a layer, of the input's shape and dtype.
+
+        Args:
+            x: The input; all its features at one position are a token.
+            step: Step sizes of shape (groups, 1), as `measure_input` returns them. None measures
+                this input.
+            feature_dim: Which dimension holds the features: those that rotate, share the step of
+                a token or group, and count in LSQ's gradient scale.
+            training: Whether a stochastic quantizer rounds at random or to nearest.
+        """
+        tokens = self._features_last(x, feature_dim)
+        rows = tokens.reshape(-1, tokens.shape[-1])  # one row a token, as one an output of weights
+        quantized = self._quantize(rows, step, 0, training, features=x.shape[feature_dim])
+        quantized = quantized.reshape(tokens.shape)
+        return quantized if tokens is x else quantized.movedim(-1, feature_dim)
+
+    @torch.no_grad()
+    def measure_input(self, x: Tensor, feature_dim: int = -1) -> Tensor:
+        """The (groups, 1) step sizes that the scale finds for an input, in float32 or finer."""
+        tokens = self._features_last(x, feature_dim)
+        return self._measure(self._groups(tokens.reshape(-1, tokens.shape[-1]), 0))
 
     @torch.no_grad()
     def current_step(
@@ -110,12 +132,16 @@ class Quantizer:
         return broadcast_step(step, weight.shape, self.granularity, output_dim)
 
     def codes(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
-        """Integer codes, int8 of the weight's shape, in the rotated basis if there is one."""
+        """Integer codes of the weight's shape, in the rotated basis if there is one.
+
+        They are int8, or uint8 where no level is negative.
+        """
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
             step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
             codes = self.grid.round_to_code(groups / step)
-            return self._arrange(codes.to(torch.int8), weight, output_dim)
+            codes = codes.to(torch.uint8 if self.grid.low_code >= 0 else torch.int8)
+            return self._arrange(codes, weight, output_dim)
 
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
@@ -139,8 +165,33 @@ class Quantizer:
         rows = self.rotation(to_rows(weight, output_dim))
         return from_rows(rows, weight.shape, output_dim)
 
+    def _quantize(
+        self,
+        tensor: Tensor,
+        step: Tensor | None,
+        output_dim: int,
+        training: bool,
+        features: int | None = None,
+    ) -> Tensor:
+        groups = self._groups(tensor, output_dim)
+        step = self._effective(self._measure(groups) if step is None else step, tensor.dtype)
+        grad_scale = self.scale.grad_scale(features or groups.shape[1], self.grid)
+        surrogate = resolve_surrogate(self.surrogate, self.grid)
+        dither = None
+        if self.stochastic and training:
+            dither = (torch.rand_like(groups) - 0.5) * self.grid.spacing
+        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale, dither)
+        return self._ungroup(quantized, tensor, output_dim)
+
+    def _features_last(self, x: Tensor, feature_dim: int) -> Tensor:
+        # Where all values share one step, any order will do and none is copied.
+        one_step = self.granularity == "tensor" and self.rotation is None
+        return x if one_step else x.movedim(feature_dim, -1)
+
     def _measure(self, groups: Tensor) -> Tensor:
-        return self.scale.measure(groups, self.grid)
+        # The squares of half precision overflow in float16 and are coarse in bfloat16.
+        wide = torch.promote_types(groups.dtype, torch.float32)
+        return self.scale.measure(groups.detach().to(wide), self.grid)
 
     def _effective(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         return effective_step(step.to(dtype), self.scale_dtype)

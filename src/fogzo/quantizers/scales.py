@@ -1,4 +1,4 @@
-"""Scales: where the step size of each group of weights comes from."""
+"""Scales: where the step size of each group of values comes from."""
 
 import math
 from dataclasses import dataclass
@@ -51,9 +51,14 @@ class Scale:
             return groups.new_full((len(groups), 1), self.value)
         return _RULES[self.rule](groups.detach(), grid)
 
-    def grad_scale(self, groups: Tensor, grid: Grid) -> float:
-        """LSQ's gradient scale ``1 / sqrt(group size * largest level)`` (arXiv 1902.08153)."""
-        return 1 / math.sqrt(groups.shape[1] * _largest(grid)) if self.kind == "learned" else 1.0
+    def grad_scale(self, size: int, grid: Grid) -> float:
+        """LSQ's gradient scale ``1 / sqrt(size * largest level)`` (arXiv 1902.08153).
+
+        Args:
+            size: Weights that share the step, or features of an activation.
+            grid: The levels.
+        """
+        return 1 / math.sqrt(size * _largest(grid)) if self.kind == "learned" else 1.0
 
 
 def fixed_scale(value: float | None = None, init: Rule = "mse") -> Scale:
@@ -78,6 +83,11 @@ def rms_scale(rule: Literal["rms", "quest"] = "rms") -> Scale:
 def abs_mean_scale() -> Scale:
     """The weights' current mean magnitude (BitNet b1.58, XNOR-Net)."""
     return Scale("abs_mean", "dynamic")
+
+
+def max_scale() -> Scale:
+    """The current largest magnitude falls on the largest level (BitNet's activations)."""
+    return Scale("max", "dynamic")
 
 
 def _largest(grid: Grid) -> float:

@@ -32,7 +32,7 @@ def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
     assert config["quantizer"]["preset"] == "lsq"
     html = (tmp_path / "run" / "report.html").read_text()
     assert "<svg" in html
-    assert (tmp_path / "run" / "checkpoints" / "step-000020.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-000020" / "manifest.json").exists()
 
 
 def test_compare_prints_one_table_and_writes_one_report(tmp_path):

@@ -5,6 +5,7 @@ A closure may draw from torch (dropout), from Python's ``random`` (LayerDrop) or
 """
 
 import ctypes
+import json
 import random
 import sys
 from collections.abc import Iterable
@@ -40,6 +41,31 @@ class RngState:
         random.setstate(self._python)
         if numpy and self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same as lists, numbers and strings only, to keep in a file."""
+        state = {
+            "torch": self._torch,
+            "accelerators": [(str(device), stream) for _, device, stream in self._accelerators],
+            "python": self._python,
+            "numpy": self._numpy,
+        }
+        return json.loads(json.dumps(state, default=lambda array: array.tolist()))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "RngState":
+        """What `state_dict` was made of, less the accelerators that this machine lacks."""
+        made = cls()
+        made._torch = torch.tensor(state["torch"], dtype=torch.uint8)
+        for name, stream in state["accelerators"]:
+            device = torch.device(name)
+            module = torch.get_device_module(device)
+            if (device.index or 0) < module.device_count():
+                made._accelerators.append((module, device, torch.tensor(stream, dtype=torch.uint8)))
+        version, words, half_a_pair = state["python"]
+        made._python = (version, tuple(words), half_a_pair)
+        made._numpy = tuple(state["numpy"]) if isinstance(state["numpy"], list) else state["numpy"]
+        return made
 
     def same_numpy(self, other: "RngState | None" = None) -> bool:
         """Whether NumPy's stream stands where it does in another capture, or stands now."""

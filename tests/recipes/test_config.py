@@ -6,12 +6,21 @@ import pytest
 
 from fogzo.recipes import RECIPES, TrainConfig
 from fogzo.recipes.compare import CompareConfig
-from fogzo.recipes.config import QuantizerConfig, from_dict, to_json
+from fogzo.recipes.config import (
+    AugmentationConfig,
+    ImagesConfig,
+    QuantizerConfig,
+    TextConfig,
+    from_dict,
+    to_json,
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_the_json_of_its_run_folder(name):
-    config = replace(RECIPES[name](), output_dir=Path("elsewhere"), hidden=(7, 5))
+    config = replace(
+        RECIPES[name](), output_dir=Path("elsewhere"), initial_weights=Path("float"), ema_decay=0.9
+    )
     assert from_dict(TrainConfig, json.loads(to_json(config))) == config
     comparison = CompareConfig(base=config, learning_rates=(0.1, 0.2))
     assert from_dict(CompareConfig, json.loads(to_json(comparison))) == comparison
@@ -36,13 +45,49 @@ def test_a_config_of_another_version_is_refused():
         ({"num_samples": 0}, "--num-samples"),
         ({"estimator": "spsa", "start": 0.5}, "--start"),
         ({"estimator": "control-variate", "start": 0.5}, "--start"),
-        ({"quantizer": QuantizerConfig(bits=9)}, "from 1 to 8"),
+        ({"quantizer": QuantizerConfig(preset="lsq", bits=9)}, "from 1 to 8"),
         ({"quantizer": QuantizerConfig(preset="quest", init="mse")}, "--quantizer.init"),
+        ({"accumulation": 0}, "--accumulation 1"),
+        ({"ema_decay": 1.0}, "--ema-decay 0.99"),
+        ({"clip_norm": 0.0}, "--clip-norm 1.0"),
+        ({"warmup_fraction": 1.5}, "--warmup-fraction 0.1"),
+        ({"schedule": "constant", "final_fraction": 0.1}, "--schedule linear"),
+        ({"data": TextConfig()}, "mlp cannot learn from text"),
+        (
+            {
+                "quantizer": QuantizerConfig(preset="none"),
+                "activations": QuantizerConfig(preset="lsq"),
+            },
+            "--quantizer.preset lsq",
+        ),
     ],
 )
 def test_options_that_cannot_work_name_the_option(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(RECIPES["digits-mlp"](), **changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (ImagesConfig, {"validation_fraction": 1.0}, "--data.validation-fraction 0.15"),
+        (ImagesConfig, {"image_size": 0}, "--data.image-size 224"),
+        (TextConfig, {"context": 0}, "--data.context 128"),
+        (AugmentationConfig, {"rand_augment": 30}, "--data.augmentation.rand-augment 9"),
+        (AugmentationConfig, {"mixup": -1.0}, "--data.augmentation.mixup 0.8"),
+        (AugmentationConfig, {"label_smoothing": 1.0}, "--data.augmentation.label-smoothing 0.1"),
+    ],
+)
+def test_data_options_that_cannot_work_name_the_option(cls, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**changes)
+
+
+def test_a_model_of_no_known_family_is_refused():
+    values = json.loads(to_json(RECIPES["digits-mlp"]()))
+    values["model"]["family"] = "rnn"
+    with pytest.raises(ValueError, match="none of MlpConfig"):
+        from_dict(TrainConfig, values)
 
 
 @pytest.mark.parametrize("preset", ["fixed", "lsq", "quest", "ternary", "sign"])

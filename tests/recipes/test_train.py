@@ -3,22 +3,36 @@ import math
 from dataclasses import replace
 from typing import get_args
 
-import datasets
-import numpy
 import pytest
 import torch
+from shrunk import shrunk
 
 import fogzo
 from fogzo.recipes import RECIPES, train
-from fogzo.recipes.config import DataConfig, EstimatorName, QuantizerConfig
-from fogzo.recipes.data import load_images
+from fogzo.recipes.checkpoint import load_checkpoint, newest_checkpoint
+from fogzo.recipes.config import (
+    AugmentationConfig,
+    EstimatorName,
+    ImagesConfig,
+    QuantizerConfig,
+)
+from fogzo.recipes.parallel import Ranks
 from fogzo.recipes.run_folder import read_metrics
-from fogzo.recipes.train import DivergedError, build_model
+from fogzo.recipes.train import DivergedError, training_step
+from fogzo.recipes.training import Training
+
+FLOAT = QuantizerConfig(preset="none")
+CPU = Ranks(torch.device("cpu"))
 
 
 @pytest.fixture
 def config(tmp_path):
     return replace(RECIPES["digits-mlp"](), output_dir=tmp_path / "run", max_steps=30)
+
+
+def numbers(result):
+    """A result without what the clock says."""
+    return {name: value for name, value in result.items() if name != "seconds"}
 
 
 @pytest.mark.parametrize("estimator", get_args(EstimatorName))
@@ -30,23 +44,67 @@ def test_a_run_folder_holds_what_is_needed_to_read_and_repeat_the_run(config, es
     assert json.loads((folder / "config.json").read_text())["estimator"] == estimator
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 10, 20, 30]
-    assert all({"step", "loss", "seconds"} <= set(m) for m in metrics)
+    assert all({"step", "loss", "seconds", "learning_rate"} <= set(m) for m in metrics)
     assert [m["step"] for m in seen] == list(range(1, 31))
     assert json.loads((folder / "result.json").read_text()) == result
     probes = {"ste": 0, "placebo": 0, "fogzo-paired": 4}.get(estimator, 2)
     assert result["extra_forwards"] == 30 * probes
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_and_evaluates_on_shrunk_shapes(name, tmp_path):
+    config = shrunk(RECIPES[name](), output_dir=tmp_path)
+    result = train(config)
+    assert math.isfinite(result["test_loss"])
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["extra_forwards"] == 4
+    if config.model.family == "llama":
+        assert result["test_perplexity"] == pytest.approx(math.exp(result["test_loss"]))
+
+
+@pytest.mark.parametrize("estimator", get_args(EstimatorName))
+@pytest.mark.parametrize("preset", ["fixed", "lsq", "quest", "ternary", "sign"])
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-deit", "pydoc-llama"])
+def test_every_quantizer_and_estimator_takes_a_step_on_every_family(name, preset, estimator):
+    quantizer = QuantizerConfig(preset=preset)
+    config = shrunk(RECIPES[name](), quantizer=quantizer, estimator=estimator, data=_plain(name))
+    training = Training(config, CPU)
+    loss, stats = training_step(training, training.next_window())
+    assert math.isfinite(loss)
+    assert stats is None or stats.fallback is None
+    assert training.all_finite()
+
+
+@pytest.mark.parametrize("activations", ["fixed", "lsq", "quest", "abs_max"])
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet", "digits-deit", "pydoc-llama"])
+def test_activations_are_quantized_in_every_family(name, activations, tmp_path):
+    config = shrunk(
+        RECIPES[name](),
+        output_dir=tmp_path,
+        quantizer=QuantizerConfig(preset="lsq"),
+        activations=QuantizerConfig(preset=activations),
+        checkpoint_every=0,
+    )
+    result = train(config)
+    assert math.isfinite(result["test_loss"])
+    plain = train(replace(config, activations=FLOAT, overwrite=True))
+    assert plain["test_loss"] != result["test_loss"]
+
+
+def _plain(name):
+    return ImagesConfig() if name.startswith("digits") else RECIPES[name]().data
 
 
 def test_the_checkpoint_holds_the_network_that_was_evaluated(config):
     result = train(config)
-    state = torch.load(config.output_dir / "checkpoints" / "step-000030.pt")
-    data = load_images(config.data)
-    model = build_model(config, data)
-    model.load_state_dict(state["model"])
-    with torch.no_grad():
-        accuracy = (model(data.test.images).argmax(1) == data.test.labels).double().mean()
-    assert float(accuracy) == result["test_accuracy"]
+    path = newest_checkpoint(config.output_dir)
+    assert path.name == "step-000030"
+    state = load_checkpoint(path)
+    training = Training(config, CPU, path)
+    assert {name: result[name] for name in result if "_" in name and name[0] == "t"}.items() <= (
+        training.evaluate().items()
+    )
     assert state["estimator"] == {"step": 30, "seed": 0}
 
 
@@ -54,30 +112,54 @@ def test_the_same_config_gives_the_same_run_and_another_seed_another(config, tmp
     first = train(config)
     again = train(replace(config, output_dir=tmp_path / "again"))
     other = train(replace(config, output_dir=tmp_path / "other", seed=1))
-    assert first["train_loss"] == again["train_loss"] != other["train_loss"]
+    assert numbers(first) == numbers(again) != numbers(other)
 
 
-def test_ste_and_fogzo_start_from_the_same_weights_and_leave_the_global_stream_alone(config):
+def test_a_run_gives_back_the_callers_random_stream(config):
     state = torch.get_rng_state()
-    data = load_images(config.data)
-    a, b = build_model(config, data), build_model(replace(config, estimator="ste"), data)
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    augmented = replace(config.data, augmentation=AugmentationConfig(crop="pad"))
+    train(replace(config, data=augmented, max_steps=2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_learns_digits_well_above_the_majority_class(config):
     result = train(replace(config, max_steps=150))
     assert result["test_accuracy"] > 0.7
-    float_config = replace(config, max_steps=150, quantizer=QuantizerConfig(preset="none"))
-    assert train(float_config)["test_accuracy"] > 0.88
+    in_float = replace(config, max_steps=150, quantizer=FLOAT, overwrite=True)
+    assert train(in_float)["test_accuracy"] > 0.88
 
 
-def test_a_diverging_run_stops_with_its_metrics_on_disk(config):
-    in_float = replace(config, quantizer=QuantizerConfig(preset="none"), optimizer="sgd")
+def test_a_diverging_run_stops_with_its_metrics_and_a_good_checkpoint_on_disk(config):
+    config = replace(config, quantizer=FLOAT, optimizer="sgd", checkpoint_every=1, max_steps=50)
     with pytest.raises(DivergedError, match="smaller --learning-rate"):
-        train(replace(in_float, learning_rate=1e30))
-    last = read_metrics(config.output_dir / "metrics.jsonl")[-1]
-    assert last["loss"] is None  # JSON has no infinity
+        train(replace(config, learning_rate=1e30))
+    state = load_checkpoint(newest_checkpoint(config.output_dir))
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+    good = Training(replace(config, learning_rate=1e30), CPU, newest_checkpoint(config.output_dir))
+    window = good.next_window()
+    with torch.no_grad():
+        assert math.isfinite(good.task.loss(good.model, window[0]))
+
+
+def test_a_non_finite_loss_leaves_the_weights_alone(config):
+    training = Training(config, CPU)
+    before = [param.detach().clone() for param in training.model.parameters()]
+    images, labels = training.next_window()[0]
+    loss, stats = training_step(training, [(images * math.nan, labels)])
+    assert math.isnan(loss)
+    assert stats is None
+    for param, kept in zip(training.model.parameters(), before, strict=True):
+        assert torch.equal(param, kept)
+
+
+def test_a_folder_with_a_run_is_not_replaced_unasked(config):
+    train(config)
+    before = (config.output_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"--resume .* --overwrite"):
+        train(replace(config, seed=1))
+    assert (config.output_dir / "metrics.jsonl").read_bytes() == before
+    train(replace(config, seed=1, overwrite=True))
+    assert (config.output_dir / "metrics.jsonl").read_bytes() != before
 
 
 def test_plain_ste_steps_come_first_when_asked(config):
@@ -86,47 +168,95 @@ def test_plain_ste_steps_come_first_when_asked(config):
 
 
 def test_weights_are_all_quantized_in_the_shallow_nets(config):
-    model = build_model(RECIPES["digits-mlp"](), load_images(config.data))
-    assert [w.name for w in fogzo.quantized_weights(model)] == ["0.weight", "2.weight"]
+    training = Training(config, CPU)
+    names = [w.name for w in fogzo.quantized_weights(training.model)]
+    assert names == ["1.weight", "3.weight"]
 
 
-def test_digits_are_split_once_and_for_all(config):
-    data = load_images(config.data)
-    assert (len(data.train), len(data.validation), len(data.test)) == (1146, 202, 449)
-    assert data.num_classes == 10
-    assert math.isclose(float(data.train.images.std()), 1, rel_tol=0.05)
+def parameters_after(config, steps=3):
+    training = Training(config, CPU)
+    losses = [training_step(training, training.next_window())[0] for _ in range(steps)]
+    return losses, [p.detach().clone() for p in training.model.parameters()]
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """A data set as the hub lays it out: parquet files of PNG images and labels."""
-    rng = numpy.random.default_rng(0)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    for split, count in (("train", 40), ("test", 10)):
-        images = [rng.integers(0, 255, (6, 6), dtype=numpy.uint8) for _ in range(count)]
-        rows = {"image": images, "label": [i % 3 for i in range(count)]}
-        table = datasets.Dataset.from_dict(rows, features=features)
-        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    return tmp_path / "data"
+def assert_same_training(first, second, rtol=1e-4, atol=1e-5):
+    assert first[0] == pytest.approx(second[0], rel=rtol)
+    for a, b in zip(first[1], second[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def test_a_local_folder_of_parquet_files_trains(config, image_folder):
-    data = DataConfig(dataset=str(image_folder))
-    loaded = load_images(data)
-    assert loaded.train.images.shape == (34, 36)
-    assert loaded.num_classes == 3
-    result = train(replace(config, data=data, max_steps=3, batch_size=8))
-    assert math.isfinite(result["test_loss"])
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-deit", "pydoc-llama"])
+def test_micro_batches_equal_one_batch(name):
+    config = shrunk(RECIPES[name](), batch_size=12, optimizer="sgd", num_samples=2)
+    config = replace(config, data=_plain(name))  # random crops would differ
+    results = [parameters_after(replace(config, accumulation=k)) for k in (1, 3)]
+    assert_same_training(*results)
 
 
-def test_data_that_cannot_be_used_says_what_to_do(config, image_folder, tmp_path):
-    with pytest.raises(ValueError, match="no folder"):
-        load_images(DataConfig(dataset=str(tmp_path / "nowhere")))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="could not load"):
-        load_images(DataConfig(dataset=str(tmp_path / "empty")))
-    (image_folder / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match="not test"):
-        load_images(DataConfig(dataset=str(image_folder)))
-    with pytest.raises(ValueError, match="--batch-size 1146"):
-        train(replace(config, batch_size=5000))
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-deit", "pydoc-llama"])
+def test_gradient_checkpointing_changes_no_number(name):
+    config = shrunk(RECIPES[name](), optimizer="sgd", accumulation=1)
+    if name == "digits-deit":
+        config = replace(config, model=replace(config.model, dropout=0.2))
+    results = []
+    for checkpointed in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            results.append(parameters_after(replace(config, gradient_checkpointing=checkpointed)))
+    assert_same_training(*results)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet", "digits-deit", "pydoc-llama"])
+def test_half_precision_stays_close_to_single(name, precision):
+    config = shrunk(RECIPES[name](), optimizer="sgd", learning_rate=0.01)
+    half, _ = parameters_after(replace(config, precision=precision), steps=4)
+    single, _ = parameters_after(config, steps=4)
+    assert half == pytest.approx(single, rel=0.05)
+
+
+def test_a_gradient_that_overflows_in_fp16_skips_the_step_and_lowers_the_scale(config):
+    training = Training(replace(config, precision="fp16"), CPU)
+    training.scaler._init_scale = 2.0**60
+    before = [param.detach().clone() for param in training.model.parameters()]
+    loss, stats = training_step(training, training.next_window())
+    assert math.isfinite(loss)
+    assert "not finite" in stats.fallback
+    assert training.scaler.get_scale() < 2.0**60
+    for param, kept in zip(training.model.parameters(), before, strict=True):
+        assert torch.equal(param, kept)
+
+
+def test_clipping_comes_after_refining_and_bounds_the_whole_gradient(config):
+    config = replace(config, optimizer="sgd", clip_norm=1e-3, learning_rate=1.0)
+    training = Training(config, CPU)
+    before = [param.detach().clone() for param in training.model.parameters()]
+    training_step(training, training.next_window())
+    moved = [p.detach() - b for p, b in zip(training.model.parameters(), before, strict=True)]
+    length = torch.linalg.vector_norm(torch.cat([m.flatten() for m in moved]))
+    rate = training.optimizer.param_groups[0]["lr"]
+    assert float(length) == pytest.approx(1e-3 * rate, rel=1e-3)
+
+
+def test_an_average_of_the_weights_is_what_is_evaluated_and_checkpointed(config):
+    config = replace(config, ema_decay=0.9, quantizer=QuantizerConfig(preset="lsq"))
+    averaged = train(config)
+    last = train(replace(config, ema_decay=None, overwrite=True))
+    assert averaged["test_loss"] != last["test_loss"]
+
+
+def test_weights_of_a_float_run_can_be_where_training_begins(config, tmp_path):
+    in_float = replace(config, quantizer=FLOAT, max_steps=100, output_dir=tmp_path / "float")
+    train(in_float)
+    tuned = Training(replace(config, initial_weights=in_float.output_dir), CPU)
+    state = load_checkpoint(newest_checkpoint(in_float.output_dir))["model"]
+    for name, weight in state.items():
+        assert torch.equal(tuned.model.state_dict()[name], weight)
+    for weight in fogzo.quantized_weights(tuned.model):
+        expected = weight.param.abs().mean().reshape(weight.step_size().shape)
+        torch.testing.assert_close(weight.step_size(), expected)
+    with pytest.raises(ValueError, match="another network"):
+        other = replace(config.model, hidden=(5,))
+        Training(replace(config, initial_weights=in_float.output_dir, model=other), CPU)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        Training(replace(config, initial_weights=tmp_path / "nowhere"), CPU)

@@ -47,8 +47,11 @@ def row_label(row: Results) -> str:
 
 
 @contextmanager
-def progress(total: int, description: str) -> Iterator[Advance]:
-    """A progress bar with time remaining, or a line every tenth of the way."""
+def progress(total: int, description: str, speaks: bool = True) -> Iterator[Advance]:
+    """A progress bar with time remaining, or a line every tenth of the way; rank 0 alone speaks."""
+    if not speaks:
+        yield lambda done, total, text: None
+        return
     console = Console()
     if not console.is_terminal:
         tenths = -1
@@ -78,17 +81,39 @@ def step_text(metrics: Metrics) -> str:
     speed = metrics["step"] / max(metrics["seconds"], 1e-9)
     agreement = metrics.get("agreement")
     shown = "" if agreement is None else f"  agreement {agreement:.2f}"
-    return f"loss {metrics['loss']:.4f}{shown}  {speed:.0f} steps/s"
+    return f"loss {metrics['loss']:.4f}{shown}  {speed:.3g} steps/s"
 
 
 def train_result(result: Metrics, report: Path) -> None:
     """The final numbers of one run."""
     _console().print(
-        f"test accuracy {result['test_accuracy']:.2%}, test loss {result['test_loss']:.4f}, "
-        f"train loss {result['train_loss']:.4f} after {result['steps']} steps in "
-        f"{result['seconds']:.1f} s, {result['extra_forwards']} extra forwards\n"
-        f"report: {report}"
+        f"{quality(result)} after {result['steps']} steps in {result['seconds']:.1f} s, "
+        f"{result['extra_forwards']} extra forwards\nreport: {report}"
     )
+
+
+def quality(result: Metrics) -> str:
+    """Test results in words, and the training loss where it was measured."""
+    words = [f"test loss {result['test_loss']:.4f} nats"]
+    words += [f"test accuracy {result['test_accuracy']:.2%}"]
+    if "test_perplexity" in result:
+        words += [f"test perplexity {result['test_perplexity']:.2f}"]
+        words += [f"{result['test_bits_per_byte']:.3f} bits a byte"]
+    if "train_loss" in result:
+        words += [f"train loss {result['train_loss']:.4f}"]
+    return ", ".join(words)
+
+
+def eval_result(numbers: Metrics) -> None:
+    """An evaluation, as a table: a row a split."""
+    splits = [name.removesuffix("_loss") for name in numbers if name.endswith("_loss")]
+    kinds = [n.removeprefix(f"{splits[0]}_") for n in numbers if n.startswith(f"{splits[0]}_")]
+    table = Table(title=f"{numbers['run']} at step {numbers['step']}")
+    for heading in ("split", *kinds):
+        table.add_column(heading.replace("_", " "), justify="right" if heading in kinds else "left")
+    for split in splits:
+        table.add_row(split, *(f"{numbers[f'{split}_{kind}']:.4f}" for kind in kinds))
+    _console().print(table)
 
 
 def compare_results(results: Results, report: Path) -> None:

@@ -1,5 +1,6 @@
 """The entry point: picks the command and the recipe, and turns errors into one line."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ try:
     from fogzo.cli import display, report
     from fogzo.recipes import RECIPES, TrainConfig, train
     from fogzo.recipes.compare import CompareConfig, compare
-    from fogzo.recipes.run_folder import read_metrics
+    from fogzo.recipes.evaluate import EvalConfig, evaluate_run
+    from fogzo.recipes.run_folder import dumps, read_metrics
     from fogzo.recipes.train import DivergedError
 except ImportError as error:
     sys.exit(f"fogzo: the commands need {error.name}: pip install 'fogzo[cli]'")
@@ -23,7 +25,8 @@ ConfigT = TypeVar("ConfigT")
 USAGE = f"""usage: fogzo COMMAND RECIPE [options]
 
 commands:
-  train RECIPE      train one network, write its run folder
+  train RECIPE      train one network, write its run folder; --resume goes on with it
+  eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report
 
 recipes: {", ".join(RECIPES)}
@@ -39,10 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *rest = arguments
     try:
         run = COMMANDS[_known("command", command, COMMANDS)]
-        if not rest or rest[0] in ("-h", "--help"):
+        if not rest or (rest[0] in ("-h", "--help") and command != "eval"):
             print(USAGE)
             return
-        _known("recipe", rest[0], RECIPES)
         run(rest)
     except (ValueError, DivergedError, OSError) as error:
         sys.exit(_fail(str(error)))
@@ -52,23 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     defaults = {
-        name: replace(recipe(), output_dir=Path("runs") / name) for name, recipe in RECIPES.items()
+        name: lambda name=name, recipe=recipe: replace(recipe(), output_dir=Path("runs") / name)
+        for name, recipe in RECIPES.items()
     }
     config = _parse("train", arguments, defaults)
-    with display.progress(config.max_steps, "training") as advance:
+    speaks = os.environ.get("RANK", "0") == "0"
+    with display.progress(config.max_steps, "training", speaks) as advance:
         result = train(config, lambda m: advance(m["step"], config.max_steps, display.step_text(m)))
-    metrics = read_metrics(config.output_dir / "metrics.jsonl")
-    path = report.write_train_report(config, metrics, result)
-    display.train_result(result, path)
+    if speaks:
+        metrics = read_metrics(config.output_dir / "metrics.jsonl")
+        display.train_result(result, report.write_train_report(config, metrics, result))
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    config = tyro.cli(EvalConfig, args=arguments, prog="fogzo eval", description=EvalConfig.__doc__)
+    numbers = evaluate_run(config)
+    if config.json:
+        print(dumps(numbers))
+    else:
+        display.eval_result(numbers)
 
 
 def _compare(arguments: Sequence[str]) -> None:
     defaults = {
-        name: CompareConfig(base=replace(recipe(), output_dir=Path("runs") / f"{name}-compare"))
+        name: lambda name=name, recipe=recipe: CompareConfig(
+            base=replace(recipe(), output_dir=Path("runs") / f"{name}-compare")
+        )
         for name, recipe in RECIPES.items()
     }
     config = _parse("compare", arguments, defaults)
-    if config.base.estimator != defaults[arguments[0]].base.estimator:
+    if config.base.estimator != RECIPES[arguments[0]]().estimator:
         raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
     with display.progress(1, "comparing") as advance:
         results = compare(config, lambda done, known: advance(done, known, "runs"))
@@ -76,12 +91,18 @@ def _compare(arguments: Sequence[str]) -> None:
     display.compare_results(results, path)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "compare": _compare}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+}
 
 
-def _parse(command: str, arguments: Sequence[str], defaults: dict[str, ConfigT]) -> ConfigT:
+def _parse(
+    command: str, arguments: Sequence[str], defaults: Mapping[str, Callable[[], ConfigT]]
+) -> ConfigT:
     name, *rest = arguments
-    default = defaults[name]
+    default = defaults[_known("recipe", name, RECIPES)]()
     return tyro.cli(
         type(default),
         default=default,

@@ -63,10 +63,7 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
     return _write(
         config.output_dir,
         title=f"{config.recipe}: one run with {config.estimator}",
-        sentences=[
-            f"Test accuracy {result['test_accuracy']:.2%} and test loss "
-            f"{result['test_loss']:.4f} nats after {result['steps']} steps."
-        ],
+        sentences=[f"After {result['steps']} steps: {display.quality(result)}."],
         heading=list(numbers),
         rows=[list(numbers.values())],
         plots=plots,

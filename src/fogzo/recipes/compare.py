@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from fogzo.recipes.config import TrainConfig, to_json
+from fogzo.recipes.config import QuantizerConfig, TrainConfig, to_json
 from fogzo.recipes.environment import environment
 from fogzo.recipes.run_folder import dumps, read_metrics, write_text
 from fogzo.recipes.timing import run_seconds
@@ -45,7 +45,8 @@ def _estimator(name: Any) -> Callable[[TrainConfig], TrainConfig]:
 
 
 def _float(base: TrainConfig) -> TrainConfig:
-    return replace(base, estimator="ste", quantizer=replace(base.quantizer, preset="none"))
+    plain = QuantizerConfig(preset="none")
+    return replace(base, estimator="ste", quantizer=plain, activations=plain)
 
 
 def _unmasked(base: TrainConfig) -> TrainConfig:
@@ -157,7 +158,8 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
 def _runs(
     config: CompareConfig, name: RowName, budget: Budget, steps: int | None = None
 ) -> Iterable[_Run]:
-    base = replace(config.base, checkpoint_every=-1, max_steps=steps or config.base.max_steps)
+    steps = steps or config.base.max_steps
+    base = replace(config.base, checkpoint_every=-1, max_steps=steps, overwrite=True)
     for learning_rate in config.grid:
         for seed in range(base.seed, base.seed + config.num_seeds):
             run = f"{name}-{budget}-lr{learning_rate:g}-seed{seed}"

@@ -6,14 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fogzo.recipes.config import TrainConfig
-from fogzo.recipes.data import load_images
-from fogzo.recipes.train import (
-    build_estimator,
-    build_model,
-    build_optimizer,
-    shuffled_batches,
-    training_step,
-)
+from fogzo.recipes.parallel import Ranks, join_ranks
+from fogzo.recipes.train import training_step
+from fogzo.recipes.training import Training, own_random_streams
 
 
 def run_seconds(
@@ -33,10 +28,12 @@ def run_seconds(
         for name, config in configs.items()
         if config.start
     }
-    turns = {name: _turn(config, steps) for name, config in parts.items()}
-    for turn in turns.values():
-        turn()  # warm up
-    measured = [{name: turn() for name, turn in turns.items()} for _ in range(rounds)]
+    some = next(iter(configs.values()))
+    with join_ranks(some.device) as ranks, own_random_streams(some.seed):
+        turns = {name: _turn(config, ranks, steps) for name, config in parts.items()}
+        for turn in turns.values():
+            turn()  # warm up
+        measured = [{name: turn() for name, turn in turns.items()} for _ in range(rounds)]
     step = {name: statistics.median(m[name] for m in measured) / steps for name in turns}
     return {
         name: config.max_steps
@@ -45,21 +42,16 @@ def run_seconds(
     }
 
 
-def _turn(config: TrainConfig, steps: int) -> Callable[[], float]:
+def _turn(config: TrainConfig, ranks: Ranks, steps: int) -> Callable[[], float]:
     """A function that trains on for some steps and returns the seconds they took."""
-    data = load_images(config.data)
-    model = build_model(config, data)
-    estimator = build_estimator(config, model)
-    optimizer, scheduler = build_optimizer(config, model)
-    batches = shuffled_batches(data.train, config.batch_size, config.seed)
+    training = Training(config, ranks)
 
     def turn() -> float:
         seconds = 0.0
         for _ in range(steps):
-            images, labels = next(batches)
+            window = training.next_window()
             began = time.perf_counter()
-            training_step(model, estimator, optimizer, images, labels)
-            scheduler.step()
+            training_step(training, window)
             seconds += time.perf_counter() - began
         return seconds
 

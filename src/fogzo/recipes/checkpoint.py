@@ -1,0 +1,306 @@
+"""Checkpoints: tensors in safetensors, the rest in JSON; whole or absent; sharded or not.
+
+A checkpoint is a folder, ``checkpoints/step-000123`` in the run's; `checkpoint_format` says what is
+in it. A training loop saves everything that moves::
+
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "rng": rng_state(),
+    }
+    save_checkpoint(run_folder, step, state, keep=2)
+
+and goes on from it, on as many ranks as it likes, whether FSDP2 shards the model or not::
+
+    path = newest_checkpoint(run_folder)
+    if path is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        like = {
+            "model": model.state_dict(),
+            "optimizer": {"state": dict(enumerate(parameters))},
+        }
+        state = load_checkpoint(path, like)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        restore_rng(state["rng"])
+
+All ranks call `save_checkpoint`, `newest_checkpoint` and `rng_state` together.
+"""
+
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fogzo.recipes.checkpoint_format import (
+    FORMAT,
+    Layout,
+    Reader,
+    check_file,
+    own_piece,
+    read_manifest,
+    safetensors_chunks,
+    write_file,
+    write_json,
+)
+from fogzo.rng import RngState
+
+_LOG = logging.getLogger(__name__)
+_STEP = re.compile(r"step-(\d+)|\.step-(\d+)\.replaced")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written. Earlier ones are as they were."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``checkpoints/step-N``, whole or not at all, then delete all but the newest.
+
+    Tensors are brought to the CPU one at a time. Of a DTensor every rank writes the part it holds;
+    anything else is taken from rank 0.
+
+    Args:
+        folder: Run folder.
+        step: N. A checkpoint of the same step is replaced.
+        state: Nested dicts (keys str or int), lists, tuples, None, bool, int, float, str and
+            dense tensors. Of their subclasses (OrderedDict, numpy.float64) the base comes back.
+        keep: How many checkpoints up to this step stay.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If writing fails on any rank, which all ranks then raise.
+        ValueError: If the state holds anything else.
+    """
+    rank, world = _rank_and_world()
+    final = folder / "checkpoints" / f"step-{step:06d}"
+    partial = final.with_name(f".{final.name}.partial")
+    name = f"tensors-{rank:05d}-of-{world:05d}.safetensors"
+    layout = Layout()
+
+    def prepare() -> None:
+        layout.skeleton = layout.add(state, ())
+        if rank == 0:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            for stale in partial.parent.glob(".step-*.partial"):
+                shutil.rmtree(stale)
+            partial.mkdir()
+
+    def write_own() -> dict[str, Any]:
+        pieces = {key: p for key, t in layout.tensors.items() if (p := own_piece(t, rank))}
+        if not pieces:
+            return {"files": {}, "pieces": {}}
+        located = {key: [name, p.offset, list(p.part.shape)] for key, p in pieces.items()}
+        parts = {key: piece.part for key, piece in pieces.items()}
+        written = write_file(partial / name, safetensors_chunks(parts))
+        return {"files": {name: written}, "pieces": located}
+
+    def finish() -> None:
+        files: dict[str, Any] = {}
+        for report in reports:
+            files |= report["files"]
+            for key, located in report["pieces"].items():
+                layout.entries[key]["pieces"].append(located)
+        files["state.json"] = write_json(partial / "state.json", layout.skeleton)
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        write_json(partial / "manifest.json", manifest)
+        _flush_folder(partial)
+        _rename_over(partial, final)
+
+    try:
+        _on_all_ranks(prepare)
+        reports = _on_all_ranks(write_own)
+        _on_all_ranks(finish if rank == 0 else lambda: None)
+    except BaseException as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        newest = newest_checkpoint(folder)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written: {error}; "
+            + (f"the newest good one is {newest}" if newest else "there is no earlier one")
+            + f": free space under {folder}, then run the same command with --resume"
+        ) from error
+    if rank == 0:
+        _delete_older(final, keep)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run folder in which every byte is as written, or None.
+
+    Others are left where they are, with a warning in the log. The ranks share the reading.
+    """
+    rank, world = _rank_and_world()
+    names = [path.name for path in _checkpoints(folder / "checkpoints")]
+    for name in _exchange(names)[0]:  # rank 0's, should a shared file system lag behind
+        path = folder / "checkpoints" / name
+        reasons = [reason for reason in _exchange(_why_invalid(path, rank, world)) if reason]
+        if not reasons:
+            return path
+        if rank == 0:
+            _LOG.warning("skipped a checkpoint that is not whole: %s", reasons[0])
+    return None
+
+
+def load_checkpoint(
+    path: Path, like: Any = None, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The state in a checkpoint, however many ranks wrote it and however many read it.
+
+    Tensors are full and on the CPU, except where `like` has a DTensor: there, and anywhere below
+    that place, a tensor of the same shape becomes a DTensor on the same mesh with the same
+    placements, and only the rank's own slice is read. So a parameter stands for all of its
+    optimizer state, as in the example above. Ranks need not call this together.
+
+    Args:
+        path: From `newest_checkpoint`.
+        like: A nesting with the keys of the state, as far as it matters.
+        only: Keys of the state that are read, such as ``["model"]``; by default all.
+
+    Raises:
+        ValueError: If a file that is read is not as it was written.
+    """
+    with Reader(path) as reader:
+        skeleton = json.loads(reader.verified("state.json").read_bytes())
+        if only is not None:
+            skeleton["dict"] = [(key, node) for key, node in skeleton["dict"] if key in only]
+        return reader.build(skeleton, like)
+
+
+def rng_state() -> dict[str, Any]:
+    """Every rank's global random streams (torch, CUDA, Python, NumPy) as plain lists."""
+    return {"ranks": _exchange(_streams().state_dict())}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put this rank's streams back; a rank that the saved run did not have keeps its own."""
+    rank, _ = _rank_and_world()
+    if rank < len(state["ranks"]):
+        streams = state["ranks"][rank]
+        if streams["numpy"] is not None:
+            importlib.import_module("numpy.random")
+        RngState.from_state_dict(streams).restore()
+
+
+def _streams() -> RngState:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return RngState(torch.device("cuda", index) for index in range(count))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint, whole or not, newest first.
+
+    One that is being replaced by another of its step counts, lest a crash in between lose both.
+    """
+    found = [path for path in folder.glob("*step-*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_step(path), path.name[0] != "."), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or match[2])
+
+
+def _why_invalid(path: Path, rank: int, world: int) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        manifest = read_manifest(path)
+        for name in sorted(manifest)[rank::world]:
+            check_file(path, name, manifest)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _rename_over(partial: Path, final: Path) -> None:
+    if final.exists():
+        replaced = final.with_name(f".{final.name}.replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    _flush_folder(final.parent)
+
+
+def _delete_older(final: Path, keep: int) -> None:
+    """Delete what this checkpoint replaced, and earlier ones beyond the newest."""
+    others = [path for path in _checkpoints(final.parent) if path != final]
+    replaced = [path for path in others if path.name.startswith(".")]
+    earlier = [p for p in others if p not in replaced and _step(p) < _step(final)]
+    for path in replaced + earlier[max(keep - 1, 0) :]:
+        # Renamed first, so that half a checkpoint is never seen.
+        doomed = path.with_name(f".{path.name.lstrip('.')}.partial")
+        try:
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            _LOG.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _on_all_ranks(action: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank, wait for all, and raise on all if it failed on any."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    text = (str(error) or repr(error)) if error else None
+    outcomes = _exchange((result, text, isinstance(error, OSError)))
+    failures = [(rank, text, os_error) for rank, (_, text, os_error) in enumerate(outcomes) if text]
+    if not failures:
+        return [result for result, *_ in outcomes]
+    # The same kind of error on all ranks, as what the caller does about it is collective too.
+    kind = OSError if all(os_error for *_, os_error in failures) else RuntimeError
+    if error is not None and isinstance(error, OSError) == (kind is OSError):
+        raise error
+    rank, text = next((r, t) for r, t, os_error in failures if os_error == (kind is OSError))
+    raise kind(f"{text} (rank {rank})") from error
+
+
+def _exchange(value: Any) -> list[Any]:
+    """Every rank's value, on every rank; as JSON, if there are several."""
+    _, world = _rank_and_world()
+    if world == 1:
+        return [value]
+    backends = dist.get_backend_config()
+    device = "cpu" if "cpu:" in backends else backends.partition(":")[0]
+    text = json.dumps(value).encode()
+    size = torch.tensor(len(text), device=device)
+    sizes = [torch.empty_like(size) for _ in range(world)]
+    dist.all_gather(sizes, size)
+    longest = max(int(size) for size in sizes)
+    padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
+    texts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(texts, padded)
+    return [json.loads(text.cpu().numpy().tobytes()) for text in texts]

@@ -1,0 +1,112 @@
+"""An exponential moving average of a model's weights, to evaluate instead of the last ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import is_sharded, local, reshard, shard_like
+
+
+class Ema:
+    """The moving average of a model's parameters and floating-point buffers.
+
+    What is averaged of a quantized layer is its latent weight and its learned step size, so under
+    `applied` the average is rounded anew: codes are those of the averaged latent weights. Integer
+    buffers, such as BatchNorm's count of batches, stay as the model has them.
+
+    The average begins as the weights after the first update, so that neither random weights nor
+    step sizes that training has yet to measure are in it. Young averages forget faster: the decay
+    of update t, from 0, is at most (1 + t) / (10 + t).
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> ema = Ema(model, decay=0.99)
+        >>> for value in (1.0, 2.0):
+        ...     _ = nn.init.constant_(model.weight, value)  # an optimizer's step
+        ...     ema.update()
+        >>> with ema.applied():
+        ...     round(model.weight.item(), 4)  # 2/11 of 1, the rest of 2
+        1.8182
+        >>> model.weight.item()
+        2.0
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Remember a model.
+
+        Args:
+            model: Quantized already and, with FSDP, sharded: each rank averages its own part.
+            decay: Share of the old average that an update keeps, in (0, 1).
+
+        Raises:
+            ValueError: If the decay is not in (0, 1).
+        """
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {decay}: --ema-decay 0.99")
+        self.decay = decay
+        self.updates = 0
+        self._model = model
+        # Held on to, as FSDP shows its gathered weights between a forward and its backward.
+        reshard([model])
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._live = {name: t.detach() for name, t in tensors if t.is_floating_point()}
+        self._average = {name: tensor.clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the present weights; call it after every step of the optimizer."""
+        average, live = _parts(self._average), _parts(self._live)
+        if self.updates == 0:
+            torch._foreach_copy_(average, live)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(average, live, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model be its average within the block, and bit for bit itself after it."""
+        kept = [tensor.clone() for tensor in _parts(self._live)]
+        try:
+            self._overwrite(_parts(self._average))
+            yield
+        finally:
+            self._overwrite(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average by name, sharded where the model is, and the number of updates."""
+        return {"updates": self.updates, "average": dict(self._average)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; whole tensors are sharded as the model is.
+
+        Raises:
+            ValueError: If it is of another model.
+        """
+        given: dict[str, Tensor] = state["average"]
+        differing = sorted(given.keys() ^ self._average.keys())
+        if differing:
+            raise ValueError(
+                f"this average is of another model, which differs in {', '.join(differing[:5])}: "
+                "load it into a model that is built and quantized by the same config"
+            )
+        for name, average in self._average.items():
+            loaded = given[name]
+            part = local(loaded) if is_sharded(loaded) else shard_like(loaded, average)
+            local(average).copy_(part)
+        self.updates = state["updates"]
+
+    @torch.no_grad()
+    def _overwrite(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(_parts(self._live), values)
+        reshard([self._model])  # else FSDP would go on with what it has gathered
+
+
+@torch.no_grad()
+def _parts(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """What this rank holds of the tensors, in their own memory."""
+    return [local(tensor) for tensor in tensors.values()]

@@ -1,0 +1,230 @@
+"""The parts of a run, put together from its config, and what a checkpoint holds of them."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fogzo import (
+    ControlVariateEstimator,
+    FogzoEstimator,
+    PlaceboEstimator,
+    SpsaEstimator,
+    linear_noise_share,
+    quantized_weights,
+)
+from fogzo.collectives import local
+from fogzo.estimators import GradientEstimator
+from fogzo.recipes.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    restore_rng,
+    rng_state,
+)
+from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.ema import Ema
+from fogzo.recipes.learning_rates import learning_rate_factor
+from fogzo.recipes.models import build_model, calibrate, checkpoint_blocks_
+from fogzo.recipes.optimizers import build_optimizer
+from fogzo.recipes.parallel import Ranks, parallelize, share_buffers
+from fogzo.recipes.run_folder import Metrics
+from fogzo.recipes.tasks import Batch, Task, load_task
+from fogzo.rng import RngState
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Training:
+    """Everything that a run trains with.
+
+    Args:
+        config: The run.
+        ranks: This process among those of the run.
+        checkpoint: Where to go on, or None to begin.
+
+    Attributes:
+        task: Data and loss.
+        windows: The training batches of this rank.
+        model: The network, to look into and to evaluate.
+        parallel: The same network, to train: wrapped where several ranks share the work.
+        estimator: None for plain backward.
+        optimizer: Any optimizer of torch.
+        scaler: Does nothing unless the precision is fp16.
+        ema: None unless asked for.
+        step: Optimizer steps taken.
+        seconds: Time they took.
+        extra_forwards: Probes they took.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
+        self.config, self.ranks = config, ranks
+        self.task = load_task(config)
+        self.windows = self.task.windows(config, ranks)
+        self.model = build_model(config, self.task.shapes).to(ranks.device)
+        if checkpoint is None:
+            if config.initial_weights is not None:
+                load_weights(self.model, config.initial_weights)
+            calibrate_activations(self.model, config, self.task, ranks.device)
+        if config.gradient_checkpointing:
+            checkpoint_blocks_(self.model)
+        if config.compile:
+            self.model.compile()
+        self.parallel = parallelize(self.model, config.parallel, ranks)
+        self.estimator = build_estimator(config, self.model)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self._learning_rate = learning_rate_factor(config)
+        self.step, self.seconds, self.extra_forwards = 0, 0.0, 0
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.model.train()
+
+    def next_window(self) -> list[Batch]:
+        """The coming step's micro-batches, on the device."""
+        return [self.task.prepare(raw, self.ranks.device) for raw in next(self.windows)]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward in the precision that was asked for."""
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, _DTYPES[self.config.precision])
+
+    def set_learning_rate(self) -> None:
+        """Set the rate of the coming step, which follows from the step alone."""
+        rate = self.config.learning_rate * self._learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def evaluate(self) -> Metrics:
+        """The numbers of each split, under the averaged weights where there is an average."""
+        found: Metrics = {}
+        with self.ema.applied() if self.ema else nullcontext():
+            share_buffers(self.model, self.ranks)
+            for split in self.task.splits:
+                numbers = self.task.evaluate(self.model, split, _EVAL_BATCH, self.ranks)
+                found |= {f"{split}_{name}": value for name, value in numbers.items()}
+        return found
+
+    def all_finite(self) -> bool:
+        """Whether every weight on every rank is a finite number."""
+        params = [local(param.detach()) for param in self.model.parameters()]
+        bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
+        return not self.ranks.sum(bad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run needs to go on as if nothing had happened."""
+        share_buffers(self.model, self.ranks)
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "extra_forwards": self.extra_forwards,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict() if self.estimator else None,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "windows": self.windows.state_dict(),
+            "random_streams": rng_state(),
+        }
+
+    def _resume(self, checkpoint: Path) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        like = {
+            "model": self.model.state_dict(),
+            "optimizer": {"state": dict(enumerate(parameters))},
+            "ema": self.ema.state_dict() if self.ema else None,
+        }
+        state = load_checkpoint(checkpoint, like)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.extra_forwards = state["extra_forwards"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.estimator is not None:
+            self.estimator.load_state_dict(state["estimator"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.windows.load_state_dict(state["windows"])
+        restore_rng(state["random_streams"])
+
+
+_EVAL_BATCH = 256
+
+
+def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator | None:
+    """The estimator by its name; None for plain backward."""
+    weights = quantized_weights(model)
+    if config.estimator == "ste" or not weights:
+        return None
+    options: dict[str, Any] = {"num_samples": config.num_samples, "seed": config.seed}
+    if config.estimator == "spsa":
+        return SpsaEstimator(weights, **options)
+    if config.estimator == "control-variate":
+        return ControlVariateEstimator(weights, **options)
+    schedule = linear_noise_share(
+        kappa=0.0 if config.estimator == "lambda" else config.kappa,
+        num_weights=sum(weight.param.numel() for weight in weights),
+        num_samples=config.num_samples,
+        total_steps=config.max_steps,
+        start=config.start,
+    )
+    if config.estimator == "placebo":
+        return PlaceboEstimator(weights, noise_share=schedule, **options)
+    paired = config.estimator == "fogzo-paired"
+    return FogzoEstimator(weights, noise_share=schedule, paired=paired, **options)
+
+
+def load_weights(model: nn.Module, run: Path) -> int:
+    """Load the weights of another run, averaged where it averaged; returns its step.
+
+    Those of a float run are quantized anew: its checkpoint has no step sizes.
+
+    Raises:
+        ValueError: If there is no checkpoint, or one of another network.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(
+            f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
+        )
+    state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
+    weights = state["model"] | (state["ema"]["average"] if state["ema"] else {})
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip()
+        raise ValueError(
+            f"{checkpoint} is of another network ({first}): use the recipe and the --model "
+            f"options of {run}/config.json"
+        ) from error
+    return int(state["step"])
+
+
+def calibrate_activations(
+    model: nn.Module, config: TrainConfig, task: Task, device: torch.device
+) -> None:
+    """Measure the step sizes of activations on the first batch, the same on every rank."""
+    if config.activations.preset == "none" or config.quantizer.preset == "none":
+        return
+    raw = next(task.windows(config, Ranks(device)))[0]
+    inputs, _ = task.prepare(raw, device, training=False)
+    calibrate(model, inputs, config.seed)
+
+
+@contextmanager
+def own_random_streams(seed: int) -> Iterator[None]:
+    """Give the block torch's global streams seeded so, for dropout and augmentation.
+
+    The streams of the caller are put back.
+    """
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    caller = RngState(devices)
+    torch.manual_seed(seed)  # noqa: TID251 -- given back
+    try:
+        yield
+    finally:
+        caller.restore()

@@ -20,6 +20,7 @@ LEVELS = {
     "schedules": 0,
     "weights": 1,
     "activations": 1,
+    "selection": 1,
     "attach": 1,
     "directions": 1,
     "probes": 1,
@@ -34,7 +35,18 @@ LEVELS = {
 }
 # From here on third parties may be imported.
 FIRST_WITH_THIRD_PARTIES = 3
-HEAVY = {"tyro", "rich", "matplotlib", "sklearn", "transformers", "datasets", "jinja2"}
+HEAVY = {
+    "accelerate",
+    "kornia",
+    "safetensors",
+    "tyro",
+    "rich",
+    "matplotlib",
+    "sklearn",
+    "transformers",
+    "datasets",
+    "jinja2",
+}
 
 
 def module_name(path):

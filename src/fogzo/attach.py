@@ -1,26 +1,23 @@
 """Attaching quantizers to a model in place, listing what they quantize, and baking them in."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fogzo.activations import Activations, QuantizedInput, activation_quantizers
 from fogzo.collectives import full, is_sharded, reshard, sharded_dims
 from fogzo.quantizers import Quantizer, Surrogate
+from fogzo.selection import FilterFn, check_ties, output_dim, select_layers
 from fogzo.weights import QuantizedWeight, check_parameter
 
 logger = logging.getLogger(__name__)
 
-FilterFn = Callable[[nn.Module, str], bool]
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_HEAD_NAMES = {"lm_head", "classifier", "head", "fc", "score", "qa_outputs", "embed_out"}
 
 
 class QuantizedLayer(QuantizedInput):
@@ -165,9 +162,9 @@ def quantize_(
         )
     reshard([model])
     layers = {name: m for name, m in model.named_modules() if output_dim(m) is not None}
-    selected = _select(model, layers, filter_fn)
+    selected = select_layers(model, layers, filter_fn)
     one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
-    _check_ties(layers, selected, one_step)
+    check_ties(layers, selected, one_step)
 
     # Two passes: every error comes before the first change.
     steps: dict[int, Tensor | None] = {}
@@ -248,24 +245,6 @@ def dequantize_(model: ModelT) -> ModelT:
         layer.detach_input()
         cast(nn.Module, layer).__class__ = _plain_class(layer)
     return model
-
-
-def output_dim(module: nn.Module) -> int | None:
-    """Which dimension of a layer's weight holds its output channels; None if unsupported."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention reads its weight without calling its forward
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return 1
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
-        return 0
-    # transformers' Conv1D is a linear layer of transposed weight; known by name, as this package
-    # must not import transformers.
-    if any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-        for cls in type(module).__mro__
-    ):
-        return 1
-    return None
 
 
 @cache
@@ -354,43 +333,6 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
     )
 
 
-def _select(
-    model: nn.Module, layers: dict[str, nn.Module], filter_fn: FilterFn | None
-) -> dict[str, nn.Module]:
-    if filter_fn is None:
-        heads = _output_heads(layers)
-        selected = {
-            name: layer
-            for name, layer in layers.items()
-            if not isinstance(layer, nn.Embedding) and layer not in heads
-        }
-    else:
-        selected = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
-    if selected:
-        return selected
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no layer that can be quantized: Linear, Conv1d/2d/3d, "
-            "ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are"
-        )
-    rule = "the default filter leaves embeddings and output heads alone"
-    raise ValueError(
-        f"nothing was selected out of {', '.join(layers)} "
-        f"({rule if filter_fn is None else 'filter_fn returned False for each'}): "
-        "to quantize all of them, "
-        "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)"
-    )
-
-
-def _output_heads(layers: dict[str, nn.Module]) -> list[nn.Module]:
-    """The layers that turn features into predictions, which most recipes leave in float."""
-    heads = [layer for name, layer in layers.items() if name.rpartition(".")[2] in _HEAD_NAMES]
-    if not heads:
-        heads += [layer for layer in layers.values() if isinstance(layer, nn.Linear)][-1:]
-    embeddings = {id(m.weight) for m in layers.values() if isinstance(m, nn.Embedding)}
-    return heads + [layer for layer in layers.values() if id(layer.weight) in embeddings]
-
-
 def _check_layer(name: str, layer: nn.Module) -> None:
     if isinstance(layer, QuantizedLayer):
         raise ValueError(
@@ -409,27 +351,3 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             f"{name!r} has sparse gradients, which no rounding passes on: build it with "
             "nn.Embedding(..., sparse=False), or leave it out with filter_fn"
         )
-
-
-def _check_ties(
-    layers: dict[str, nn.Module], selected: dict[str, nn.Module], one_step: bool
-) -> None:
-    """A tied weight must be quantized wherever it is used, or the uses would drift apart."""
-    first: dict[int, str] = {}
-    for name, layer in selected.items():
-        other = first.setdefault(id(layer.weight), name)
-        if output_dim(layer) != output_dim(selected[other]) and not one_step:
-            raise ValueError(
-                f"{name!r} and {other!r} share a weight but not which dimension is its output: "
-                'use granularity="tensor" without rotation, for example '
-                "fogzo.lsq(bits=2), or leave both out with filter_fn"
-            )
-    for name, layer in layers.items():
-        if name in selected:
-            continue
-        for other, chosen in selected.items():
-            if chosen.weight is layer.weight:
-                raise ValueError(
-                    f"{other!r} shares its weight with {name!r}, which is not selected: "
-                    "let filter_fn return True for both, or for neither"
-                )

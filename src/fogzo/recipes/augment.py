@@ -120,7 +120,7 @@ def _steps(config: AugmentationConfig, images: Images) -> list[Callable[[Tensor]
         from kornia import augmentation as kornia
     except ImportError as error:
         raise ValueError(
-            "crops, flips and RandAugment need kornia: pip install 'fogzo[data]', or leave "
+            "crops, flips and RandAugment need kornia: pip install 'fogzo[cli]', or leave "
             "--data.augmentation.crop, .flip and .rand-augment out"
         ) from error
     size = (images.image_size, images.image_size)

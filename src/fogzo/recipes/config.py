@@ -258,6 +258,9 @@ class TrainConfig:
     """n, directions probed a step."""
     kappa: float = 0.1
     """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
+    noise_shape: Literal["isotropic", "tensor_rms"] = "isotropic"
+    """isotropic is the paper's; tensor_rms gives each weight noise in proportion to its gradient,
+    so that layers of small gradients do not wander under Adam."""
     start: float = 0.0
     """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
 

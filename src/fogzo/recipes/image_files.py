@@ -68,6 +68,8 @@ def read_files(config: ImagesConfig) -> Read:
     """
     dataset = config.dataset
     splits = _load(dataset)
+    if "train" in splits:  # what its columns lack, others usually lack too
+        _column(splits["train"], _LABEL_COLUMNS, f"the train split of {dataset!r}")
     tests = [name for name in _TEST_SPLITS if name in splits and _has_labels(splits[name])]
     if "train" not in splits or not tests:
         raise ValueError(

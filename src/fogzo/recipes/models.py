@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fogzo import calibrate_, quantize_
-from fogzo.attach import output_dim
 from fogzo.recipes.config import DeitConfig, LlamaConfig, MlpConfig, ResNetConfig, TrainConfig
+from fogzo.selection import output_dim
 
 # By name, as importing them all would cost seconds.
 _BLOCKS = {"LlamaDecoderLayer", "ViTLayer", "ResNetBasicLayer", "ResNetBottleNeckLayer"}

@@ -44,7 +44,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ValueError(
-            f"the tokenizer {name!r} needs transformers: pip install transformers, or "
+            f"the tokenizer {name!r} needs transformers: pip install 'fogzo[cli]', or "
             "--data.tokenizer bytes"
         ) from error
     try:

@@ -39,7 +39,7 @@ def _accelerator(config: TrainConfig) -> Any:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
     except ImportError as error:
-        raise ValueError("--trackers needs accelerate: pip install 'fogzo[train]'") from error
+        raise ValueError("--trackers needs accelerate: pip install 'fogzo[trackers]'") from error
     available = {str(tracker) for tracker in get_available_trackers()}
     missing = [tracker for tracker in config.trackers if tracker not in available]
     if missing:

@@ -160,7 +160,11 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
     weights = quantized_weights(model)
     if config.estimator == "ste" or not weights:
         return None
-    options: dict[str, Any] = {"num_samples": config.num_samples, "seed": config.seed}
+    options: dict[str, Any] = {
+        "num_samples": config.num_samples,
+        "noise_shape": config.noise_shape,
+        "seed": config.seed,
+    }
     if config.estimator == "spsa":
         return SpsaEstimator(weights, **options)
     if config.estimator == "control-variate":
@@ -192,7 +196,10 @@ def load_weights(model: nn.Module, run: Path) -> int:
             f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
         )
     state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
-    weights = state["model"] | (state["ema"]["average"] if state["ema"] else {})
+    weights = state["model"]
+    if state["ema"] is not None:
+        average = state["ema"]["average"]
+        weights = {name: average.get(name, weight) for name, weight in weights.items()}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

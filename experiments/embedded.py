@@ -1,0 +1,101 @@
+"""Train the recipes with embedded data as they are shipped, and compare them with knowing little.
+
+    python experiments/embedded.py [--workers 2]
+
+Every run keeps its recipe's settings; nothing is tuned for either estimator, so this shows that
+both learn and does not compare them. An interrupted run is resumed. Writes
+experiments/embedded/results.json.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fogzo.recipes import RECIPES, train
+from fogzo.recipes.config import TextConfig
+from fogzo.recipes.environment import environment
+from fogzo.recipes.images import load_images
+from fogzo.recipes.text import load_text, unigram_loss
+
+FOLDER = Path(__file__).parent / "embedded"
+NAMES = ("digits-resnet", "digits-deit", "pydoc-llama")
+ESTIMATORS = ("ste", "fogzo")
+SEEDS = (0, 1, 2)
+KEPT = ("test_loss", "test_accuracy", "train_loss")
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    jobs = [(name, estimator, seed) for name in NAMES for estimator in ESTIMATORS for seed in SEEDS]
+    with ProcessPoolExecutor(
+        parser.parse_args().workers, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        outcomes = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    rows = [
+        summarise(name, estimator, [outcomes[name, estimator, seed] for seed in SEEDS])
+        for name in NAMES
+        for estimator in ESTIMATORS
+    ]
+    results = {
+        "environment": environment(),
+        "baselines": {name: baseline(name) for name in NAMES},
+        "rows": rows,
+    }
+    text = json.dumps(results, indent=1) + "\n"
+    (FOLDER / "results.json").write_text(text, encoding="utf-8")
+
+
+def run(job: tuple[str, str, int]) -> dict[str, Any]:
+    """One training run, or what is left of it."""
+    name, estimator, seed = job
+    folder = FOLDER / "runs" / f"{name}-{estimator}-{seed}"
+    config = replace(RECIPES[name](), seed=seed, output_dir=folder, resume=True)
+    return train(replace(config, estimator=estimator))
+
+
+def summarise(name: str, estimator: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation and single values over seeds."""
+    row: dict[str, Any] = {"recipe": name, "estimator": estimator, "seeds": len(outcomes)}
+    for key in ("steps", "extra_forwards"):
+        row[key] = outcomes[0][key]
+    for key in KEPT:
+        values = [outcome[key] for outcome in outcomes]
+        row[key] = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+        row[key]["values"] = values
+    return row
+
+
+def baseline(name: str) -> dict[str, float]:
+    """What knowing nothing (uniform) and knowing frequencies alone come to on the test split."""
+    data = RECIPES[name]().data
+    if isinstance(data, TextConfig):
+        text = load_text(data)
+        counts = torch.bincount(text.test.tokens.long())
+        return {
+            "uniform_loss": math.log(text.vocab_size),
+            "frequency_loss": unigram_loss(text),
+            "frequency_accuracy": float(counts.max() / counts.sum()),
+        }
+    images = load_images(data)
+    train_labels = images.train.batch(torch.arange(len(images.train)))[1]
+    labels = images.test.batch(torch.arange(len(images.test)))[1]
+    counts = torch.bincount(train_labels, minlength=images.num_classes).double()
+    shares = counts / counts.sum()
+    return {
+        "uniform_loss": math.log(images.num_classes),
+        "frequency_loss": float(-shares[labels].log().mean()),
+        "frequency_accuracy": float((labels == counts.argmax()).double().mean()),
+    }
+
+
+if __name__ == "__main__":
+    main()

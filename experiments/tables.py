@@ -5,7 +5,7 @@ With --check nothing is written, and tables that differ are an error.
     python experiments/tables.py [--check]
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a folder of
-experiments/ with a results.json, or step_cost.
+experiments/ with a results.json, or step_cost. Those of `fogzo compare` have a config.json too.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def main() -> None:
     if not parser.parse_args().check:
         readme.write_text(after, encoding="utf-8")
         with chdir(ROOT):  # where the configs' output folders begin
-            for path in Path("experiments").glob("*/results.json"):
-                config = from_dict(CompareConfig, read(path.with_name("config.json")))
-                write_compare_report(config, read(path))
+            for path in Path("experiments").glob("*/config.json"):
+                config = from_dict(CompareConfig, read(path))
+                write_compare_report(config, read(path.with_name("results.json")))
     elif after != before:
         sys.exit("README.md differs from the committed results: run make results")
 
@@ -46,6 +46,8 @@ def marked_table(name: str) -> str:
     """The table of that name, with its marks."""
     if name == "step_cost":
         text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
+    elif name == "embedded":
+        text = embedded_table(read(ROOT / "experiments" / name / "results.json"))
     else:
         text = comparison_table(read(ROOT / "experiments" / name / "results.json"))
     return f"<!-- table: {name} -->\n{text}<!-- end -->"
@@ -69,6 +71,33 @@ def comparison_table(results: dict[str, Any]) -> str:
     return (
         markdown(heading, rows) + "\n" + " ".join(display.findings(results)) + "\n\n" + note + "\n"
     )
+
+
+def embedded_table(results: dict[str, Any]) -> str:
+    """What the recipes with embedded data reach, beside what little knowledge does."""
+    heading = ("recipe", "gradient", "test loss (nats)", "test accuracy %")
+    heading += ("loss knowing nothing", "loss knowing frequencies", "accuracy of the commonest %")
+    rows = []
+    for row in results["rows"]:
+        baseline = results["baselines"][row["recipe"]]
+        loss, accuracy = row["test_loss"], row["test_accuracy"]
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                display.ROW_LABELS[row["estimator"]],
+                f"{loss['mean']:.3f} ± {loss['sd']:.3f}",
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
+                f"{baseline['uniform_loss']:.3f}",
+                f"{baseline['frequency_loss']:.3f}",
+                f"{100 * baseline['frequency_accuracy']:.1f}",
+            ]
+        )
+    facts = results["environment"]
+    note = (
+        f"Mean ± standard deviation over {results['rows'][0]['seeds']} seeds. "
+        f"{facts['processor']}, torch {facts['torch']}, Python {facts['python']}, {facts['date']}."
+    )
+    return markdown(heading, rows) + "\n" + note + "\n"
 
 
 def loss_difference(results: dict[str, Any], row: dict[str, Any]) -> str:

@@ -260,3 +260,13 @@ def test_weights_of_a_float_run_can_be_where_training_begins(config, tmp_path):
         Training(replace(config, initial_weights=in_float.output_dir, model=other), CPU)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         Training(replace(config, initial_weights=tmp_path / "nowhere"), CPU)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-deit"])  # half a minute each
+def test_a_compiled_network_trains_as_an_eager_one(name):
+    config = shrunk(RECIPES[name](), optimizer="sgd", learning_rate=0.01, data=_plain(name))
+    eager = parameters_after(config)
+    torch._dynamo.reset()
+    assert_same_training(parameters_after(replace(config, compile=True)), eager, rtol=1e-3)

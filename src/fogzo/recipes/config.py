@@ -27,8 +27,8 @@ class QuantizerConfig:
 
     preset: Literal["none", "fixed", "lsq", "quest", "ternary", "sign", "abs_max"] = "none"
     """none stays in float."""
-    bits: int = 2
-    """Bits of fixed, lsq, quest and abs_max."""
+    bits: int | None = None
+    """Bits of fixed, lsq, quest (by default 2) and abs_max (8)."""
     surrogate: str | None = None
     """Backward rule; by default the preset's own."""
     granularity: Literal["tensor", "channel", "token"] | int | None = None
@@ -49,10 +49,17 @@ class QuantizerConfig:
             "surrogate": self.surrogate,
             "granularity": self.granularity,
             "init": self.init,
+            "bits": self.bits,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        if self.preset in ("fixed", "lsq", "quest", "abs_max"):
-            given["bits"] = self.bits
+        if self.preset in ("ternary", "sign"):
+            if self.bits is not None:
+                raise ValueError(
+                    f"{self.preset} has levels of its own and takes no bits, got {self.bits}: leave "
+                    "--quantizer.bits out, or use --quantizer.preset lsq"
+                )
+        elif self.preset != "abs_max":
+            given.setdefault("bits", 2)
         if self.init is not None and self.preset not in ("fixed", "lsq"):
             raise ValueError(
                 f"{self.preset} measures its step size at every forward and takes no init: leave "

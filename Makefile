@@ -4,12 +4,12 @@ BIN := .venv/bin
 # Small matrices on few cores: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint suite benchmarks results clean
+.PHONY: demo test lint suite benchmarks results results-check clean
 
 demo: .venv/installed  ## train and compare on real digits, write runs/demo/report.html
 	$(BIN)/fogzo compare digits-mlp --output-dir runs/demo
 
-test: lint suite  ## everything CI checks
+test: lint suite results-check  ## everything CI checks
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -23,9 +23,13 @@ benchmarks: .venv/installed  ## measure again what the README says of cost
 	$(BIN)/python benchmarks/step_cost.py --output benchmarks/step_cost.json
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_cost.py --threads 2 \
 		--output benchmarks/step_cost_2_threads.json
+	$(BIN)/python benchmarks/many_probes.py
 
 results: .venv/installed  ## rewrite the README's tables and the reports from the committed JSON
 	$(BIN)/python experiments/tables.py
+
+results-check: .venv/installed  ## rebuild the README's tables from the committed JSON, fail if they differ
+	$(BIN)/python experiments/tables.py --check
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

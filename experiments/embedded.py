@@ -10,6 +10,7 @@ experiments/embedded/results.json.
 import argparse
 import json
 import math
+import re
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -19,14 +20,25 @@ from typing import Any
 import torch
 
 from fogzo.recipes import RECIPES, train
-from fogzo.recipes.config import TextConfig
+from fogzo.recipes.data_config import TextConfig
 from fogzo.recipes.environment import environment
 from fogzo.recipes.images import load_images
 from fogzo.recipes.text import TextSplit, load_text, unigram_loss
 
 FOLDER = Path(__file__).parent / "embedded"
-NAMES = ("digits-resnet", "digits-deit", "pydoc-llama")
-ESTIMATORS = ("ste", "fogzo")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "STE": {"estimator": "ste"},
+    "FOGZO": {"estimator": "fogzo"},
+    "FOGZO, isotropic noise, kappa 1e-6": {"noise_shape": "isotropic", "kappa": 1e-6},
+}
+ROWS = [
+    *(
+        (name, row)
+        for name in ("digits-resnet", "digits-deit", "pydoc-llama")
+        for row in ("STE", "FOGZO")
+    ),
+    ("digits-deit", "FOGZO, isotropic noise, kappa 1e-6"),
+]
 SEEDS = (0, 1, 2)
 KEPT = ("test_loss", "test_accuracy", "train_loss")
 
@@ -35,19 +47,15 @@ def main() -> None:
     """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
-    jobs = [(name, estimator, seed) for name in NAMES for estimator in ESTIMATORS for seed in SEEDS]
+    jobs = [(*row, seed) for row in ROWS for seed in SEEDS]
     with ProcessPoolExecutor(
         parser.parse_args().workers, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         outcomes = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    rows = [
-        summarise(name, estimator, [outcomes[name, estimator, seed] for seed in SEEDS])
-        for name in NAMES
-        for estimator in ESTIMATORS
-    ]
+    rows = [summarise(*row, [outcomes[*row, seed] for seed in SEEDS]) for row in ROWS]
     results = {
         "environment": environment(),
-        "baselines": {name: baseline(name) for name in NAMES},
+        "baselines": {name: baseline(name) for name, _ in ROWS},
         "rows": rows,
     }
     text = json.dumps(results, indent=1) + "\n"
@@ -56,15 +64,16 @@ def main() -> None:
 
 def run(job: tuple[str, str, int]) -> dict[str, Any]:
     """One training run, or what is left of it."""
-    name, estimator, seed = job
-    folder = FOLDER / "runs" / f"{name}-{estimator}-{seed}"
+    name, row, seed = job
+    label = re.sub(r"\W+", "-", row.lower())
+    folder = FOLDER / "runs" / f"{name}-{label}-{seed}"
     config = replace(RECIPES[name](), seed=seed, output_dir=folder, resume=True)
-    return train(replace(config, estimator=estimator))
+    return train(replace(config, **SETTINGS[row]))
 
 
-def summarise(name: str, estimator: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(name: str, label: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, standard deviation and single values over seeds."""
-    row: dict[str, Any] = {"recipe": name, "estimator": estimator, "seeds": len(outcomes)}
+    row: dict[str, Any] = {"recipe": name, "row": label, "seeds": len(outcomes)}
     for key in ("steps", "extra_forwards"):
         row[key] = outcomes[0][key]
     for key in KEPT:

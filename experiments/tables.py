@@ -16,7 +16,7 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from fogzo.cli import display
+from fogzo.cli import comparison
 from fogzo.cli.report import write_compare_report
 from fogzo.recipes.compare import CompareConfig
 from fogzo.recipes.config import from_dict
@@ -59,7 +59,7 @@ def comparison_table(results: dict[str, Any]) -> str:
     heading += ("extra forwards", "FOGZO minus row: accuracy", "FOGZO minus row: train loss")
     rows = []
     for row in results["rows"]:
-        cells = display.table_cells(results, row)
+        cells = comparison.table_cells(results, row)
         rows.append([*cells, loss_difference(results, row)])
     seeds = len(results["rows"][0]["seeds"])
     facts = results["environment"]
@@ -69,7 +69,12 @@ def comparison_table(results: dict[str, Any]) -> str:
         f"{facts['date']}."
     )
     return (
-        markdown(heading, rows) + "\n" + " ".join(display.findings(results)) + "\n\n" + note + "\n"
+        markdown(heading, rows)
+        + "\n"
+        + " ".join(comparison.findings(results))
+        + "\n\n"
+        + note
+        + "\n"
     )
 
 
@@ -84,7 +89,7 @@ def embedded_table(results: dict[str, Any]) -> str:
         rows.append(
             [
                 f"`{row['recipe']}`",
-                display.ROW_LABELS[row["estimator"]],
+                row["row"],
                 f"{loss['mean']:.3f} ± {loss['sd']:.3f}",
                 f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
                 f"{baseline['uniform_loss']:.3f}",

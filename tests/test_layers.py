@@ -24,6 +24,7 @@ LEVELS = {
     "attach": 1,
     "directions": 1,
     "probes": 1,
+    "stacked_probes": 1,
     "estimators": 2,
     "reference": 2,
     "diagnostics": 2,

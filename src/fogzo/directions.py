@@ -38,6 +38,14 @@ def mix_seed(*parts: int) -> int:
     return state
 
 
+class Probe(NamedTuple):
+    """A direction ``v = guide * ghat + noise * u_sample`` to measure the loss along."""
+
+    sample: int
+    guide: float
+    noise: float
+
+
 Factor = float | Tensor
 """A number where reading it is free (one step size, on a CPU), else a tensor that broadcasts."""
 
@@ -76,6 +84,7 @@ class Directions:
         noise_shape: NoiseShape = "isotropic",
         noise_on_masked: bool = True,
     ) -> None:
+        self.weights = weights
         self.seed = seed
         self._seeds: dict[int, int] = {}
         self.grad_scale = grad_scale
@@ -102,7 +111,7 @@ class Directions:
                 for norm, weight in zip(norms, weights, strict=True)
             ]
         self._prepared = [
-            _Prepared(weight, _working_dtype(weight.param), grad, e, e * e * inverse_norm, ratio)
+            _Prepared(weight, working_dtype(weight.param), grad, e, e * e * inverse_norm, ratio)
             for weight, grad, e, ratio in zip(weights, grads, eps, ratios, strict=True)
         ]
 
@@ -132,21 +141,39 @@ class Directions:
                 u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
             yield u
 
-    def add_offsets_(self, sample: int, guide: float, noise: float) -> None:
-        """Move every weight by ``eps * (guide * ghat + noise * u_i)``."""
-        draws = self.noise(sample) if noise else iter([None] * len(self._prepared))
-        for prepared, u in zip(self._prepared, draws, strict=True):
+    def add_offsets_(self, probe: Probe) -> None:
+        """Move every weight by ``eps * v``."""
+        targets = [local(prepared.weight.param) for prepared in self._prepared]
+        self._add_offsets_(targets, probe)
+
+    def stacks(self, probes: Sequence[Probe]) -> list[Tensor]:
+        """Copies of every weight, moved along one probe each: (probes, *shape) of each weight.
+
+        To the bit what `add_offsets_` makes of the weights, which are left alone.
+        """
+        stacks = []
+        for prepared in self._prepared:
+            param = prepared.weight.param.detach()
+            stack = param.expand(len(probes), *param.shape)
+            stacks.append(stack.clone(memory_format=torch.contiguous_format))
+        for probe, *targets in zip(probes, *(stack.unbind() for stack in stacks), strict=True):
+            self._add_offsets_(targets, probe)
+        return stacks
+
+    def _add_offsets_(self, targets: Sequence[Tensor], probe: Probe) -> None:
+        draws = self.noise(probe.sample) if probe.noise else iter([None] * len(targets))
+        for prepared, param, u in zip(self._prepared, targets, draws, strict=True):
             weight, grad = prepared.weight, prepared.grad
             # Straight into the weight where that is as exact as one rounding at the end.
-            direct = weight.rotate is None and weight.param.dtype == prepared.dtype
-            param = target = local(weight.param)
+            direct = weight.rotate is None and param.dtype == prepared.dtype
+            target = param
             if not direct:
-                target = torch.zeros_like(target, dtype=prepared.dtype, requires_grad=False)
+                target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
             if u is not None:
-                _add_product_(target, u, prepared.eps, noise)
-            if guide and grad is not None:
+                _add_product_(target, u, prepared.eps, probe.noise)
+            if probe.guide and grad is not None:
                 grad = _rotated(weight, grad.to(prepared.dtype))
-                _add_product_(target, grad, prepared.guide_factor, guide)
+                _add_product_(target, grad, prepared.guide_factor, probe.guide)
             if not direct:
                 param.copy_(_rotated(weight, target).add_(param))
 
@@ -225,7 +252,8 @@ def _inverse(factor: Factor) -> Factor:
     return factor.reciprocal().nan_to_num_(0.0, posinf=0.0)
 
 
-def _working_dtype(param: Tensor) -> torch.dtype:
+def working_dtype(param: Tensor) -> torch.dtype:
+    """In which a weight's perturbation is computed."""
     # bfloat16 would swallow sqrt(q) * eps * u next to the weight.
     return torch.float32 if param.dtype.itemsize < 4 else param.dtype
 
@@ -235,7 +263,7 @@ def _eps(weight: QuantizedWeight) -> Factor:
     radius = weight.surrogate.radius
     if step.numel() == 1 and step.is_cpu and weight.param.is_cpu:
         return float(step.item()) * radius
-    return step.detach().to(weight.param.device, _working_dtype(weight.param)) * radius
+    return step.detach().to(weight.param.device, working_dtype(weight.param)) * radius
 
 
 def _local_eps(weight: QuantizedWeight) -> Factor:
@@ -253,14 +281,14 @@ def _global_eps(weights: Sequence[QuantizedWeight]) -> Factor:
         mean = e if isinstance(e, float) else e.expand(weight.param.shape).mean(dtype=torch.float64)
         total = total + mean * weight.param.numel()
     mean = total / sum(weight.param.numel() for weight in weights)
-    return mean if isinstance(mean, float) else mean.to(_working_dtype(weights[0].param))
+    return mean if isinstance(mean, float) else mean.to(working_dtype(weights[0].param))
 
 
 def _norm(weight: QuantizedWeight, grad: Tensor | None, eps: Factor) -> Factor:
     """The norm of one tensor's ``eps * grad``, in float64."""
     if grad is None:
         return 0.0
-    dtype = _working_dtype(grad)
+    dtype = working_dtype(grad)
     if isinstance(eps, float):  # a rotation keeps the norm
         return float(torch.linalg.vector_norm(grad, dtype=dtype)) * eps
     return torch.linalg.vector_norm(_rotated(weight, grad.to(dtype)) * eps).double()

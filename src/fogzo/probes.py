@@ -37,9 +37,9 @@ class Probes:
 
     def __init__(self, weights: Sequence[QuantizedWeight], model: nn.Module | None = None) -> None:
         models = [model, *(weight.model for weight in weights)]
-        self._models = list(dict.fromkeys(m for m in models if m is not None))
+        self.models = list(dict.fromkeys(m for m in models if m is not None))
         self._sharded = [weight for weight in weights if is_sharded(weight.param)]
-        if self._sharded and not self._models:
+        if self._sharded and not self.models:
             raise ValueError(
                 f"{self._sharded[0].name!r} is sharded, and its model must be known, so that no "
                 "rank uses weights gathered before the perturbation: give the estimator "
@@ -64,7 +64,7 @@ class Probes:
         before = self._rng_state()
         self._replay = self._recorded or before
         self._numpy_in_use = not self._replay.same_numpy(before)
-        modules = [module for model in self._models for module in model.modules()]
+        modules = [module for model in self.models for module in model.modules()]
         modes = [module.training for module in modules]
         buffers = [
             (module, name, buffer, buffer.clone())
@@ -84,12 +84,12 @@ class Probes:
                 yield
             except BaseException:
                 if self._sharded:
-                    recover(self._models)
+                    recover(self.models)
                 raise
             finally:
                 self.reset_()
                 if self._sharded:
-                    reshard(self._models)
+                    reshard(self.models)
                 self._borrowed, self._saved = (), []
                 for param, grad in grads:
                     if param.grad is not grad:  # a closure with zero_grad() in it drops them
@@ -111,8 +111,8 @@ class Probes:
         """Leave no gathered weights behind that were, or are about to be, perturbed."""
         if not self._sharded:
             return
-        reshard(self._models)
-        held = {id(p) for model in self._models for p in model.parameters()}
+        reshard(self.models)
+        held = {id(p) for model in self.models for p in model.parameters()}
         for weight in self._sharded:
             if id(weight.param) not in held:
                 raise ValueError(

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from fogzo.recipes.config import DeitConfig, ImagesConfig, LlamaConfig, ResNetConfig, TextConfig
+from fogzo.recipes.data_config import ImagesConfig, TextConfig
+from fogzo.recipes.model_config import DeitConfig, LlamaConfig, ResNetConfig
 
 
 def shrunk(config, **changes):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fogzo.recipes.augment import Augmentation
-from fogzo.recipes.config import AugmentationConfig
+from fogzo.recipes.data_config import AugmentationConfig
 from fogzo.recipes.images import Images, ImageSplit
 
 EVERYTHING = AugmentationConfig(crop="resized", flip=True, rand_augment=9, mixup=0.8, cutmix=1.0)

@@ -6,14 +6,9 @@ import pytest
 
 from fogzo.recipes import RECIPES, TrainConfig
 from fogzo.recipes.compare import CompareConfig
-from fogzo.recipes.config import (
-    AugmentationConfig,
-    ImagesConfig,
-    QuantizerConfig,
-    TextConfig,
-    from_dict,
-    to_json,
-)
+from fogzo.recipes.config import from_dict, to_json
+from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig, TextConfig
+from fogzo.recipes.model_config import QuantizerConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import fogzo
-from fogzo.recipes.config import ImagesConfig, MlpConfig, TrainConfig
+from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.ema import Ema
+from fogzo.recipes.model_config import MlpConfig
 from fogzo.recipes.optimizers import build_optimizer
 
 SGD = TrainConfig(

@@ -6,8 +6,8 @@ from shrunk import shrunk
 
 from fogzo.cli.main import main
 from fogzo.recipes import RECIPES, train
-from fogzo.recipes.config import QuantizerConfig
 from fogzo.recipes.evaluate import EvalConfig, evaluate_run
+from fogzo.recipes.model_config import QuantizerConfig
 
 FLOAT = QuantizerConfig(preset="none")
 

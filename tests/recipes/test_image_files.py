@@ -7,7 +7,7 @@ from pictures import encode, everything, pictures, write, write_set
 from PIL import Image
 
 from fogzo.recipes import image_files
-from fogzo.recipes.config import ImagesConfig
+from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.images import load_images
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fogzo.recipes import image_files
 from fogzo.recipes.augment import Augmentation
-from fogzo.recipes.config import AugmentationConfig, ImagesConfig
+from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig
 from fogzo.recipes.images import load_images
 
 DATA = Path(__file__).parents[2] / "data"

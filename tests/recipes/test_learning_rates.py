@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fogzo.recipes.config import ImagesConfig, MlpConfig, ScheduleName, TrainConfig
+from fogzo.recipes.config import ScheduleName, TrainConfig
+from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.learning_rates import learning_rate_factor
+from fogzo.recipes.model_config import MlpConfig
 
 CONFIG = TrainConfig(recipe="test", model=MlpConfig(), data=ImagesConfig())
 SCHEDULES = get_args(ScheduleName)

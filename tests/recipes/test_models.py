@@ -6,7 +6,7 @@ from torch import nn
 
 import fogzo
 from fogzo.recipes import RECIPES
-from fogzo.recipes.config import (
+from fogzo.recipes.model_config import (
     DeitConfig,
     LlamaConfig,
     MlpConfig,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 from dataclasses import replace
 
 import pytest
+from shrunk import shrunk
 
 from fogzo.recipes import RECIPES, train
+from fogzo.recipes.data_config import TextConfig
 from fogzo.recipes.run_folder import read_metrics
 
 RUNS = {
@@ -122,3 +125,24 @@ def test_a_line_cut_short_by_a_kill_is_dropped(config):
     path.write_text(whole + '{"step": 20, "lo')
     train(replace(config, resume=True))
     assert path.read_text() == whole
+
+
+def test_a_stream_of_text_goes_on_at_the_block_where_it_stood(tmp_path):
+    for shard in range(3):
+        rows = [json.dumps({"text": f"{shard} {i} " * (i % 7 + 3)}) for i in range(300)]
+        (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows) + "\n")
+    recipe = shrunk(RECIPES["pydoc-llama"](), accumulation=1)
+    data = TextConfig(
+        dataset=str(tmp_path), streaming=True, context=16, max_eval_blocks=4, column="text"
+    )
+    config = replace(recipe, data=data, max_steps=8, checkpoint_every=3, log_every=1)
+    whole = train(replace(config, output_dir=tmp_path / "whole"))
+    assert "train_loss" not in whole
+    folder = tmp_path / "resumed"
+    train(replace(config, output_dir=folder, keep_checkpoints=4))
+    for step in (6, 8):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
+    again = train(replace(config, output_dir=folder, resume=True))
+    assert without_clock(again) == without_clock(whole)
+    first, second = (read_metrics(tmp_path / f / "metrics.jsonl") for f in ("whole", "resumed"))
+    assert [without_clock(m) for m in first] == [without_clock(m) for m in second]

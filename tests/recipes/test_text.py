@@ -5,7 +5,7 @@ import pytest
 import torch
 from texts import PROSE, config, decode, rows, save_tokenizer, shards, tokenizer_of, write_jsonl
 
-from fogzo.recipes.config import TextConfig
+from fogzo.recipes.data_config import TextConfig
 from fogzo.recipes.text import Text, TextSplit, check_vocabulary, load_text, unigram_loss
 from fogzo.recipes.tokens import load_tokenizer
 

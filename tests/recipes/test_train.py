@@ -10,12 +10,9 @@ from shrunk import shrunk
 import fogzo
 from fogzo.recipes import RECIPES, train
 from fogzo.recipes.checkpoint import load_checkpoint, newest_checkpoint
-from fogzo.recipes.config import (
-    AugmentationConfig,
-    EstimatorName,
-    ImagesConfig,
-    QuantizerConfig,
-)
+from fogzo.recipes.config import EstimatorName
+from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig
+from fogzo.recipes.model_config import QuantizerConfig
 from fogzo.recipes.parallel import Ranks
 from fogzo.recipes.run_folder import read_metrics
 from fogzo.recipes.train import DivergedError, training_step

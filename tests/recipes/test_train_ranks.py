@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from fogzo.collectives import full
 from fogzo.recipes import RECIPES, train
 from fogzo.recipes.checkpoint import load_checkpoint, newest_checkpoint
-from fogzo.recipes.config import LlamaConfig, TextConfig
+from fogzo.recipes.data_config import TextConfig
+from fogzo.recipes.model_config import LlamaConfig
 from fogzo.recipes.parallel import join_ranks
 from fogzo.recipes.run_folder import read_metrics
 from fogzo.recipes.train import training_step

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fogzo.recipes.config import TextConfig
+from fogzo.recipes.data_config import TextConfig
 
 PROSE = "".join(f"Line {n} of some text, été à {n * n % 97}.\n" for n in range(400))
 

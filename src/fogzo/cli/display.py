@@ -3,47 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fogzo.recipes.compare import Results
+from fogzo.cli import comparison
 from fogzo.recipes.run_folder import Metrics
+from fogzo.recipes.summary import Results
 
 Advance = Callable[[int, int, str], None]
 """Called with (done, total, what to say)."""
-
-ROW_LABELS = {
-    "float": "float",
-    "ste": "STE",
-    "ste-unmasked": "STE, unmasked",
-    "placebo": "placebo",
-    "lambda": "lambda only",
-    "fogzo": "FOGZO",
-    "fogzo-paired": "FOGZO, paired",
-    "control-variate": "control variate",
-    "spsa": "n-SPSA",
-}
-
-MEANINGS = {
-    "float": "no quantization",
-    "ste": "the recipe's straight-through estimator",
-    "ste-unmasked": "STE with slope 1 everywhere",
-    "placebo": "STE plus noise of FOGZO's law and size, no loss measured",
-    "lambda": "STE times the measured agreement, no noise (beta = 1)",
-    "fogzo": "the measured slopes along STE's direction plus noise",
-    "fogzo-paired": "FOGZO with both signs of STE's direction for each noise",
-    "control-variate": "STE plus what the measured slopes add to its prediction",
-    "spsa": "the measured slopes along noise alone",
-}
-
-
-def row_label(row: Results) -> str:
-    """A row's name for people, with its budget where it is not the usual one."""
-    longer = ", as long as FOGZO" if row["budget"] == "time" else ""
-    return ROW_LABELS[row["name"]] + longer
 
 
 @contextmanager
@@ -117,81 +87,41 @@ def eval_result(numbers: Metrics) -> None:
 
 
 def compare_results(results: Results, report: Path) -> None:
-    """The table of a comparison."""
-    table = Table(title=f"{results['recipe']}: mean ± standard deviation over seeds")
-    for heading in ("row", "test accuracy %", "train loss", "lr", "steps", "seconds"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
-    table.add_column("extra forwards", justify="right")
-    table.add_column("FOGZO minus row, points [95%]", justify="right")
-    for row in results["rows"]:
-        table.add_row(*table_cells(results, row))
-    console = _console()
-    console.print(table)
-    for sentence in findings(results):
-        console.print(sentence)
-    console.print(f"report: {report}")
+    """The table of a comparison, and what it says."""
+    table = comparison.quality_table(results)
+    _print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
+    for sentence in comparison.findings(results):
+        _console().print(sentence)
+    _console().print(f"report: {report}")
 
 
-def table_cells(results: Results, row: Results) -> list[str]:
-    """One row of the table, as text."""
-    accuracy, loss = row["test_accuracy"], row["train_loss"]
-    return [
-        row_label(row),
-        f"{100 * accuracy['mean']:.2f} ± {_spread(accuracy['sd'], 100):.2f}",
-        f"{loss['mean']:.4f} ± {_spread(loss['sd'], 1):.4f}",
-        f"{row['learning_rate']:g}" + (" (edge)" if row["at_edge_of_grid"] else ""),
-        str(row["steps"]),
-        f"{row['seconds']['mean']:.2f}",
-        str(row["extra_forwards"]),
-        _difference_text(_difference(results, row)),
-    ]
+def compare_plan(plan: Results) -> None:
+    """What a comparison would run, and for how long."""
+    table = comparison.plan_table(plan)
+    _print_table(table, table.title)
+    waiting = sum(cell["to_run"] for cell in plan["cells"])
+    _console().print(
+        f"{waiting} runs, about {_duration(plan['seconds'])} of training on {plan['workers']} "
+        "processes; loading and evaluation come on top. Nothing was run: leave --plan out to run it"
+    )
 
 
-def findings(results: Results) -> list[str]:
-    """What the intervals allow one to say about FOGZO, in sentences, wins and losses alike."""
-    sentences = []
-    for key, name, sign in (
-        ("test_accuracy", "test accuracy", 1),
-        ("train_loss", "train loss", -1),
-    ):
-        verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
-        for row in results["rows"]:
-            difference = _difference(results, row)
-            if difference is None or row["name"] == "float":
-                continue
-            low, high = difference[key]["low"], difference[key]["high"]
-            better = low is not None and (low > 0 if sign > 0 else high < 0)
-            worse = low is not None and (high < 0 if sign > 0 else low > 0)
-            verdicts["better" if better else "worse" if worse else "open"].append(row_label(row))
-        for verdict, begin in (
-            ("better", f"FOGZO's {name} is better than that of "),
-            ("worse", f"FOGZO's {name} is worse than that of "),
-            ("open", f"These seeds do not tell FOGZO's {name} apart from that of "),
-        ):
-            if verdicts[verdict]:
-                sentences.append(f"{begin}{'; '.join(verdicts[verdict])}.")
-    return sentences and [*sentences, "Each by a 95% interval of differences paired by seed."]
+def _print_table(table: comparison.Table, title: str) -> None:
+    printed = Table(title=title)
+    for number, heading in enumerate(table.heading):
+        printed.add_column(heading, justify="right" if number else "left")
+    for row in table.rows:
+        printed.add_row(*row)
+    _console().print(printed)
 
 
-def _difference(results: Results, row: Results) -> Any:
-    for entry in results["differences"]:
-        if entry["name"] == row["name"] and entry["budget"] == row["budget"]:
-            return entry
-    return None
-
-
-def _difference_text(difference: Any) -> str:
-    if difference is None or difference["test_accuracy"]["low"] is None:
-        return ""
-    gap = {key: 100 * value for key, value in difference["test_accuracy"].items()}
-    return f"{gap['mean']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
-
-
-def _spread(sd: float | None, factor: float) -> float:
-    return float("nan") if sd is None else factor * sd
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _console() -> Console:
     console = Console()
     # rich wraps at 80 columns where there is no terminal to ask, which breaks tables in logs
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=160)

@@ -13,8 +13,9 @@ try:
 
     from fogzo.cli import display, report
     from fogzo.recipes import RECIPES, TrainConfig, train
-    from fogzo.recipes.compare import CompareConfig, compare
+    from fogzo.recipes.compare import CompareConfig, compare, plan
     from fogzo.recipes.evaluate import EvalConfig, evaluate_run
+    from fogzo.recipes.rows import ROWS
     from fogzo.recipes.run_folder import dumps, read_metrics
     from fogzo.recipes.train import DivergedError
 except ImportError as error:
@@ -27,9 +28,11 @@ USAGE = f"""usage: fogzo COMMAND RECIPE [options]
 commands:
   train RECIPE      train one network, write its run folder; --resume goes on with it
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
-  compare RECIPE    tune and compare gradient estimators, write a table and a report
+  compare RECIPE    tune and compare gradient estimators, write a table and a report;
+                    --plan says what would run
 
 recipes: {", ".join(RECIPES)}
+rows of compare: {", ".join(ROWS)}
 options: fogzo COMMAND RECIPE --help"""
 
 
@@ -85,6 +88,9 @@ def _compare(arguments: Sequence[str]) -> None:
     config = _parse("compare", arguments, defaults)
     if config.base.estimator != RECIPES[arguments[0]]().estimator:
         raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
+    if config.plan:
+        display.compare_plan(plan(config))
+        return
     with display.progress(1, "comparing") as advance:
         results = compare(config, lambda done, known: advance(done, known, "runs"))
     path = report.write_compare_report(config, results)

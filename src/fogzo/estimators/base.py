@@ -11,33 +11,20 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import (
-    compute_device,
-    local,
-    mean_over_ranks,
-    shard_like,
-    sum_over_shards,
-)
-from fogzo.directions import Coordinates, Directions, NoiseShape, mix_seed
+from fogzo.directions import Coordinates, Directions, NoiseShape, Probe, mix_seed
+from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.stats import RefineStats
-from fogzo.probes import Closure, Probes, as_loss, check_same_loss
+from fogzo.probes import Closure, Probes
 from fogzo.schedules import (
     NoiseShare,
     as_noise_share,
     kappa_from_noise_share,
     noise_share_from_kappa,
 )
+from fogzo.stacked_probes import AtOnce, check_at_once
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
 logger = logging.getLogger(__name__)
-
-
-class Probe(NamedTuple):
-    """A direction ``v = guide * ghat + noise * u_sample`` to measure the loss along."""
-
-    sample: int
-    guide: float
-    noise: float
 
 
 class Combination(NamedTuple):
@@ -58,6 +45,7 @@ class EstimatorOptions(TypedDict, total=False):
     noise_shape: NoiseShape
     noise_on_masked: bool
     track_flips: bool
+    probes_at_once: AtOnce
     model: nn.Module | None
 
 
@@ -78,6 +66,11 @@ class GradientEstimator(ABC):
         noise_shape: See `Directions`.
         noise_on_masked: See `Directions`.
         track_flips: Count the integer codes that differ between the first two probes.
+        probes_at_once: How many directions to evaluate together, by `torch.vmap` over copies of
+            the weights, with the same result. It pays where many samples meet a small model;
+            memory grows with it: copies of the weights, their noise, and the activations of as
+            many forwards. ``"auto"`` takes as many as keep copies and noise below 256 MiB (4 MiB
+            on a CPU, for its caches), whatever the activations take.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Raises:
@@ -97,6 +90,7 @@ class GradientEstimator(ABC):
         noise_shape: NoiseShape = "isotropic",
         noise_on_masked: bool = True,
         track_flips: bool = False,
+        probes_at_once: AtOnce = 1,
         model: nn.Module | None = None,
     ) -> None:
         self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
@@ -129,6 +123,8 @@ class GradientEstimator(ABC):
             "noise_on_masked": noise_on_masked,
         }
         self._probes = Probes(self.weights, model)
+        check_at_once(probes_at_once, self.weights, self._probes)
+        self.probes_at_once: AtOnce = probes_at_once
         self._audited = False
         self._warned = False
 
@@ -227,7 +223,7 @@ class GradientEstimator(ABC):
         seed = mix_seed(self.seed, self.step)
         directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
         probes = self.plan(share, directions)
-        losses, flip_rate = self._measure(weights, directions, probes, closure, expected_loss)
+        losses, flip_rate = self._measure(directions, probes, closure, expected_loss)
         norm = float(directions.norm)
 
         fallback = self._reason_to_fall_back(norm, losses)
@@ -266,63 +262,30 @@ class GradientEstimator(ABC):
 
     def _measure(
         self,
-        weights: Sequence[QuantizedWeight],
         directions: Directions,
         probes: Sequence[Probe],
         closure: Closure | None,
         expected_loss: Tensor | float | None,
-    ) -> tuple[list[float], float | None]:
-        """The losses along the probes, averaged over ranks, and the rate of flipped codes."""
+    ) -> Measurement:
         if not probes:
-            return [], None
+            return Measurement([])
         if closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
                 "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
             )
-        losses: list[Tensor] = []
-        flip_rate = None
-        with self._probes.loan(weights):
-            if expected_loss is not None and not self._audited:
-                check_same_loss(self._probes.evaluate(closure), as_loss(expected_loss))
-            for probe in probes:
-                if losses:
-                    self._probes.reset_()
-                directions.add_offsets_(*probe)
-                losses.append(self._probes.evaluate(closure))
-                count_flips = self.track_flips and flip_rate is None
-                codes = _codes(weights) if count_flips else []
-                self._probes.mirror_()
-                losses.append(self._probes.evaluate(closure))
-                if count_flips:
-                    flip_rate = _flip_rate(weights, codes)
-            # The step's one wait for the device.
-            means = mean_over_ranks(losses, compute_device(weights[0].param))
-            same = math.isfinite(means[0]) and all(mean == means[0] for mean in means)
-            if same and not self._audited:
-                self._check_dependence(weights, directions, closure, losses[0])
-        return means, flip_rate
-
-    def _check_dependence(
-        self,
-        weights: Sequence[QuantizedWeight],
-        directions: Directions,
-        closure: Closure,
-        loss: Tensor,
-    ) -> None:
-        """Every probe gave the same loss: see whether the closure uses these weights at all."""
-        if self.needs_gradient and not directions.norm > 0:
-            return
-        for weight, u in zip(weights, directions.noise(0), strict=True):
-            param = local(weight.param)
-            if param.numel():  # a rank may hold no row of a small weight
-                param.add_(u * param.abs().max())
-        if torch.equal(self._probes.evaluate(closure).to(loss), loss):
-            raise ValueError(
-                "the closure's loss does not depend on the quantized weights: it evaluates "
-                "another model, or a cached output. List the weights of the model in the closure: "
-                "fogzo.quantized_weights(model)"
-            )
+        return measure(
+            self._probes,
+            directions,
+            probes,
+            closure,
+            at_once=self.probes_at_once,
+            track_flips=self.track_flips,
+            expected_loss=None if self._audited else expected_loss,
+            # Without a gradient there is no direction either.
+            check_dependence=not self._audited
+            and (not self.needs_gradient or bool(directions.norm > 0)),
+        )
 
     def _mention_loud_noise(self, noise_share: float) -> None:
         """A share that suits a small network drowns the gradient of a large one."""
@@ -372,17 +335,6 @@ def mean_along_probes(probes: Sequence[Probe], slopes: Sequence[float], norm: fl
     guide = math.fsum(s * probe.guide for s, probe in zip(slopes, probes, strict=True)) / count
     noise = [(p.sample, s * p.noise / count) for s, p in zip(slopes, probes, strict=True)]
     return Combination(guide / norm if guide else 0.0, noise)
-
-
-def _codes(weights: Sequence[QuantizedWeight]) -> list[Tensor]:
-    """This rank's part of the integer codes."""
-    return [shard_like(weight.codes(), weight.param) for weight in weights if weight.codes]
-
-
-def _flip_rate(weights: Sequence[QuantizedWeight], codes: Sequence[Tensor]) -> float:
-    params = [weight.param for weight in weights]
-    flips = [(a != b).sum() for a, b in zip(codes, _codes(weights), strict=True)]
-    return float(sum(sum_over_shards(flips, params))) / sum(param.numel() for param in params)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
-from fogzo.directions import Directions
+from fogzo.directions import Directions, Probe
 from fogzo.estimators.base import (
     Combination,
     EstimatorOptions,
     GradientEstimator,
-    Probe,
     mean_along_probes,
 )
 from fogzo.schedules import default_kappa, noise_share_from_kappa

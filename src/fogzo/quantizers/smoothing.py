@@ -227,6 +227,61 @@ class BSpline(SmoothingLaw):
         return out.mul_(math.sqrt(3 / self.order))
 
 
+@dataclass(frozen=True)
+class Rademacher(SmoothingLaw):
+    """``±1`` by a fair coin. It has no density, so it can perturb but is no backward rule."""
+
+    @property
+    def radius(self) -> float:
+        return 1.0
+
+    @property
+    def kurtosis(self) -> float:
+        return 1.0
+
+    def pdf(self, z: Tensor) -> Tensor:
+        raise ValueError(
+            "two points have no density, so no slope comes from Rademacher noise: perturb with it, "
+            "--perturbation rademacher, and keep the surrogate of another law"
+        )
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return ((z >= -1).to(z.dtype) + (z >= 1).to(z.dtype)) / 2
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        return out.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+@dataclass(frozen=True)
+class Scaled(SmoothingLaw):
+    """The law of ``factor * z`` for z of another law."""
+
+    law: SmoothingLaw
+    factor: float
+
+    @property
+    def radius(self) -> float:
+        return self.factor * self.law.radius
+
+    @property
+    def kurtosis(self) -> float:
+        return self.law.kurtosis
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return self.law.pdf(z / self.factor) / self.factor
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self.law.cdf(z / self.factor)
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        return self.law.sample_(out, generator)
+
+
+def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
+    """The law, stretched to a standard deviation of ``radius`` steps."""
+    return Scaled(law, radius / law.radius)
+
+
 def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Tensor:
     """Fill with independent values of U(-edge, edge)."""
     if out.device.type != "cpu" or out.dtype != torch.float32 or out.numel() < 4096:
@@ -243,3 +298,13 @@ def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Ten
 def _require_positive(name: str, value: float, example: str) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}: for example {example}")
+
+
+LAWS: dict[str, SmoothingLaw] = {
+    "uniform": Uniform(),
+    "triangular": Triangular(),
+    "normal": Normal(),
+    "logistic": Logistic(),
+    "rademacher": Rademacher(),
+}
+"""Laws to perturb with, by name; bring them to a radius by `with_radius`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Beta
 from torch.nn.functional import one_hot
 
-from fogzo.recipes.config import AugmentationConfig
+from fogzo.recipes.data_config import AugmentationConfig
 from fogzo.recipes.images import Images
 
 

@@ -1,71 +1,40 @@
 """Comparing estimators: every row gets the same weights, data order, seeds and learning rates.
 
-The learning rate of each row is chosen on validation loss, over one grid that all rows share, and
-reported on test data. Rows that are cheaper than FOGZO also run for as long as FOGZO takes.
+The learning rate of each row, and kappa where it has one, is chosen by mean validation loss over
+grids that the rows share, and reported on test data. A second budget gives every row the seconds
+that FOGZO took. Finished runs are kept and never repeated.
 """
 
+import json
 import math
 import os
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from fogzo.recipes.config import QuantizerConfig, TrainConfig, to_json
+from fogzo.recipes.config import TrainConfig, to_json
 from fogzo.recipes.environment import environment
-from fogzo.recipes.run_folder import dumps, read_metrics, write_text
+from fogzo.recipes.rows import ROWS, check_rows
+from fogzo.recipes.run_cache import RunCache, code_version, config_hash
+from fogzo.recipes.run_folder import dumps, write_text
+from fogzo.recipes.runs import Run, execute, missing, start_pool
+from fogzo.recipes.summary import (
+    Results,
+    best_candidate,
+    differences,
+    summarise,
+    validation_losses,
+)
 from fogzo.recipes.timing import run_seconds
-from fogzo.recipes.train import DivergedError, train
 
-RowName = Literal[
-    "float",
-    "ste",
-    "ste-unmasked",
-    "placebo",
-    "lambda",
-    "fogzo",
-    "fogzo-paired",
-    "control-variate",
-    "spsa",
-]
 Budget = Literal["steps", "time"]
-Results = dict[str, Any]
 
 _GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-
-
-def _estimator(name: Any) -> Callable[[TrainConfig], TrainConfig]:
-    return lambda base: replace(base, estimator=name)
-
-
-def _float(base: TrainConfig) -> TrainConfig:
-    plain = QuantizerConfig(preset="none")
-    return replace(base, estimator="ste", quantizer=plain, activations=plain)
-
-
-def _unmasked(base: TrainConfig) -> TrainConfig:
-    quantizer = replace(base.quantizer, surrogate="identity_unmasked")
-    return replace(base, estimator="ste", quantizer=quantizer)
-
-
-ROWS: dict[RowName, Callable[[TrainConfig], TrainConfig]] = {
-    "float": _float,
-    "ste": _estimator("ste"),
-    "ste-unmasked": _unmasked,
-    "placebo": _estimator("placebo"),
-    "lambda": _estimator("lambda"),
-    "fogzo": _estimator("fogzo"),
-    "fogzo-paired": _estimator("fogzo-paired"),
-    "control-variate": _estimator("control-variate"),
-    "spsa": _estimator("spsa"),
-}
-"""What each row changes in the recipe."""
+# Step times closer than this are taken as equal.
+_SAME_TIME = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,29 +43,39 @@ class CompareConfig:
 
     base: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe; its seed is the first one, its learning rate the centre of the grid."""
-    rows: tuple[RowName, ...] = ("float", "ste", "ste-unmasked", "placebo", "fogzo")
-    """What to compare."""
-    learning_rates: tuple[float, ...] = ()
+    rows: tuple[str, ...] = ("float", "ste", "ste-unmasked", "placebo", "fogzo")
+    """What to compare; `fogzo --help` lists the rows."""
+    learning_rates: tuple[float, ...] | None = None
     """The grid for every row; by default half-decades around the recipe's learning rate."""
+    kappas: tuple[float, ...] | None = None
+    """The grid for every row that has a kappa; by default the recipe's alone."""
     num_seeds: int = 5
-    """Seeds a row and learning rate."""
+    """Seeds of the chosen learning rate and kappa."""
+    tuning_seeds: int | None = None
+    """Seeds that the grids are tried with; by default all."""
     equal_time: bool = True
-    """Also give cheaper rows as many steps as fit into FOGZO's seconds."""
+    """Also give every row as many steps as fit into FOGZO's seconds."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes, each of one thread."""
+    plan: bool = False
+    """Only say what would run, and for how long."""
+    mix_versions: bool = False
+    """Use finished runs of other versions of the code, too."""
 
     def __post_init__(self) -> None:
-        unknown = [row for row in self.rows if row not in ROWS]
-        if unknown or not self.rows:
+        check_rows(self.rows)
+        for name in ("num_seeds", "workers", "tuning_seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{name} must be 1 or more, got {value}: {option} 2")
+        if self.tuning_seeds is not None and self.tuning_seeds > self.num_seeds:
             raise ValueError(
-                f"no such row: {', '.join(unknown) or 'none given'}; choose from "
-                f"{', '.join(ROWS)}, for example --rows ste fogzo"
+                f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
+                f"--tuning-seeds {self.num_seeds} or fewer"
             )
-        for name in ("num_seeds", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more: --{name.replace('_', '-')} 2")
-        if any(not lr > 0 for lr in self.learning_rates):
-            raise ValueError(f"learning rates must be positive, got {self.learning_rates}")
+        _check_grid("learning rates", self.learning_rates, 3e-3, lambda rate: rate > 0)
+        _check_grid("kappas", self.kappas, 0.1, lambda kappa: kappa >= 0)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -106,14 +85,33 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Cell:
+    """A row with a budget."""
+
     row: str
     budget: Budget
-    config: TrainConfig
+    steps: int
+
+    def tuning(self, config: CompareConfig) -> list[Run]:
+        kappas = (config.kappas or (config.base.kappa,)) if ROWS[self.row].has_kappa else (0.0,)
+        candidates = [(rate, kappa) for kappa in kappas for rate in config.grid]
+        seeds = config.tuning_seeds or config.num_seeds
+        return [run for c in candidates for run in self.seeds(config, c, seeds)]
+
+    def seeds(self, config: CompareConfig, candidate: tuple[float, float], count: int) -> list[Run]:
+        rate, kappa = candidate
+        recipe = replace(_plain(config.base), max_steps=self.steps, learning_rate=rate, kappa=kappa)
+        first = config.base.seed
+        return [Run(self.row, replace(recipe, seed=first + i)) for i in range(count)]
+
+    def chosen(self, config: CompareConfig, cache: RunCache) -> list[Run]:
+        """All seeds of the best candidate; the tuning must be finished."""
+        candidate = best_candidate(validation_losses(cache, self.tuning(config)))
+        return self.seeds(config, candidate, config.num_seeds)
 
 
 def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = None) -> Results:
-    """Run a comparison and write results.json and config.json into its folder.
+    """Run what is missing of a comparison and write results.json and config.json into its folder.
 
     Args:
         config: What to compare.
@@ -121,173 +119,183 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
 
     Returns:
         The results, as in results.json.
+
+    Raises:
+        ValueError: If it cannot be run, or the folder holds its runs by other code.
     """
     folder = config.base.output_dir
+    cache = _open(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", to_json(config))
-    with ProcessPoolExecutor(
-        config.workers, mp_context=get_context("spawn"), initializer=_start_worker
-    ) as pool:
+    with start_pool(config.workers) as pool:
         # First and alone, so that nothing else runs on the machine meanwhile.
-        base = replace(config.base, learning_rate=min(config.grid))
-        seconds = pool.submit(
-            run_seconds, {name: ROWS[name](base) for name in config.rows}
-        ).result()
-        runs = [run for name in config.rows for run in _runs(config, name, "steps")]
-        if config.equal_time and "fogzo" in config.rows:
-            runs += _equal_time_runs(config, seconds)
-        outcomes = _execute(pool, runs, on_run)
-    rows = [
-        _summarise(name, budget, config.grid, _of(runs, outcomes, name, budget))
-        for budget in ("steps", "time")
-        for name in config.rows
-        if _of(runs, outcomes, name, budget)
-    ]
+        seconds = _seconds(config, cache, pool)
+        cells = _cells(config, seconds)
+        tuning = [run for cell in cells for run in cell.tuning(config)]
+        rest = len(cells) * (config.num_seeds - (config.tuning_seeds or config.num_seeds))
+        progress = _Progress(on_run, len(tuning) + rest, len(tuning) - len(missing(cache, tuning)))
+        execute(pool, cache, tuning, progress.one_more)
+        chosen = {cell: cell.chosen(config, cache) for cell in cells}
+        execute(pool, cache, [run for runs in chosen.values() for run in runs], progress.one_more)
+    progress.finish()
+    rows = [summarise(cache, cell.budget, cell.tuning(config), chosen[cell]) for cell in cells]
     results = {
         "recipe": config.base.recipe,
         "environment": environment(),
+        "code": _codes(cache, [*tuning, *(run for runs in chosen.values() for run in runs)]),
         "grid": config.grid,
+        "kappas": config.kappas or (config.base.kappa,),
+        "num_seeds": config.num_seeds,
+        "tuning_seeds": config.tuning_seeds or config.num_seeds,
         "run_seconds_measured_in_turns": seconds,
         "rows": rows,
-        "differences": _differences(rows),
+        "differences": differences(rows),
     }
-    write_text(folder / "results.json", dumps(results, indent=1) + "\n")
-    return results
+    text = dumps(results, indent=1) + "\n"
+    write_text(folder / "results.json", text)
+    stored: Results = json.loads(text)
+    return stored
 
 
-def _runs(
-    config: CompareConfig, name: RowName, budget: Budget, steps: int | None = None
-) -> Iterable[_Run]:
-    steps = steps or config.base.max_steps
-    base = replace(config.base, checkpoint_every=-1, max_steps=steps, overwrite=True)
-    for learning_rate in config.grid:
-        for seed in range(base.seed, base.seed + config.num_seeds):
-            run = f"{name}-{budget}-lr{learning_rate:g}-seed{seed}"
-            folder = base.output_dir / "runs" / run
-            changed = replace(base, learning_rate=learning_rate, seed=seed, output_dir=folder)
-            yield _Run(name, budget, ROWS[name](changed))
+def plan(config: CompareConfig) -> Results:
+    """What `compare` would run: for every row and budget its runs, and the seconds they take.
+
+    Nothing is trained or written; step times that were never measured are measured briefly.
+    """
+    cache = _open(config)
+    with start_pool(1) as pool:
+        seconds = _seconds(config, cache, pool, rounds=3, keep=False)
+    cells: list[Results] = []
+    for cell in _cells(config, seconds):
+        tuning = cell.tuning(config)
+        waiting = missing(cache, tuning)
+        runs, to_run = len(tuning), len(waiting)
+        rest = config.num_seeds - (config.tuning_seeds or config.num_seeds)
+        if rest:
+            # Until all candidates are tried, nobody knows whose the other seeds will be.
+            tuned = not waiting
+            runs += rest
+            to_run += len(missing(cache, cell.chosen(config, cache))) if tuned else rest
+        each = seconds[cell.row] * cell.steps / config.base.max_steps
+        trains = 0 if ROWS[cell.row].quantized_after and "float" in config.rows else to_run
+        cells.append(
+            {
+                "name": cell.row,
+                "budget": cell.budget,
+                "steps": cell.steps,
+                "runs": runs,
+                "cached": runs - to_run,
+                "to_run": to_run,
+                "seconds_a_run": each,
+                "seconds": each * trains,
+            }
+        )
+    total = math.fsum(cell["seconds"] for cell in cells)
+    return {
+        "recipe": config.base.recipe,
+        "cells": cells,
+        "workers": config.workers,
+        "seconds": total / config.workers,
+    }
 
 
-def _equal_time_runs(config: CompareConfig, seconds: dict[str, float]) -> list[_Run]:
-    """Each cheaper quantized row again, with as many steps as fit into FOGZO's seconds."""
-    runs: list[_Run] = []
+def _plain(base: TrainConfig) -> TrainConfig:
+    """The recipe without what is not compared."""
+    return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=())
+
+
+def _open(config: CompareConfig) -> RunCache:
+    cache = RunCache(config.base.output_dir, code_version(), config.mix_versions)
+    cells = [_Cell(name, "steps", config.base.max_steps) for name in config.rows]
+    cache.check_versions((run.label, run.key) for cell in cells for run in cell.tuning(config))
+    return cache
+
+
+def _cells(config: CompareConfig, seconds: dict[str, float]) -> list[_Cell]:
+    """Every row at equal steps, then every row at equal time whose steps are then others."""
+    steps = config.base.max_steps
+    cells = [_Cell(name, "steps", steps) for name in config.rows]
+    if not config.equal_time or "fogzo" not in config.rows:
+        return cells
     for name in config.rows:
         ratio = seconds["fogzo"] / seconds[name]
-        if name not in ("float", "fogzo") and ratio > 1.02:
-            runs += _runs(config, name, "time", round(config.base.max_steps * ratio))
-    return runs
-
-
-def _of(
-    runs: Sequence[_Run], outcomes: Sequence[Results], name: str, budget: str
-) -> list[tuple[_Run, Results]]:
-    pairs = zip(runs, outcomes, strict=True)
-    return [(run, o) for run, o in pairs if run.row == name and run.budget == budget]
-
-
-def _execute(
-    pool: ProcessPoolExecutor,
-    runs: Sequence[_Run],
-    on_run: Callable[[int, int], None] | None,
-) -> list[Results]:
-    futures = {pool.submit(_one_run, run.config): i for i, run in enumerate(runs)}
-    outcomes: list[Results] = [{}] * len(runs)
-    for finished, future in enumerate(as_completed(futures), start=1):
-        outcomes[futures[future]] = future.result()
-        if on_run is not None:
-            on_run(finished, len(runs))
-    return outcomes
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-
-
-def _one_run(config: TrainConfig) -> Results:
-    try:
-        return train(config)
-    except DivergedError:
-        last = read_metrics(config.output_dir / "metrics.jsonl")[-1]
-        # Infinite losses: this learning rate can never be chosen.
-        scores = {f"{split}_loss": math.inf for split in ("train", "validation", "test")}
-        scores |= {f"{split}_accuracy": 0.0 for split in ("train", "validation", "test")}
-        return {"steps": last["step"], "seconds": last["seconds"], "extra_forwards": 0, **scores}
-
-
-def _summarise(
-    name: str, budget: str, grid: Sequence[float], pairs: Sequence[tuple[_Run, Results]]
-) -> Results:
-    """One row: its learning-rate curve, and the seeds at the learning rate of best validation."""
-    by_rate = {
-        rate: [(run, outcome) for run, outcome in pairs if run.config.learning_rate == rate]
-        for rate in grid
-    }
-    validation = {rate: _mean(o["validation_loss"] for _, o in by_rate[rate]) for rate in grid}
-    best = min(grid, key=lambda rate: validation[rate])
-    outcomes = [outcome for _, outcome in by_rate[best]]
-    return {
-        "name": name,
-        "budget": budget,
-        "learning_rate": best,
-        "at_edge_of_grid": len(grid) > 1 and best in (grid[0], grid[-1]),
-        "validation_loss_by_learning_rate": [[rate, validation[rate]] for rate in grid],
-        "seeds": outcomes,
-        **{
-            key: {"mean": _mean(o[key] for o in outcomes), "sd": _sd([o[key] for o in outcomes])}
-            for key in ("train_loss", "test_loss", "test_accuracy", "seconds")
-        },
-        "steps": outcomes[0]["steps"],
-        "extra_forwards": outcomes[0]["extra_forwards"],
-        "curve": _curve([run.config.output_dir for run, _ in by_rate[best]]),
-    }
-
-
-def _curve(folders: Sequence[Path]) -> list[Results]:
-    """Metrics at the logged steps, averaged over seeds."""
-    lines = zip(*(read_metrics(folder / "metrics.jsonl") for folder in folders), strict=False)
-    keys = ("step", "loss", "seconds", "agreement")
-    return [
-        {key: _mean(line[key] for line in seeds) for key in keys if seeds[0].get(key) is not None}
-        for seeds in lines
-    ]
-
-
-def _differences(rows: Sequence[Results]) -> list[Results]:
-    """FOGZO minus every other row, paired by seed, with 95% Student intervals."""
-    fogzo = next((row for row in rows if row["name"] == "fogzo"), None)
-    if fogzo is None:
-        return []
-    differences = []
-    for row in rows:
-        if row is fogzo:
+        if name == "fogzo" or abs(ratio - 1) <= _SAME_TIME:
             continue
-        entry: Results = {"name": row["name"], "budget": row["budget"]}
-        for key in ("test_accuracy", "train_loss"):
-            gaps = [a[key] - b[key] for a, b in zip(fogzo["seeds"], row["seeds"], strict=True)]
-            half = _half_interval(gaps)
-            entry[key] = {
-                "mean": _mean(gaps),
-                "low": _mean(gaps) - half,
-                "high": _mean(gaps) + half,
-            }
-        differences.append(entry)
-    return differences
+        if math.floor(steps * ratio) < 1:
+            raise ValueError(
+                f"the {seconds['fogzo']:.3g} s of FOGZO's {steps} steps are too short for one step "
+                f"of {name}: --max-steps {math.ceil(1 / ratio)}, or --no-equal-time"
+            )
+        cells.append(_Cell(name, "time", math.floor(steps * ratio)))
+    return cells
 
 
-def _half_interval(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return math.inf
-    from scipy.stats import t
+def _seconds(
+    config: CompareConfig,
+    cache: RunCache,
+    pool: ProcessPoolExecutor,
+    rounds: int = 15,
+    keep: bool = True,
+) -> dict[str, float]:
+    """Training seconds of a run of each row, at equal steps.
 
-    return float(t.ppf(0.975, len(values) - 1)) * _sd(values) / math.sqrt(len(values))
+    Rows that were measured before keep their times, or their runs at equal time would be others.
+    """
+    # A small rate, so that no weights diverge while they are timed; and the same for every grid.
+    base = replace(_plain(config.base), learning_rate=config.base.learning_rate / 100)
+    configs = {name: ROWS[name].change(base) for name in config.rows}
+    keys = {name: config_hash(row) for name, row in configs.items()}
+    by_key = {keys[name]: row for name, row in configs.items()}
+    timing = cache.timing()
+    found = {key: seconds for key in by_key if (seconds := timing.get(key)) is not None}
+    if len(found) < len(by_key):
+        reference = keys["fogzo" if "fogzo" in keys else config.rows[0]]
+        unknown = {k: c for k, c in by_key.items() if k not in found or k == reference}
+        steps = min(20, max(5, config.base.max_steps // rounds))
+        measured = pool.submit(run_seconds, unknown, rounds, steps).result()
+        # Should the machine be busier than it was then, it is so for the reference too.
+        pace = found.get(reference, measured[reference]) / measured[reference]
+        found = {key: seconds * pace for key, seconds in measured.items()} | found
+        if keep:
+            timing.add({key: found[key] for key in measured})
+    return {name: found[keys[name]] for name in config.rows}
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = [math.inf if value is None else value for value in values]
-    return math.fsum(numbers) / len(numbers) if all(map(math.isfinite, numbers)) else math.inf
+def _codes(cache: RunCache, runs: Sequence[Run]) -> dict[str, object]:
+    used = {run.path(cache).name.rpartition("-")[2] for run in runs}
+    return {"version": cache.code, "versions_of_runs": sorted(used)}
 
 
-def _sd(values: Sequence[float]) -> float:
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    return statistics.stdev(values)
+class _Progress:
+    def __init__(self, on_run: Callable[[int, int], None] | None, total: int, done: int) -> None:
+        self._on_run = on_run or (lambda done, total: None)
+        self._total, self._done = total, done
+
+    def one_more(self) -> None:
+        # Float networks that are trained only to be quantized were not counted.
+        self._done = min(self._done + 1, self._total)
+        self._on_run(self._done, self._total)
+
+    def finish(self) -> None:
+        """Say so even where nothing was left to run."""
+        self._on_run(self._total, self._total)
+
+
+def _check_grid(
+    what: str,
+    grid: Sequence[float] | None,
+    example: float,
+    allowed: Callable[[float], bool],
+) -> None:
+    if grid is None:
+        return
+    option = f"--{what.replace(' ', '-')}"
+    if not grid:
+        raise ValueError(f"the grid of {what} is empty: {option} {example:g}, or leave it out")
+    bad = [value for value in grid if not (allowed(value) and math.isfinite(value))]
+    if bad:
+        zero = ", or zero" if what == "kappas" else ""
+        raise ValueError(f"{what} must be positive{zero}, got {bad[0]:g}: {option} {example:g}")
+    if len(set(grid)) < len(grid):
+        once = " ".join(f"{value:g}" for value in dict.fromkeys(grid))
+        raise ValueError(f"one of the {what} is given twice: {option} {once}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from typing import Any, Literal
 
 import tyro
 
-from fogzo import quantizers
-from fogzo.quantizers import Quantizer
+from fogzo.recipes.data_config import DataConfig
+from fogzo.recipes.model_config import ModelConfig, QuantizerConfig
 
 EstimatorName = Literal[
     "ste", "fogzo", "fogzo-paired", "lambda", "placebo", "control-variate", "spsa"
@@ -19,211 +20,7 @@ EstimatorName = Literal[
 ScheduleName = Literal["cosine", "linear", "onecycle", "wsd", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizerConfig:
-    """How weights, or a layer's inputs, are quantized."""
-
-    preset: Literal["none", "fixed", "lsq", "quest", "ternary", "sign", "abs_max"] = "none"
-    """none stays in float."""
-    bits: int | None = None
-    """Bits of fixed, lsq, quest (by default 2) and abs_max (8)."""
-    surrogate: str | None = None
-    """Backward rule; by default the preset's own."""
-    granularity: Literal["tensor", "channel", "token"] | int | None = None
-    """What shares a step size: tensor, channel (of weights), token (of inputs) or a group size; by
-    default the preset's own."""
-    init: Literal["mse", "rms", "abs_mean", "lsq", "max"] | None = None
-    """How fixed and lsq find their first step size; by default the preset's own."""
-
-    def build(self) -> Quantizer | None:
-        """The quantizer, or None for float.
-
-        Raises:
-            ValueError: If the options do not go together.
-        """
-        if self.preset == "none":
-            return None
-        options: dict[str, Any] = {
-            "surrogate": self.surrogate,
-            "granularity": self.granularity,
-            "init": self.init,
-            "bits": self.bits,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        if self.preset in ("ternary", "sign"):
-            if self.bits is not None:
-                raise ValueError(
-                    f"{self.preset} has levels of its own and takes no bits, got {self.bits}: leave "
-                    "--quantizer.bits out, or use --quantizer.preset lsq"
-                )
-        elif self.preset != "abs_max":
-            given.setdefault("bits", 2)
-        if self.init is not None and self.preset not in ("fixed", "lsq"):
-            raise ValueError(
-                f"{self.preset} measures its step size at every forward and takes no init: leave "
-                "--quantizer.init out, or use --quantizer.preset fixed"
-            )
-        return typing.cast(Quantizer, getattr(quantizers, self.preset)(**given))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MlpConfig:
-    """A multilayer perceptron with ReLU."""
-
-    family: tyro.conf.Suppress[Literal["mlp"]] = "mlp"
-    hidden: tuple[int, ...] = (32,)
-    """Widths of the hidden layers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResNetConfig:
-    """A residual network of transformers."""
-
-    family: tyro.conf.Suppress[Literal["resnet"]] = "resnet"
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Output channels of the stages."""
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    """Blocks of the stages."""
-    bottleneck: bool = False
-    """Blocks of three convolutions (ResNet-50) instead of two (ResNet-18)."""
-    small_images: bool = False
-    """Begin with a 3x3 convolution of stride 1 and no pooling, as is usual for 32x32 pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeitConfig:
-    """A vision transformer as DeiT trains it, without the distillation token."""
-
-    family: tyro.conf.Suppress[Literal["deit"]] = "deit"
-    width: int = 192
-    """Size of a token's vector."""
-    depth: int = 12
-    """Blocks."""
-    heads: int = 3
-    """Attention heads."""
-    patch_size: int = 16
-    """Pixels a side of a patch."""
-    dropout: float = 0.0
-    """Probability of dropping a hidden unit."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LlamaConfig:
-    """A LLaMA-2 decoder with untied embeddings."""
-
-    family: tyro.conf.Suppress[Literal["llama"]] = "llama"
-    width: int = 128
-    """Size of a token's vector; the SwiGLU layer is 8/3 as wide, rounded up to 256."""
-    depth: int = 4
-    """Blocks."""
-    heads: int = 4
-    """Attention heads."""
-    vocab_size: int | None = None
-    """Rows of the embedding; by default the tokenizer's number of tokens."""
-
-
-ModelConfig = MlpConfig | ResNetConfig | DeitConfig | LlamaConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentationConfig:
-    """What happens to training images, on the device; nothing by default."""
-
-    crop: Literal["none", "pad", "resized"] = "none"
-    """pad: a random crop after padding by an eighth (small images); resized: a random part of 8% to
-    100% of the area, resized."""
-    flip: bool = False
-    """Mirror every other image."""
-    rand_augment: int = 0
-    """Magnitude, up to 29, of RandAugment's two operations an image; 0 for none, 9 in DeiT."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0 for none, 0.8 in DeiT."""
-    cutmix: float = 0.0
-    """Alpha of cutmix; 0 for none, 1 in DeiT. With mixup too, either is taken in turn by a coin."""
-    label_smoothing: float = 0.0
-    """Probability spread over all classes."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rand_augment < 30:
-            raise ValueError(
-                f"rand_augment must be from 0 to 29, got {self.rand_augment}: "
-                "--data.augmentation.rand-augment 9"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing must be in [0, 1), got {self.label_smoothing}: "
-                "--data.augmentation.label-smoothing 0.1"
-            )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name} must be 0 or more, got {getattr(self, name)}: "
-                    f"--data.augmentation.{name} 0.8"
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImagesConfig:
-    """Which images."""
-
-    kind: tyro.conf.Suppress[Literal["images"]] = "images"
-    dataset: str = "digits"
-    """digits (scikit-learn's, embedded), a preset (mnist, cifar10, imagenet-100, imagenet-1k), or
-    a hub id or local folder that `datasets` reads."""
-    validation_fraction: float = 0.15
-    """Share of the training images held out to choose learning rates."""
-    image_size: int | None = None
-    """Pixels a side that the network sees; by default as the data set has them."""
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """What happens to training images."""
-    workers: int = 0
-    """Processes that decode images ahead of training, for data sets too large for memory."""
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(
-                f"image_size must be 1 or more, got {self.image_size}: --data.image-size 224"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """Which text."""
-
-    kind: tyro.conf.Suppress[Literal["text"]] = "text"
-    dataset: str = "pydoc"
-    """pydoc (the prose of Python's own help topics, embedded), a local text file or folder of
-    .txt files, or a hub id or local folder that `datasets` reads."""
-    subset: str | None = None
-    """Configuration of a hub data set, such as en of allenai/c4."""
-    column: str = "text"
-    """Where a data set of `datasets` keeps its text."""
-    tokenizer: str = "bytes"
-    """bytes (256 tokens), or a hub id or folder that transformers' AutoTokenizer reads."""
-    context: int = 128
-    """Tokens a block."""
-    streaming: bool = False
-    """Read a hub data set while training instead of downloading it first."""
-    validation_fraction: float = 0.1
-    """Share of the text before the test part that is held out to choose learning rates; the test
-    part is the last tenth, or the data set's own validation or test split."""
-    max_eval_blocks: int = 512
-    """At most so many blocks are evaluated of a split."""
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
-        for name in ("context", "max_eval_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be 1 or more, got {getattr(self, name)}: "
-                    f"--data.{name.replace('_', '-')} 128"
-                )
-
-
-DataConfig = ImagesConfig | TextConfig
+Perturbation = Literal["auto", "uniform", "triangular", "normal", "logistic", "rademacher"]
 
 
 _AT_LEAST_ONE = {
@@ -263,6 +60,8 @@ class TrainConfig:
     """Where the quantized weights' gradients come from."""
     num_samples: int = 1
     """n, directions probed a step."""
+    probes_at_once: int | Literal["auto"] = 1
+    """Directions whose forwards run together: faster for many samples of a small network."""
     kappa: float = 0.1
     """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
     noise_shape: Literal["isotropic", "tensor_rms"] = "isotropic"
@@ -270,6 +69,12 @@ class TrainConfig:
     so that layers of small gradients do not wander under Adam."""
     start: float = 0.0
     """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
+    perturbation: Perturbation = "auto"
+    """Law of the noise; auto is the one that the surrogate follows from. Others get its radius."""
+    radius: float = 1.0
+    """Radius of the perturbations, as a multiple of the surrogate's own."""
+    track_flips: bool = False
+    """Log the share of integer codes that differ between two probes; costs a rounding each."""
 
     optimizer: str = "adamw"
     """adamw, sgd (momentum 0.9), muon, adafactor or the name of any class of torch.optim."""
@@ -332,6 +137,10 @@ class TrainConfig:
             raise ValueError(
                 f"learning_rate must be positive, got {self.learning_rate}: --learning-rate 3e-3"
             )
+        if not (self.kappa >= 0 and math.isfinite(self.kappa)):
+            raise ValueError(f"kappa must be 0 or more and finite, got {self.kappa}: --kappa 0.1")
+        if not (self.radius > 0 and math.isfinite(self.radius)):
+            raise ValueError(f"radius must be positive and finite, got {self.radius}: --radius 1.0")
         for name in ("warmup_fraction", "final_fraction", "start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -390,7 +199,7 @@ def _restore(hint: Any, value: Any) -> Any:
         options = [option for option in typing.get_args(hint) if option is not types.NoneType]
         if value is not None and any(map(dataclasses.is_dataclass, options)):
             return from_dict(_member(options, value), value)
-        return Path(value) if value is not None and Path in options else value
+        return value if value is None or len(options) > 1 else _restore(options[0], value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
     if hint is Path:
@@ -411,10 +220,3 @@ def _member(options: list[Any], values: dict[str, Any]) -> Any:
         f"none of {', '.join(option.__name__ for option in options)} is tagged like "
         f"{json.dumps(values)[:80]}"
     )
-
-
-def _check_fraction(value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(
-            f"validation_fraction must be in (0, 1), got {value}: --data.validation-fraction 0.15"
-        )

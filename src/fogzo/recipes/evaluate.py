@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from fogzo.recipes.config import QuantizerConfig
+from fogzo.recipes.model_config import QuantizerConfig
 from fogzo.recipes.models import build_model
 from fogzo.recipes.parallel import join_ranks
 from fogzo.recipes.run_folder import Metrics, read_config

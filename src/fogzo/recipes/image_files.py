@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fogzo.recipes.config import ImagesConfig
+from fogzo.recipes.data_config import ImagesConfig
 
 PRESETS = {
     "mnist": "ylecun/mnist",

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fogzo.recipes.config import ImagesConfig
+from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.image_files import LazyPixels, Read, read_files, stored_side, to_tensor
 
 # As ImageNet's papers have them: measuring a split that is too large for memory would mean to

@@ -34,7 +34,9 @@ def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
 
     Example:
         >>> from dataclasses import replace
-        >>> from fogzo.recipes.config import ImagesConfig, MlpConfig, TrainConfig
+        >>> from fogzo.recipes.config import TrainConfig
+        >>> from fogzo.recipes.data_config import ImagesConfig
+        >>> from fogzo.recipes.model_config import MlpConfig
         >>> config = TrainConfig(recipe="", model=MlpConfig(), data=ImagesConfig(), max_steps=10)
         >>> factor = learning_rate_factor(replace(config, schedule="linear", warmup_fraction=0.2))
         >>> [factor(step) for step in range(11)]

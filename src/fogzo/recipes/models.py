@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fogzo import calibrate_, quantize_
-from fogzo.recipes.config import DeitConfig, LlamaConfig, MlpConfig, ResNetConfig, TrainConfig
+from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.model_config import DeitConfig, LlamaConfig, MlpConfig, ResNetConfig
 from fogzo.selection import output_dim
 
 # By name, as importing them all would cost seconds.

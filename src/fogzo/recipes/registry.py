@@ -9,16 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fogzo.recipes.config import (
-    AugmentationConfig,
+from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig, TextConfig
+from fogzo.recipes.model_config import (
     DeitConfig,
-    ImagesConfig,
     LlamaConfig,
     MlpConfig,
     QuantizerConfig,
     ResNetConfig,
-    TextConfig,
-    TrainConfig,
 )
 
 _ABS_MEAN = QuantizerConfig(preset="fixed", bits=2, init="abs_mean")
@@ -53,7 +51,7 @@ def mnist_mlp() -> TrainConfig:
 
 
 def digits_resnet() -> TrainConfig:
-    """A 2-bit residual network of 0.17M weights on scikit-learn's handwritten digits."""
+    """A 2-bit residual network of 0.2M parameters on scikit-learn's handwritten digits."""
     return TrainConfig(
         recipe="digits-resnet",
         model=ResNetConfig(widths=(32, 64), depths=(2, 2), small_images=True),
@@ -69,7 +67,7 @@ def digits_resnet() -> TrainConfig:
 
 
 def digits_deit() -> TrainConfig:
-    """A 2-bit vision transformer of 0.3M weights on scikit-learn's handwritten digits."""
+    """A 2-bit vision transformer of 0.3M parameters on scikit-learn's handwritten digits."""
     return TrainConfig(
         recipe="digits-deit",
         model=DeitConfig(width=96, depth=3, heads=3, patch_size=2),
@@ -87,7 +85,7 @@ def digits_deit() -> TrainConfig:
 
 
 def pydoc_llama() -> TrainConfig:
-    """A 2-bit byte-level LLaMA of 0.8M weights on the prose of Python's own help."""
+    """A 2-bit byte-level LLaMA of 1.1M parameters on the prose of Python's own help."""
     return TrainConfig(
         recipe="pydoc-llama",
         model=LlamaConfig(width=128, depth=4, heads=4),
@@ -234,9 +232,10 @@ def _small(recipe: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
         elif isinstance(model, DeitConfig):
             model = replace(model, patch_size=2)
         if isinstance(data, TextConfig):
-            data = TextConfig(context=128)
+            data = TextConfig(max_eval_blocks=128)
         else:
-            data = ImagesConfig(augmentation=AugmentationConfig(crop="pad"))
+            crop = AugmentationConfig(crop="pad")
+            data = ImagesConfig(augmentation=crop, max_eval_images=2048)
         return replace(
             config,
             recipe=f"{config.recipe}-small",

@@ -57,8 +57,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         lines = [m for m in read_metrics(self.path / "metrics.jsonl") if m["step"] <= step]
-        if step == 0:
-            lines = []
+        if self._config.overwrite and step == 0:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         (self.path / "result.json").unlink(missing_ok=True)
         write_text(self.path / "config.json", to_json(self._config))

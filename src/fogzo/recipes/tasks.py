@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from fogzo.recipes.augment import Augmentation
 from fogzo.recipes.batches import ShuffledBatches, Split, StreamedBatches, load
-from fogzo.recipes.config import ImagesConfig, TextConfig, TrainConfig
+from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.data_config import ImagesConfig, TextConfig
 from fogzo.recipes.images import load_images
 from fogzo.recipes.models import Shapes, logits
 from fogzo.recipes.parallel import Ranks
@@ -19,8 +20,6 @@ from fogzo.recipes.text import StreamedText, check_vocabulary, load_text
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, as the network and the loss take them."""
-
-_MOST_EVALUATED_OF_TRAIN = 65_536
 
 
 class Windows(Protocol):
@@ -43,11 +42,13 @@ class Task(ABC):
     Attributes:
         shapes: What the network must know of the data.
         splits: What can be evaluated, by name.
+        most_evaluated: How many examples of a split are evaluated at most.
         workers: Processes that load ahead.
     """
 
     shapes: Shapes
     splits: dict[str, Split[Any]]
+    most_evaluated: int
     workers: int = 0
 
     @abstractmethod
@@ -70,10 +71,7 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, split: str, batch_size: int, ranks: Ranks) -> Metrics:
         """Evaluate the network as it would be deployed, on a split that the ranks share."""
         examples = self.splits[split]
-        count = len(examples)
-        if split == "train":
-            count = min(count, _MOST_EVALUATED_OF_TRAIN)
-        batches = torch.arange(count).split(batch_size)
+        batches = torch.arange(min(len(examples), self.most_evaluated)).split(batch_size)
         # Sharded networks need every rank in every forward, also in those past the end.
         mine = [batches[i] if i < len(batches) else batches[0] for i in ranks.turns(len(batches))]
         total = torch.zeros(3, dtype=torch.float64)
@@ -97,7 +95,7 @@ class ImageTask(Task):
         self._config = config
         self._images = images = load_images(config)
         self._augmentation = Augmentation(config.augmentation, images)
-        self.workers = config.workers
+        self.most_evaluated, self.workers = config.max_eval_images, config.workers
         self.shapes = Shapes(images.num_classes, images.channels, images.image_size)
         self.splits = {
             "train": images.train,
@@ -128,6 +126,7 @@ class TextTask(Task):
 
     def __init__(self, config: TextConfig, vocab_size: int | None) -> None:
         self._text = text = load_text(config)
+        self.most_evaluated = config.max_eval_blocks
         vocabulary = check_vocabulary(vocab_size, text)
         self.shapes = Shapes(vocabulary, context=config.context)
         self.splits = {"validation": text.validation, "test": text.test}

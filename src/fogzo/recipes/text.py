@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fogzo.recipes.config import TextConfig
+from fogzo.recipes.data_config import TextConfig
 from fogzo.recipes.tokens import (
     StreamedText,
     TextSplit,

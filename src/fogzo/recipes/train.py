@@ -129,6 +129,8 @@ def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metr
     if stats is not None:
         metrics |= {"agreement": stats.agreement, "loss_gap": stats.loss_gap}
         metrics |= {"kappa": stats.kappa, "fallback": stats.fallback}
+        if training.config.track_flips:
+            metrics |= {"flip_rate": stats.flip_rate}
     return metrics
 
 

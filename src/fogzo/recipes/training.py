@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from fogzo import (
     ControlVariateEstimator,
     FogzoEstimator,
     PlaceboEstimator,
+    QuantizedWeight,
     SpsaEstimator,
     linear_noise_share,
     quantized_weights,
 )
 from fogzo.collectives import local
 from fogzo.estimators import GradientEstimator
+from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -157,15 +160,18 @@ _EVAL_BATCH = 256
 
 def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator | None:
     """The estimator by its name; None for plain backward."""
-    weights = quantized_weights(model)
+    weights = [_perturbed_as_asked(weight, config) for weight in quantized_weights(model)]
     if config.estimator == "ste" or not weights:
         return None
     options: dict[str, Any] = {
         "num_samples": config.num_samples,
+        "probes_at_once": config.probes_at_once,
+        "track_flips": config.track_flips,
         "noise_shape": config.noise_shape,
         "seed": config.seed,
     }
     if config.estimator == "spsa":
+        options["noise_shape"] = "isotropic"  # there is no gradient to shape it by
         return SpsaEstimator(weights, **options)
     if config.estimator == "control-variate":
         return ControlVariateEstimator(weights, **options)
@@ -180,6 +186,16 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         return PlaceboEstimator(weights, noise_share=schedule, **options)
     paired = config.estimator == "fogzo-paired"
     return FogzoEstimator(weights, noise_share=schedule, paired=paired, **options)
+
+
+def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:
+    """The record with the config's law and radius; its backward rule stays the quantizer's."""
+    surrogate = weight.surrogate
+    if config.perturbation == "auto" and config.radius == 1:
+        return weight
+    law = LAWS.get(config.perturbation, surrogate.perturbation)
+    law = with_radius(law, config.radius * surrogate.radius)
+    return replace(weight, surrogate=replace(surrogate, perturbation=law))
 
 
 def load_weights(model: nn.Module, run: Path) -> int:

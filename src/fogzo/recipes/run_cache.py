@@ -1,0 +1,175 @@
+"""The runs of a comparison on disk, so that none is ever trained twice.
+
+A run's folder is named after what is in it, ``ste-lr0.003-steps500-seed0-CONFIG-CODE``: CONFIG is a
+hash of everything in its config that changes its numbers, CODE one of the code that trains. The run
+is finished when its result.json carries both.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fogzo
+from fogzo.recipes.config import TrainConfig, to_json
+from fogzo.recipes.run_folder import Metrics, dumps, read_metrics, write_text
+
+_LOG = logging.getLogger(__name__)
+
+# What changes no number of a run.
+_FREE = ("output_dir", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "trackers")
+_DIGITS = 12
+
+
+@cache
+def code_version() -> str:
+    """A hash of torch's version and of all of this package that can change a run's numbers."""
+    root = Path(fogzo.__file__).parent
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith("cli/"):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def config_hash(config: TrainConfig, then: str = "") -> str:
+    """A hash of what a run trains, and of what is done with it then."""
+    values = dataclasses.asdict(config)
+    for name in _FREE:
+        del values[name]
+    if config.initial_weights is not None:
+        # The weights themselves, wherever they lie and whatever will lie there later.
+        manifests = sorted(config.initial_weights.glob("checkpoints/step-*/manifest.json"))
+        values["initial_weights"] = [path.read_text(encoding="utf-8") for path in manifests[-1:]]
+    text = json.dumps(values, sort_keys=True, default=str) + then
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+class RunCache:
+    """Finished runs in ``output_dir/runs``.
+
+    Args:
+        folder: The comparison's folder.
+        code: Version of the code that runs are to be of.
+        mix_versions: Take finished runs of other versions too.
+    """
+
+    def __init__(self, folder: Path, code: str, mix_versions: bool = False) -> None:
+        self.folder = folder
+        self.code = code
+        self.mix_versions = mix_versions
+
+    def path(self, label: str, key: str) -> Path:
+        """Where a run is, or will be."""
+        own = self.folder / "runs" / f"{label}-{key}-{self.code}"
+        if self.mix_versions and not (own / "result.json").exists():
+            return next(iter(self._others(key)), own)
+        return own
+
+    def result(self, path: Path) -> Metrics | None:
+        """The result of a finished run; None where it is still to run.
+
+        An entry that cannot be read is set aside, with a warning.
+        """
+        try:
+            return _read(path)
+        except (ValueError, KeyError, OSError) as error:
+            aside = _set_aside(path)
+            _LOG.warning("%s cannot be read (%s) and runs again; it is now %s", path, error, aside)
+            return None
+
+    def check_versions(self, runs: Iterable[tuple[str, str]]) -> None:
+        """Look for runs, given as (label, key), that only another version has finished.
+
+        Raises:
+            ValueError: If there are some and they are not to be mixed in.
+        """
+        if self.mix_versions:
+            return
+        found = {
+            other.name.rpartition("-")[2]: other
+            for label, key in runs
+            if not (self.path(label, key) / "result.json").exists()
+            for other in self._others(key)
+        }
+        if found:
+            raise ValueError(
+                f"{self.folder} holds runs of another version of the code or of torch "
+                f"({', '.join(sorted(found))}; this is {self.code}), such as "
+                f"{next(iter(found.values())).name}: compare in a fresh --output-dir "
+                f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"
+            )
+
+    def timing(self) -> "Timing":
+        """Measured step times."""
+        return Timing(self)
+
+    def _others(self, key: str) -> list[Path]:
+        found = sorted((self.folder / "runs").glob(f"*-{key}-*/result.json"))
+        return [path.parent for path in found if not path.parent.name.endswith(self.code)]
+
+
+class Timing:
+    """Seconds of a step by config, in timing.json: equal time stays what it was measured as."""
+
+    def __init__(self, cache: RunCache) -> None:
+        self._path = cache.folder / "timing.json"
+        self._cache = cache
+        try:
+            self._stored: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._stored = {}
+
+    def get(self, key: str) -> float | None:
+        """Seconds a step, or None if they were not measured."""
+        own = self._stored.get(f"{key}-{self._cache.code}")
+        if own is None and self._cache.mix_versions:
+            return next((s for k, s in self._stored.items() if k.startswith(f"{key}-")), None)
+        return own
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Keep what was measured."""
+        self._stored |= {f"{key}-{self._cache.code}": value for key, value in seconds.items()}
+        write_text(self._path, dumps(self._stored, indent=1) + "\n")
+
+
+def finish(path: Path, config: TrainConfig, result: Metrics) -> None:
+    """Mark a run as finished: the last thing that is written of it."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "config.json").exists():
+        write_text(path / "config.json", to_json(config))
+    write_text(path / "result.json", dumps({**result, "run": _identity(path)}, indent=2) + "\n")
+
+
+def _read(path: Path) -> Metrics | None:
+    if not (path / "result.json").exists():
+        return None
+    result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    if "run" not in result:
+        return None  # killed between training and `finish`
+    if result["run"] != _identity(path):
+        raise ValueError(f"its result.json is of another run, {result['run']}")
+    metrics = read_metrics(path / "metrics.jsonl")
+    if metrics and metrics[-1]["step"] != result["steps"]:
+        raise ValueError(f"its metrics.jsonl ends at step {metrics[-1]['step']}")
+    return result
+
+
+def _identity(path: Path) -> str:
+    return "-".join(path.name.rsplit("-", 2)[1:])
+
+
+def _set_aside(path: Path) -> Path:
+    corrupt = path.parent.with_name("corrupt")
+    corrupt.mkdir(exist_ok=True)
+    aside = corrupt / f"{path.name}-{len(list(corrupt.iterdir()))}"
+    os.replace(path, aside)
+    return aside

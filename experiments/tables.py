@@ -1,4 +1,4 @@
-"""Rewrite the README's tables and the reports from the committed JSON.
+"""Rewrite the tables of README.md and docs/, and the reports, from the committed JSON.
 
 With --check nothing is written, and tables that differ are an error.
 
@@ -9,6 +9,7 @@ experiments/ with a results.json, or step_cost. Those of `fogzo compare` have a 
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -29,17 +30,19 @@ def main() -> None:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = MARKED.sub(lambda match: marked_table(match[1]), before)
-    if not parser.parse_args().check:
-        readme.write_text(after, encoding="utf-8")
+    checks = parser.parse_args().check
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = MARKED.sub(lambda match: marked_table(match[1]), before)
+        if not checks:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            sys.exit(f"{page.name} differs from the committed results: run make results")
+    if not checks:
         with chdir(ROOT):  # where the configs' output folders begin
             for path in Path("experiments").glob("*/config.json"):
                 config = from_dict(CompareConfig, read(path))
                 write_compare_report(config, read(path.with_name("results.json")))
-    elif after != before:
-        sys.exit("README.md differs from the committed results: run make results")
 
 
 def marked_table(name: str) -> str:
@@ -48,6 +51,10 @@ def marked_table(name: str) -> str:
         text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
     elif name == "embedded":
         text = embedded_table(read(ROOT / "experiments" / name / "results.json"))
+    elif name in ("synthetic-law", "regression"):
+        script = importlib.import_module(name.replace("-", "_"))
+        heading, rows, note = script.table(read(ROOT / "experiments" / name / "results.json"))
+        text = markdown(heading, rows) + "\n" + note + "\n"
     else:
         text = comparison_table(read(ROOT / "experiments" / name / "results.json"))
     return f"<!-- table: {name} -->\n{text}<!-- end -->"

@@ -1,0 +1,182 @@
+"""The synthetic experiments run, and their committed results say what the tables claim."""
+
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parent.parent
+PLOTS = {"synthetic_law": "variance.svg", "regression": "curves.svg"}
+ROWS = {"ste", "placebo", "lambda", "fogzo", "control-variate"}
+ROWS |= {f"{name}-unmasked" for name in ROWS}
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def folder(name):
+    return ROOT / "experiments" / name.replace("_", "-")
+
+
+def committed(name):
+    return json.loads((folder(name) / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", params=PLOTS)
+def quick(request, tmp_path_factory):
+    """A quick run: its name, its folder and what it printed."""
+    output = tmp_path_factory.mktemp(request.param)
+    script = ROOT / "experiments" / f"{request.param}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, "--quick", "--output-dir", output],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return request.param, output, done.stdout + done.stderr
+
+
+def structure(value):
+    """Keys of a JSON value, all the way down; of a list, those of its first entry."""
+    if isinstance(value, dict):
+        return {key: structure(entry) for key, entry in value.items()}
+    return [structure(entry) for entry in value[:1]] if isinstance(value, list) else None
+
+
+def test_a_quick_run_is_quiet_and_writes_results_like_the_committed_ones(quick):
+    name, output, printed = quick
+    assert printed == ""
+    assert {path.name for path in output.iterdir()} == {"results.json", PLOTS[name]}
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert structure(results) == structure(committed(name))
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_the_committed_results_are_those_of_the_scripts_settings(name):
+    script, results = module(name), committed(name)
+    settings = json.loads(json.dumps(script.asdict(script.Config())))
+    assert results["config"] == settings
+    assert {"date", "torch", "processor", "cores"} <= set(results["environment"])
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_is_small_and_drawn_the_same_every_time(name, tmp_path):
+    script, results = module(name), committed(name)
+    for path in (tmp_path / "first.svg", tmp_path / "second.svg"):
+        script.plot(results, path)
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
+    assert (folder(name) / PLOTS[name]).stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_table_has_a_cell_under_every_heading(name):
+    heading, rows, note = module(name).table(committed(name))
+    assert rows and {len(row) for row in rows} == {len(heading)}
+    assert not any("|" in cell for row in rows for cell in row)  # which would end a cell
+    assert committed(name)["environment"]["date"] in note
+
+
+# The law: mean and variance on a linear loss
+
+
+def test_every_committed_measurement_agrees_with_its_formula():
+    results = committed("synthetic_law")
+    script = module("synthetic_law")
+    points = results["points"]
+    assert results["summary"] == json.loads(json.dumps(script.summary(points)))
+    for point in points:
+        for kind in script.KINDS:
+            assert abs(point[kind]["errors_away"]) <= script.ALLOWED_ERRORS, point
+    assert {point["estimator"] for point in points} == set(script.MAKERS)
+    assert {point["weights"] for point in points} >= {10, 100, 1000, 10000}
+    assert {point["samples"] for point in points} >= {1, 4, 16}
+
+
+def test_the_committed_measurements_could_have_told_a_wrong_formula():
+    points = committed("synthetic_law")["points"]
+    errors = [point["variance"]["ratio_error"] for point in points]
+    assert statistics.median(errors) < 0.015
+    assert max(errors) < 0.04
+    # Distances of right formulas are those of a unit normal: neither all tiny nor all large.
+    kinds = ("variance", "mean_along_guide", "mean_along_rest", "mean_elsewhere")
+    away = [point[kind]["errors_away"] for point in points for kind in kinds]
+    assert 0.8 < math.sqrt(statistics.mean(value**2 for value in away)) < 1.2
+
+
+def test_the_formulas_at_one_point_by_hand():
+    script = module("synthetic_law")
+    config = script.Config(cosine=0.6, guide_norm=1.5)
+    law = script.formula(script.Case("fogzo", 100, 2, 0.25), config, 1.8)
+    # beta q [(d + 2) c^2 + |D|^2] + q^2 (d + kappa4 - 2) |D|^2, halved by two samples
+    assert law.variance == pytest.approx((0.1875 * (102 * 0.36 + 1) + 0.0625 * 99.8) / 2)
+    assert (law.mean_along_guide, law.mean_along_rest) == pytest.approx((0.6, 0.25 * 0.8))
+
+
+# The regression
+
+
+@pytest.fixture(scope="module")
+def regression():
+    return committed("regression")
+
+
+def rows_of(found, budget="steps"):
+    return {row["name"]: row for row in found["rows"] if row["budget"] == budget}
+
+
+def test_every_row_is_tuned_on_one_grid_and_reported_on_fresh_seeds(regression):
+    config = regression["config"]
+    assert not set(config["seeds"]) & set(config["tuning_seeds"])
+    assert len(config["seeds"]) >= 5
+    for found, rates in zip(regression["settings"], config["learning_rates"], strict=True):
+        assert set(rows_of(found)) == ROWS
+        for row in found["rows"]:
+            assert {entry[0] for entry in row["tuning_risks"]} == set(rates)
+            best = min(row["tuning_risks"], key=lambda entry: entry[2])
+            assert best[:2] == [row["learning_rate"], row["strength"]]
+            assert len(row["risk"]["values"]) == len(config["seeds"])
+            assert row["risk"]["mean"] >= found["floor"] - 1e-9
+
+
+def test_probes_are_counted_and_cheaper_rows_get_their_cost_in_steps(regression):
+    steps = regression["config"]["steps"]
+    for found in regression["settings"]:
+        usual, longer = rows_of(found), rows_of(found, "cost")
+        assert usual["ste"]["forwards"] == usual["placebo"]["forwards"] == steps
+        for name in ("lambda", "fogzo", "control-variate"):
+            assert usual[name]["forwards"] == 3 * steps
+            assert usual[name]["cost"] == 5 * steps
+        for row in longer.values():
+            assert abs(row["cost"] - usual["fogzo"]["cost"]) <= 3
+
+
+def test_a_winner_is_named_only_where_the_interval_excludes_zero(regression):
+    for found in regression["settings"]:
+        rows = {(row["name"], row["budget"]): row["risk"]["values"] for row in found["rows"]}
+        for entry in found["differences"]:
+            own, other = rows[entry["row"], "steps"], rows[entry["other"], entry["other_budget"]]
+            gaps = [a - b for a, b in zip(own, other, strict=True)]
+            half = student.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+            low, high = statistics.mean(gaps) - half, statistics.mean(gaps) + half
+            assert (entry["low"], entry["high"]) == pytest.approx((low, high))
+            winner = entry["row"] if high < 0 else entry["other"] if low > 0 else None
+            assert entry["better"] == winner
+
+
+def test_the_findings_are_what_the_numbers_say(regression):
+    findings = module("regression").findings
+    assert regression["findings"] == [
+        line for found in regression["settings"] for line in findings(found)
+    ]

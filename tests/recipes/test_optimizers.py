@@ -18,11 +18,15 @@ from transformers import (
 
 import fogzo
 from fogzo.recipes import config as recipes
+from fogzo.recipes import data_config, model_config
 from fogzo.recipes.learning_rates import learning_rate_factor
 from fogzo.recipes.optimizers import JointOptimizer, build_optimizer
 
 CONFIG = recipes.TrainConfig(
-    recipe="test", model=recipes.MlpConfig(), data=recipes.ImagesConfig(), learning_rate=0.01
+    recipe="test",
+    model=model_config.MlpConfig(),
+    data=data_config.ImagesConfig(),
+    learning_rate=0.01,
 )
 USABLE = sorted(
     name
@@ -174,7 +178,7 @@ def test_grouping_does_not_change_a_bit(name, model):
 
 
 def test_language_models_have_betas_of_their_own():
-    config = asked("AdamW", model=recipes.LlamaConfig(), data=recipes.TextConfig())
+    config = asked("AdamW", model=model_config.LlamaConfig(), data=data_config.TextConfig())
     for name in ("adamw", "muon"):
         groups = build_optimizer(replace(config, optimizer=name), llama()).param_groups
         assert {g["betas"] for g in groups if "betas" in g} == {(0.9, 0.95)}

@@ -40,6 +40,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer(_encode_bytes, 256, _encode_bytes(["\n\n"])[0], 2)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(  # transformers would look for it on the hub, for a minute
+            f"there is no folder {name!r}: give one with tokenizer.json, a hub id such as "
+            "--data.tokenizer gpt2, or --data.tokenizer bytes"
+        )
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -95,7 +95,9 @@ def folder(tmp_path_factory):
     for name, changes in VARIANTS.items():
         train(config(folder / "alone" / name, **changes))
     arguments = [*torchrun(), __file__, str(folder)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=quiet(), check=False)
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=quiet(), check=False, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -149,7 +151,9 @@ def test_a_run_of_one_process_is_resumed_on_two(folder):
 
 def fogzo(*arguments):
     program = [*torchrun(), "-m", "fogzo.cli.main", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, env=quiet(), check=False)
+    return subprocess.run(
+        program, capture_output=True, text=True, env=quiet(), check=False, timeout=240
+    )
 
 
 def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):

@@ -1,6 +1,8 @@
 """Where a run computes: one process, or ranks that torchrun or accelerate launch started."""
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,7 +65,13 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(chosen, dist.get_rank(), count)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what was trained
+        raise
     finally:
+        # A DDP wrapper that outlives its group would destroy it while holding the interpreter's
+        # lock, for which the group's own thread may be waiting: both wait for ever.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fogzo.estimators import RefineStats
 from fogzo.recipes.config import TrainConfig
-from fogzo.recipes.parallel import join_ranks, without_sync
+from fogzo.recipes.parallel import Ranks, join_ranks, without_sync
 from fogzo.recipes.run_folder import Metrics, RunFolder
 from fogzo.recipes.tasks import Batch
 from fogzo.recipes.trackers import tracking
@@ -40,40 +40,45 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
         OSError: If a checkpoint cannot be written.
     """
     with join_ranks(config.device) as ranks, own_random_streams(config.seed + ranks.rank):
-        folder = RunFolder(config, writes=ranks.rank == 0)
-        training = Training(config, ranks, folder.checkpoint)
-        with folder.open(training.step), tracking(config, ranks) as track:
-            if training.step == 0 and config.checkpoint_every > 0:
-                folder.save_checkpoint(training.state_dict())
-            while training.step < config.max_steps:
-                window = training.next_window()
-                began = time.perf_counter()
-                loss, stats = training_step(training, window)
-                training.seconds += time.perf_counter() - began
+        return _train(config, ranks, on_step)
 
-                metrics = _metrics(training, loss, stats)
-                last = training.step == config.max_steps
-                finite = math.isfinite(loss)
-                if last or not finite or training.step == 1 or not training.step % config.log_every:
-                    folder.log(metrics)
-                    track(metrics)
-                if not finite:
-                    folder.set_aside_checkpoint(training.step - 1)
-                    raise DivergedError(
-                        f"the training loss is {loss} at step {training.step}: try a smaller "
-                        f"--learning-rate than {config.learning_rate:g}; everything before is in "
-                        f"{folder.path}"
-                    )
-                every = config.checkpoint_every
-                if every >= 0 and (last or (every and training.step % every == 0)):
-                    _save(training, folder)
-                if on_step is not None:
-                    on_step(metrics)
 
-            result: Metrics = {"steps": training.step, "seconds": training.seconds}
-            result |= {"extra_forwards": training.extra_forwards} | training.evaluate()
-            folder.write_result(result)
-            track({"step": training.step} | result)
+def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
+    # In a function of its own, so that what it trained is gone before the ranks part.
+    folder = RunFolder(config, writes=ranks.rank == 0)
+    training = Training(config, ranks, folder.checkpoint)
+    with folder.open(training.step), tracking(config, ranks) as track:
+        if training.step == 0 and config.checkpoint_every > 0:
+            folder.save_checkpoint(training.state_dict())
+        while training.step < config.max_steps:
+            window = training.next_window()
+            began = time.perf_counter()
+            loss, stats = training_step(training, window)
+            training.seconds += time.perf_counter() - began
+
+            metrics = _metrics(training, loss, stats)
+            last = training.step == config.max_steps
+            finite = math.isfinite(loss)
+            if last or not finite or training.step == 1 or not training.step % config.log_every:
+                folder.log(metrics)
+                track(metrics)
+            if not finite:
+                folder.set_aside_checkpoint(training.step - 1)
+                raise DivergedError(
+                    f"the training loss is {loss} at step {training.step}: try a smaller "
+                    f"--learning-rate than {config.learning_rate:g}; everything before is in "
+                    f"{folder.path}"
+                )
+            every = config.checkpoint_every
+            if every >= 0 and (last or (every and training.step % every == 0)):
+                _save(training, folder)
+            if on_step is not None:
+                on_step(metrics)
+
+        result: Metrics = {"steps": training.step, "seconds": training.seconds}
+        result |= {"extra_forwards": training.extra_forwards} | training.evaluate()
+        folder.write_result(result)
+        track({"step": training.step} | result)
     return result
 
 

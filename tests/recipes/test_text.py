@@ -187,7 +187,7 @@ def test_no_such_data_set(tmp_path):
 
 
 def test_no_such_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"could not load the tokenizer.*--data.tokenizer bytes"):
+    with pytest.raises(ValueError, match=r"there is no folder.*--data.tokenizer bytes"):
         load_text(TextConfig(tokenizer=str(tmp_path / "nowhere")))
 
 

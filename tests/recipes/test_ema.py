@@ -16,6 +16,7 @@ from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.ema import Ema
 from fogzo.recipes.model_config import MlpConfig
 from fogzo.recipes.optimizers import build_optimizer
+from fogzo.recipes.parallel import leave_ranks
 
 SGD = TrainConfig(
     recipe="test", model=MlpConfig(), data=ImagesConfig(), optimizer="sgd", learning_rate=0.1
@@ -184,11 +185,16 @@ def test_sharded_by_fsdp_it_is_the_same_average(tmp_path):
 
 
 def one_rank(folder, rank):
-    from torch.distributed.fsdp import fully_shard
-
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
     )
+    average_shards()
+    dist.barrier()
+    leave_ranks()
+
+
+def average_shards():
+    from torch.distributed.fsdp import fully_shard
 
     def linear():
         with torch.random.fork_rng():
@@ -234,7 +240,6 @@ def one_rank(folder, rank):
         ema.load_state_dict(state)
         with ema.applied():
             torch.testing.assert_close(outputs(fresh), averaged)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

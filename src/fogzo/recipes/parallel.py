@@ -65,14 +65,23 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(chosen, dist.get_rank(), count)
+        gc.collect()
+        dist.barrier()  # nobody leaves while others still talk to it
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold what was trained
         raise
     finally:
-        # A DDP wrapper that outlives its group would destroy it while holding the interpreter's
-        # lock, for which the group's own thread may be waiting: both wait for ever.
-        gc.collect()
-        dist.destroy_process_group()
+        leave_ranks()
+
+
+def leave_ranks() -> None:
+    """Destroy the process group, after everything that still refers to it.
+
+    A DDP wrapper that outlived its group would destroy it while holding the interpreter's lock, for
+    which the group's own thread may be waiting: both wait for ever.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def parallelize(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module:

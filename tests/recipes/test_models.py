@@ -29,6 +29,12 @@ FAMILIES = {
 }
 PRESETS = ("fixed", "lsq", "quest", "ternary", "sign")
 # What the paper reports, or what the sizes of its models come to.
+EMBEDDED = {
+    "digits-mlp": (Shapes(10, 1, 8), 2_410),
+    "digits-resnet": (Shapes(10, 1, 8), 169_834),
+    "digits-deit": (Shapes(10, 1, 8), 338_890),
+    "pydoc-llama": (Shapes(256, context=128), 1_115_264),
+}
 PARAMETERS = {
     "mnist-mlp": (Shapes(10, 1, 28), 7_960),
     "resnet18": (Shapes(1000, 3, 224), 11_689_512),
@@ -58,9 +64,9 @@ def inputs(shapes):
     return torch.randn(4, shapes.channels, 8, 8, generator=stream)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_the_papers_models_have_the_papers_sizes(name):
-    shapes, expected = PARAMETERS[name]
+@pytest.mark.parametrize("name", [*PARAMETERS, *EMBEDDED])
+def test_the_networks_have_the_sizes_that_the_readme_states(name):
+    shapes, expected = (PARAMETERS | EMBEDDED)[name]
     with torch.device("meta"):
         model = build_model(replace(RECIPES[name](), quantizer=FLOAT), shapes)
     count = sum(param.numel() for param in model.parameters())

@@ -1,0 +1,155 @@
+"""The paper's comparisons, at a size that two CPU cores train.
+
+    python experiments/paper.py [NAME ...] [--plan] [--workers 2]
+
+Without names all of them, hours of work; finished runs are never repeated. Each comparison is what
+`fogzo compare` runs and writes its config.json, results.json and report.html into
+experiments/NAME. The data, laid out as on the hub, is expected in data/.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fogzo.cli import display
+from fogzo.cli.report import write_compare_report
+from fogzo.recipes import RECIPES, TrainConfig
+from fogzo.recipes.compare import CompareConfig, compare, plan
+from fogzo.recipes.data_config import ImagesConfig, TextConfig
+from fogzo.recipes.model_config import (
+    DeitConfig,
+    LlamaConfig,
+    QuantizerConfig,
+    ResNetConfig,
+)
+
+EXPERIMENTS = Path("experiments")
+CORE_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
+MIXED_ROWS = (*CORE_ROWS, "ste-then-fogzo")
+LAW_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
+LAW_ROWS += tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
+
+SURROGATES = {
+    "identity": "identity",
+    "hardtanh": "hardtanh",
+    "tanh": "tanh",
+    "approx-sign": "approx_sign",
+}
+
+
+def comparisons() -> dict[str, CompareConfig]:
+    """Every comparison by its folder's name."""
+    mnist, images, text = mnist_mlp(), deep_images(), shakespeare_llama()
+    found = {
+        "mnist-mlp-adamw": shallow(mnist),
+        "mnist-mlp-sgd": shallow(replace(mnist, optimizer="sgd", learning_rate=0.1)),
+    }
+    short = replace(mnist, max_steps=mnist.max_steps // 2)
+    for name, surrogate in SURROGATES.items():
+        if name != "identity":  # that is mnist-mlp-adamw
+            quantizer = replace(mnist.quantizer, surrogate=surrogate)
+            found[f"mnist-mlp-{name}"] = small(replace(short, quantizer=quantizer))
+        for model, recipe in images.items():
+            fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=surrogate)
+            found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed))
+    for name in ("identity", "tanh"):
+        fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=name)
+        found[f"shakespeare-llama-{name}"] = deep(replace(text, quantizer=fixed), rows=MIXED_ROWS)
+    for preset in ("lsq", "quest"):
+        quantizer = QuantizerConfig(preset=preset, bits=2)
+        for name, recipe in {"mnist-mlp": short, "shakespeare-llama": text}.items():
+            weights = replace(recipe, quantizer=quantizer)
+            both = replace(weights, activations=quantizer)
+            run = small if recipe is short else deep
+            found[f"{name}-{preset}-w2"] = run(weights)
+            found[f"{name}-{preset}-w2a2"] = run(both)
+    found["laws-mnist-mlp"] = small(short, rows=LAW_ROWS)
+    for radius in (0.5, 2.0):
+        found[f"radius-{radius:g}-mnist-mlp"] = small(replace(short, radius=radius))
+    return {
+        name: replace(config, base=replace(config.base, output_dir=EXPERIMENTS / name))
+        for name, config in found.items()
+    }
+
+
+def mnist_mlp() -> TrainConfig:
+    """784-10-10, six epochs."""
+    recipe = RECIPES["mnist-mlp"]()
+    return replace(recipe, data=replace(recipe.data, dataset="data/mnist"), log_every=50)
+
+
+def deep_images() -> dict[str, TrainConfig]:
+    """DeiT and ResNet-18 in shape, 64 and 8 to 64 wide, on CIFAR-10 of 16x16 pixels."""
+    data = ImagesConfig(
+        dataset="data/cifar10", image_size=16, validation_fraction=0.1, max_eval_images=5000
+    )
+    both: dict[str, Any] = {"data": data, "batch_size": 32, "max_steps": 600}
+    resnet = ResNetConfig(widths=(8, 16, 32, 64), depths=(2, 2, 2, 2), small_images=True)
+    return {
+        "cifar-deit": replace(
+            RECIPES["digits-deit"](),
+            model=DeitConfig(width=64, depth=4, heads=2, patch_size=4),
+            learning_rate=3e-3,
+            **both,
+        ),
+        "cifar-resnet": replace(
+            RECIPES["digits-resnet"](), model=resnet, learning_rate=1e-2, **both
+        ),
+    }
+
+
+def shakespeare_llama() -> TrainConfig:
+    """LLaMA-9M in shape, half as wide, on the bytes of Shakespeare's plays."""
+    return replace(
+        RECIPES["pydoc-llama"](),
+        model=LlamaConfig(width=64, depth=4, heads=1),
+        data=TextConfig(dataset="data/shakespeare/input.txt", context=64, max_eval_blocks=1024),
+        batch_size=8,
+        max_steps=450,
+        learning_rate=1e-2,
+    )
+
+
+def shallow(base: TrainConfig) -> CompareConfig:
+    """The widest comparison: every row, and kappa tuned too."""
+    rows = ("float", "ptq", "ste", "ste-unmasked", "ste-stochastic", "placebo", "lambda", "fogzo")
+    rows += ("control-variate", "spsa")
+    return CompareConfig(base=base, rows=rows, kappas=(0.01, 0.1, 1.0), tuning_seeds=1)
+
+
+def small(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig:
+    """Five seeds, one of which chooses among four learning rates."""
+    rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in (0.1, 10**-0.5, 1.0, 10**0.5))
+    return CompareConfig(base=base, rows=rows, learning_rates=rates, tuning_seeds=1)
+
+
+def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig:
+    """Three seeds, one of which chooses among three learning rates."""
+    rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in (10**-0.5, 1.0, 10**0.5))
+    return CompareConfig(base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1)
+
+
+def main() -> None:
+    """Run or plan what is named."""
+    known = comparisons()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(known):
+        sys.exit(f"no comparison {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    for name in options.names or known:
+        config = replace(known[name], workers=options.workers)
+        if options.plan:
+            display.compare_plan(plan(config))
+            continue
+        with display.progress(1, name) as advance:
+            results = compare(config, lambda done, total: advance(done, total, "runs"))
+        display.compare_results(results, write_compare_report(config, results))
+
+
+if __name__ == "__main__":
+    main()

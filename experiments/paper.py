@@ -127,7 +127,8 @@ def small(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig
 
 def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig:
     """Three seeds, one of which chooses among three learning rates."""
-    rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in (10**-0.5, 1.0, 10**0.5))
+    factors = (0.1, 10**-0.5, 1.0) if base.model.family == "deit" else (10**-0.5, 1.0, 10**0.5)
+    rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in factors)
     return CompareConfig(base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1)
 
 

@@ -10,9 +10,11 @@ from fogzo.recipes.parallel import Ranks, join_ranks
 from fogzo.recipes.train import training_step
 from fogzo.recipes.training import Training, own_random_streams
 
+_FEWEST_ROUNDS = 3
+
 
 def run_seconds(
-    configs: Mapping[str, TrainConfig], rounds: int = 15, steps: int = 20
+    configs: Mapping[str, TrainConfig], rounds: int = 15, steps: int = 20, limit: float = 60.0
 ) -> dict[str, float]:
     """Training seconds of a whole run of each config, from steps taken in turns.
 
@@ -20,6 +22,7 @@ def run_seconds(
         configs: Runs by name, of the same number of steps.
         rounds: How often each has its turn; the median turn counts.
         steps: Steps a turn.
+        limit: Seconds to measure for, about: slow steps get shorter turns, and fewer of them.
     """
     # A run that begins with plain STE is as long as its two parts.
     parts = {name: replace(config, start=0.0) for name, config in configs.items()}
@@ -30,10 +33,13 @@ def run_seconds(
     }
     some = next(iter(configs.values()))
     with join_ranks(some.device) as ranks, own_random_streams(some.seed):
-        turns = {name: _turn(config, ranks, steps) for name, config in parts.items()}
+        turns = {name: _turn(config, ranks) for name, config in parts.items()}
         for turn in turns.values():
-            turn()  # warm up
-        measured = [{name: turn() for name, turn in turns.items()} for _ in range(rounds)]
+            turn(1)  # warm up
+        each = sum(turn(1) for turn in turns.values())
+        steps = max(1, min(steps, int(limit / (_FEWEST_ROUNDS * each))))
+        rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
+        measured = [{name: turn(steps) for name, turn in turns.items()} for _ in range(rounds)]
     step = {name: statistics.median(m[name] for m in measured) / steps for name in turns}
     return {
         name: config.max_steps
@@ -42,11 +48,11 @@ def run_seconds(
     }
 
 
-def _turn(config: TrainConfig, ranks: Ranks, steps: int) -> Callable[[], float]:
+def _turn(config: TrainConfig, ranks: Ranks) -> Callable[[int], float]:
     """A function that trains on for some steps and returns the seconds they took."""
     training = Training(config, ranks)
 
-    def turn() -> float:
+    def turn(steps: int) -> float:
         seconds = 0.0
         for _ in range(steps):
             window = training.next_window()

@@ -100,7 +100,7 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
                     loss = training.task.loss(training.parallel, batch) / len(window)
                 if torch.is_grad_enabled():
                     scaler.scale(loss).backward()  # at once, so that one graph lives at a time
-            total += loss.detach()
+            total = total + loss.detach()  # not in place: probes_at_once makes it one a probe
         return total
 
     training.set_learning_rate()

@@ -14,7 +14,6 @@ a backward as two. Writes results.json and curves.svg.
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +26,11 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 import fogzo
 from fogzo.recipes.environment import environment
+from fogzo.recipes.intervals import student_interval
 
 FOLDER = Path(__file__).parent / "regression"
 TEACHER = 1.0
@@ -359,17 +358,15 @@ def summarise(
 def difference(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Row minus other, paired by seed, with a 95% Student interval; lower risk is better."""
     gaps = [a - b for a, b in zip(row["risk"]["values"], other["risk"]["values"], strict=True)]
-    quantile = float(student.ppf(0.975, len(gaps) - 1))
-    mean, half = statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    better = row["name"] if mean + half < 0 else other["name"] if mean - half > 0 else None
+    low, high = student_interval(gaps)
     return {
         "row": row["name"],
         "other": other["name"],
         "other_budget": other["budget"],
-        "mean": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "better": better,
+        "mean": statistics.mean(gaps),
+        "low": low,
+        "high": high,
+        "better": row["name"] if high < 0 else other["name"] if low > 0 else None,
     }
 
 

@@ -13,7 +13,7 @@ from shrunk import shrunk
 
 from fogzo.cli import comparison as words
 from fogzo.cli.report import write_compare_report
-from fogzo.recipes import RECIPES
+from fogzo.recipes import RECIPES, run_cache
 from fogzo.recipes import compare as module
 from fogzo.recipes.compare import CompareConfig, compare, plan
 from fogzo.recipes.config import from_dict
@@ -269,6 +269,34 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
     assert sorted((tmp_path / "runs").iterdir()) == before
     assert mixed["code"]["versions_of_runs"] == [results["code"]["version"]]
     assert mixed["rows"] == results["rows"]
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path):
+    config = small(tmp_path / "runs", equal_time=False)
+    cache = run_cache.RunCache(tmp_path / "runs", code="0" * 12)
+    with (
+        cache.lock(),
+        pytest.raises(ValueError, match=r"another comparison is at work.*--output-dir .*runs-2"),
+    ):
+        compare(config)
+    with cache.lock():  # given back
+        pass
+    plan(config)  # and a plan disturbs nobody
+
+
+def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
+    file = tmp_path / "some" / "text.txt"
+    file.parent.mkdir()
+    hashes = set()
+    for text in ("one", "two", "three"):
+        file.write_text(text)
+        config = RECIPES["pydoc-llama"]()
+        config = replace(config, data=replace(config.data, dataset=str(file)))
+        run_cache._data_version.cache_clear()
+        hashes.add(run_cache.config_hash(config))
+    assert len(hashes) == 3
+    file.write_text("four")
+    assert run_cache.config_hash(config) in hashes  # a process reads them once
 
 
 def test_a_killed_comparison_goes_on_where_it_was(tmp_path):

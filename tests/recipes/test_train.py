@@ -190,6 +190,15 @@ def test_micro_batches_equal_one_batch(name):
     assert_same_training(*results)
 
 
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet"])  # what small networks gain from
+def test_probes_evaluated_together_train_as_probes_one_by_one(name):
+    config = shrunk(RECIPES[name](), optimizer="sgd", num_samples=3)
+    config = replace(config, data=_plain(name))
+    results = [parameters_after(replace(config, probes_at_once=k)) for k in (1, 2, "auto")]
+    for together in results[1:]:
+        assert_same_training(results[0], together)
+
+
 @pytest.mark.parametrize("name", ["digits-resnet", "digits-deit", "pydoc-llama"])
 def test_gradient_checkpointing_changes_no_number(name):
     config = shrunk(RECIPES[name](), optimizer="sgd", accumulation=1)

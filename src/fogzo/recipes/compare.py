@@ -121,13 +121,13 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         The results, as in results.json.
 
     Raises:
-        ValueError: If it cannot be run, or the folder holds its runs by other code.
+        ValueError: If it cannot be run, the folder holds its runs by other code, or another
+            comparison is at work there.
     """
     folder = config.base.output_dir
     cache = _open(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", to_json(config))
-    with start_pool(config.workers) as pool:
+    with cache.lock(), start_pool(config.workers) as pool:
+        write_text(folder / "config.json", to_json(config))
         # First and alone, so that nothing else runs on the machine meanwhile.
         seconds = _seconds(config, cache, pool)
         cells = _cells(config, seconds)

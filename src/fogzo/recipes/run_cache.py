@@ -10,12 +10,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import fogzo
 from fogzo.recipes.config import TrainConfig, to_json
@@ -26,6 +28,8 @@ _LOG = logging.getLogger(__name__)
 # What changes no number of a run.
 _FREE = ("output_dir", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "trackers")
 _DIGITS = 12
+# Of larger data files only name, size and end are read; in parquet it describes the rest.
+_READ_WHOLE = 16 * 2**20
 
 
 @cache
@@ -49,8 +53,28 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
         # The weights themselves, wherever they lie and whatever will lie there later.
         manifests = sorted(config.initial_weights.glob("checkpoints/step-*/manifest.json"))
         values["initial_weights"] = [path.read_text(encoding="utf-8") for path in manifests[-1:]]
+    if files := _data_version(config.data.dataset):
+        values["data_files"] = files
     text = json.dumps(values, sort_keys=True, default=str) + then
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+@cache
+def _data_version(dataset: str) -> str:
+    """A hash of a data set's local files; empty where there are none."""
+    root = Path(dataset).expanduser()
+    if not root.exists():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            file.seek(0 if size <= _READ_WHOLE else size - 2**20)
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 class RunCache:
@@ -107,6 +131,23 @@ class RunCache:
                 f"{next(iter(found.values())).name}: compare in a fresh --output-dir "
                 f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"
             )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other comparisons out of the folder; it ends with the process, however that ends.
+
+        Raises:
+            ValueError: If another one is at work there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise ValueError(
+                f"another comparison is at work in {self.folder}: wait for it, or give this one "
+                f"--output-dir {self.folder}-2"
+            ) from error
 
     def timing(self) -> "Timing":
         """Measured step times."""

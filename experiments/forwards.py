@@ -12,8 +12,9 @@ digits do. Finished runs are not repeated. Writes results.json and forwards.svg.
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -59,52 +60,50 @@ class Config:
         long: Forwards beyond which a run is long.
     """
 
-    rates: dict[str, tuple[float, ...]]
-    kappas: tuple[float, ...]
-    guided: tuple[int, ...]
-    guided_samples: tuple[int, ...]
-    spsa: dict[str, dict[int, tuple[int, ...]]]
+    rates: tuple[tuple[str, tuple[float, ...]], ...] = (
+        ("adamw", (1e-3, 3e-3, 1e-2, 3e-2)),
+        ("sgd", (1e-2, 3e-2, 1e-1, 3e-1)),
+    )
+    kappas: tuple[float, ...] = (0.1, 1.0)
+    guided: tuple[int, ...] = (100, 400, 1600)
+    guided_samples: tuple[int, ...] = (1, 10)
+    spsa: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+        ("adamw", 1, (100, 400, 1600, 6400)),
+        ("adamw", 10, (100, 400, 1600)),
+        ("adamw", 100, (100, 400, 1600)),
+        ("adamw", 1000, (100, 400)),
+        ("adamw", 7960, (100,)),
+        ("sgd", 1, (100, 400, 1600, 6400)),
+        ("sgd", 10, (100, 400, 1600)),
+        ("sgd", 100, (100, 400)),
+        ("sgd", 1000, (100,)),
+    )
     seeds: int = 5
     seeds_of_long_runs: int = 3
     long: int = 300_000
 
     def cells(self) -> list[Cell]:
         """All of them, cheap ones first."""
-        rows: dict[tuple[str, int, int], list[str]] = {}
-        for optimizer, lengths in self.spsa.items():
-            for steps, samples in product(self.guided, self.guided_samples):
-                own = (*GUIDED, "fogzo") if samples == 1 else ("fogzo",)
-                rows.setdefault((optimizer, samples, steps), []).extend(own)
-            for samples, all_steps in lengths.items():
-                for steps in all_steps:
-                    rows.setdefault((optimizer, samples, steps), []).append("spsa")
-        cells = [Cell(*key, tuple(names)) for key, names in rows.items()]
+        rows: dict[tuple[str, int, int], tuple[str, ...]] = {}
+        for (optimizer, _), steps, samples in product(self.rates, self.guided, self.guided_samples):
+            rows[optimizer, samples, steps] = (*GUIDED, "fogzo") if samples == 1 else ("fogzo",)
+        for optimizer, samples, lengths in self.spsa:
+            for steps in lengths:
+                rows[optimizer, samples, steps] = (
+                    *rows.get((optimizer, samples, steps), ()),
+                    "spsa",
+                )
+        cells = [Cell(*key, names) for key, names in rows.items()]
         return sorted(cells, key=lambda cell: cell.steps * cell.samples)
 
 
 GUIDED = ("ste", "ste-unmasked", "placebo", "control-variate")
-FULL = Config(
-    rates={"adamw": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (1e-2, 3e-2, 1e-1, 3e-1)},
-    kappas=(0.1, 1.0),
-    guided=(100, 400, 1600),
-    guided_samples=(1, 10),
-    spsa={
-        "adamw": {
-            1: (100, 400, 1600, 6400),
-            10: (100, 400, 1600),
-            100: (100, 400, 1600),
-            1000: (100, 400),
-            7960: (100,),
-        },
-        "sgd": {1: (100, 400, 1600, 6400), 10: (100, 400, 1600), 100: (100, 400), 1000: (100,)},
-    },
-)
 QUICK = Config(
-    rates={"adamw": (3e-3, 3e-2)},
+    rates=(("adamw", (3e-3, 3e-2)),),
     kappas=(0.1,),
     guided=(4,),
     guided_samples=(1, 2),
-    spsa={"adamw": {1: (4,), 2: (8,)}},
+    spsa=(("adamw", 1, (4,)), ("adamw", 2, (8,))),
     seeds=2,
 )
 
@@ -116,20 +115,19 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    config = QUICK if options.quick else FULL
+    config = QUICK if options.quick else Config()
     recipe = RECIPES["digits-mlp"]() if options.quick else mnist()
     cells, points = config.cells(), []
-    with display.progress(len(cells), "comparisons") as advance:
+    with display.progress(len(cells), "comparisons", speaks=sys.stdout.isatty()) as advance:
         for index, cell in enumerate(cells, start=1):
             rows = compare(comparison_of(cell, config, recipe, options))["rows"]
             points += [outcome(cell, row) for row in rows]
-            advance(index, len(cells), "comparisons")
+            advance(index, len(cells), "")
     results = {
         "environment": environment(),
         "recipe": recipe.recipe,
         "batch_size": recipe.batch_size,
-        "rates": config.rates,
-        "kappas": config.kappas,
+        "config": asdict(config),
         "points": points,
         "equal_loss": equal_loss(points),
     }
@@ -160,7 +158,7 @@ def comparison_of(
     return CompareConfig(
         base=base,
         rows=cell.rows,
-        learning_rates=config.rates[cell.optimizer],
+        learning_rates=dict(config.rates)[cell.optimizer],
         kappas=config.kappas,
         num_seeds=config.seeds_of_long_runs if long else config.seeds,
         tuning_seeds=1,
@@ -248,15 +246,13 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
                 f"{entry['ratio']:.0f}" if reached else f"more than {entry['tried_ratio']:.0f}",
             ]
         )
-    facts = results["environment"]
+    facts, config = results["environment"], results["config"]
     edges = [p for p in results["points"] if p["at_edge_of_grid"]]
     counts = sorted({len(point["train_loss"]) for point in results["points"]})
     note = (
         f"Means over {' or '.join(map(str, counts))} seeds. Learning rates "
-        + ", ".join(
-            f"{OPTIMIZERS[k]} {' '.join(f'{r:g}' for r in v)}" for k, v in results["rates"].items()
-        )
-        + f", kappa {' '.join(f'{k:g}' for k in results['kappas'])}; the best lies at an edge for "
+        + ", ".join(f"{OPTIMIZERS[k]} {' '.join(f'{r:g}' for r in v)}" for k, v in config["rates"])
+        + f", kappa {' '.join(f'{k:g}' for k in config['kappas'])}; the best lies at an edge for "
         f"{len(edges)} of {len(results['points'])} points. {facts['processor']}, "
         f"{facts['cores']} cores, torch {facts['torch']}, {facts['date']}."
     )
@@ -274,7 +270,7 @@ STYLES = {
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Training loss over forward passes, a panel an optimizer."""
-    optimizers = list(results["rates"])
+    optimizers = [optimizer for optimizer, _ in results["config"]["rates"]]
     # Text stays text, and the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 8}):
         figure = Figure(figsize=(8.2, 3.9), layout="constrained")

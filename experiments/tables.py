@@ -13,9 +13,12 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
+
+from overview import GROUPS, overview
 
 from fogzo.cli import comparison
 from fogzo.cli.report import write_compare_report
@@ -51,10 +54,12 @@ def marked_table(name: str) -> str:
         text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
     elif name == "embedded":
         text = embedded_table(read(ROOT / "experiments" / name / "results.json"))
-    elif name in ("synthetic-law", "regression"):
+    elif name in ("synthetic-law", "regression", "forwards"):
         script = importlib.import_module(name.replace("-", "_"))
-        heading, rows, note = script.table(read(ROOT / "experiments" / name / "results.json"))
-        text = markdown(heading, rows) + "\n" + note + "\n"
+        text = with_note(*script.table(read(ROOT / "experiments" / name / "results.json")))
+    elif name in GROUPS:
+        load = lambda folder: read(ROOT / "experiments" / folder / "results.json")  # noqa: E731
+        text = with_note(*overview(GROUPS[name], load))
     else:
         text = comparison_table(read(ROOT / "experiments" / name / "results.json"))
     return f"<!-- table: {name} -->\n{text}<!-- end -->"
@@ -62,12 +67,7 @@ def marked_table(name: str) -> str:
 
 def comparison_table(results: dict[str, Any]) -> str:
     """Rows of a comparison, what their intervals say, and where they were measured."""
-    heading = ("row", "test accuracy %", "train loss (nats)", "lr", "steps", "seconds")
-    heading += ("extra forwards", "FOGZO minus row: accuracy", "FOGZO minus row: train loss")
-    rows = []
-    for row in results["rows"]:
-        cells = comparison.table_cells(results, row)
-        rows.append([*cells, loss_difference(results, row)])
+    table = comparison.summary_table(results)
     seeds = len(results["rows"][0]["seeds"])
     facts = results["environment"]
     note = (
@@ -76,7 +76,7 @@ def comparison_table(results: dict[str, Any]) -> str:
         f"{facts['date']}."
     )
     return (
-        markdown(heading, rows)
+        markdown(table.heading, table.rows)
         + "\n"
         + " ".join(comparison.findings(results))
         + "\n\n"
@@ -112,15 +112,6 @@ def embedded_table(results: dict[str, Any]) -> str:
     return markdown(heading, rows) + "\n" + note + "\n"
 
 
-def loss_difference(results: dict[str, Any], row: dict[str, Any]) -> str:
-    """FOGZO's train loss minus the row's."""
-    for entry in results["differences"]:
-        if (entry["name"], entry["budget"]) == (row["name"], row["budget"]):
-            gap = entry["train_loss"]
-            return f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
-    return ""
-
-
 def cost_table(report: dict[str, Any]) -> str:
     """What a step costs beside its floor."""
     heading = ("model", "quantized weights", "FOGZO step / floor", "FOGZO step / STE step")
@@ -144,7 +135,12 @@ def cost_table(report: dict[str, Any]) -> str:
     return markdown(heading, rows) + "\n" + note
 
 
-def markdown(heading: tuple[str, ...], rows: list[list[str]]) -> str:
+def with_note(heading: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table and a paragraph below it."""
+    return f"{markdown(heading, rows)}\n{note}\n"
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -83,18 +83,21 @@ def difference(results: Results, row: Results) -> Any:
     return None
 
 
-def table_cells(results: Results, row: Results) -> list[str]:
-    """One row of the README's table."""
-    gap = difference(results, row)
-    return [
-        row_label(row),
-        *(METRICS[key].spread(row.get(key)) for key in ("test_accuracy", "train_loss")),
-        _rate(row),
-        str(row["steps"]),
-        f"{row['seconds']['mean']:.2f}",
-        str(row["extra_forwards"]),
-        METRICS["test_accuracy"].interval(gap["test_accuracy"]) if gap else "",
-    ]
+def summary_table(results: Results) -> Table:
+    """One table of everything, as pages of results show it."""
+    main = main_metric(results)
+    keys = (main, "train_loss")
+    heading = ["row", *map(_heading, keys), "lr", "kappa", "steps", "seconds", "extra forwards"]
+    heading += [f"FOGZO minus row: {METRICS[key].name}" for key in keys]
+    rows = []
+    for row in results["rows"]:
+        gap = difference(results, row) or {}
+        kappa = row.get("kappa")
+        cells = [row_label(row), *(METRICS[key].spread(row.get(key)) for key in keys), _rate(row)]
+        cells += ["" if kappa is None else f"{kappa:g}", str(row["steps"])]
+        cells += [f"{row['seconds']['mean']:.2f}", str(row["extra_forwards"])]
+        rows.append([*cells, *(METRICS[key].interval(gap.get(key, {})) for key in keys)])
+    return Table("", "", heading, rows)
 
 
 def quality_table(results: Results) -> Table:

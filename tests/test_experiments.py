@@ -6,13 +6,20 @@ import math
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy.stats import t as student
 
+from fogzo.recipes.config import to_json
+
 ROOT = Path(__file__).parent.parent
-PLOTS = {"synthetic_law": "variance.svg", "regression": "curves.svg"}
+PLOTS = {
+    "synthetic_law": "variance.svg",
+    "regression": "curves.svg",
+    "forwards": "forwards.svg",
+}
 ROWS = {"ste", "placebo", "lambda", "fogzo", "control-variate"}
 ROWS |= {f"{name}-unmasked" for name in ROWS}
 
@@ -58,7 +65,7 @@ def structure(value):
 def test_a_quick_run_is_quiet_and_writes_results_like_the_committed_ones(quick):
     name, output, printed = quick
     assert printed == ""
-    assert {path.name for path in output.iterdir()} == {"results.json", PLOTS[name]}
+    assert {path.name for path in output.iterdir()} - {"runs"} == {"results.json", PLOTS[name]}
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert structure(results) == structure(committed(name))
 
@@ -180,3 +187,103 @@ def test_the_findings_are_what_the_numbers_say(regression):
     assert regression["findings"] == [
         line for found in regression["settings"] for line in findings(found)
     ]
+
+
+# Loss against forwards
+
+
+def point(row, samples, steps, forwards, *losses):
+    keys = ("optimizer", "row", "samples", "steps", "forwards", "train_loss")
+    return dict(zip(keys, ("adamw", row, samples, steps, forwards, list(losses)), strict=True))
+
+
+def test_what_spsa_pays_for_fogzos_loss_by_hand():
+    script = module("forwards")
+    points = [
+        point("fogzo", 1, 10, 50, 0.9, 1.1),
+        point("fogzo", 10, 10, 230, 0.1),
+        point("ste", 1, 10, 30, 0.5),
+        point("spsa", 1, 100, 100, 3.0),
+        point("spsa", 1, 10_000, 10_000, 1.0),
+        point("spsa", 4, 100, 1_000, 2.0),
+        point("spsa", 4, 100_000, 100_000, 0.5, 0.7),
+    ]
+    one, ten = script.equal_loss(points)
+    assert (one["train_loss"], one["spsa_samples"]) == (1.0, 1)
+    assert one["spsa_forwards"] == pytest.approx(10_000)
+    assert one["ratio"] == pytest.approx(200)
+    assert (ten["ratio"], ten["lowest_spsa_loss"]) == (None, 0.6)
+    assert ten["tried_ratio"] == pytest.approx(100_000 / 230)
+
+
+def test_a_price_between_two_runs_is_read_on_a_log_scale():
+    script = module("forwards")
+    curve = [point("spsa", 1, 0, 100, 3.0), point("spsa", 1, 0, 10_000, 1.0)]
+    assert script.price(curve, 2.0) == pytest.approx(1000)
+    assert script.price(curve, 3.5) == 100
+    assert script.price(curve, 0.9) is None
+
+
+def test_committed_points_are_all_that_the_settings_ask_for():
+    script = module("forwards")
+    points = committed("forwards")["points"]
+    asked = {(c.optimizer, c.samples, c.steps, r) for c in script.Config().cells() for r in c.rows}
+    assert {(p["optimizer"], p["samples"], p["steps"], p["row"]) for p in points} == asked
+    assert all(len(p["train_loss"]) >= 3 for p in points)
+    for p in points:
+        extra = {"spsa": 2, "fogzo": 2, "control-variate": 2}.get(p["row"], 0) * p["samples"]
+        assert p["forwards"] == p["steps"] * (3 + extra)
+
+
+# The paper's comparisons
+
+
+PAPER = module("paper").comparisons()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_committed_comparison_is_the_one_that_the_script_runs(name):
+    config = json.loads(to_json(replace(PAPER[name], workers=2)))
+    assert json.loads((folder(name) / "config.json").read_text(encoding="utf-8")) == config
+    results = committed(name)
+    assert {row["name"] for row in results["rows"]} == set(config["rows"])
+    assert all(len(row["seeds"]) == config["num_seeds"] for row in results["rows"])
+    assert len(results["code"]["versions_of_runs"]) == 1
+    grids = [{rate for rate, _ in r["validation_loss_by_learning_rate"]} for r in results["rows"]]
+    assert all(grid == grids[0] for grid in grids)
+    assert {"ste", "ste-unmasked", "placebo", "fogzo"} <= set(config["rows"])
+
+
+def test_an_overview_calls_what_the_intervals_call():
+    script = module("overview")
+
+    def gap(name, budget, low, high):
+        found = {"mean": (low + high) / 2, "low": low, "high": high}
+        return {"name": name, "budget": budget, "test_perplexity": found}
+
+    def row(name, budget):
+        return {"name": name, "budget": budget, "test_perplexity": {"mean": 4.0, "sd": 0.5}}
+
+    results = {
+        "rows": [row(n, "steps") for n in (*script.RIVALS, "fogzo")] + [row("ste", "time")],
+        "differences": [
+            gap("ste", "steps", -2.0, -1.0),
+            gap("ste-unmasked", "steps", -1.0, 1.0),
+            gap("placebo", "steps", 1.0, 2.0),
+            gap("ste", "time", 0.5, 1.5),
+        ],
+    }
+    heading, rows, note = script.overview([script.Line("x", "a net")], lambda _: results)
+    assert {len(cells) for cells in rows} == {len(heading)}
+    steps, time = rows
+    assert steps[:3] == ["a net", "equal steps", "4.00 ± 0.50"]
+    assert steps[6:] == ["**-1.50 [-2.00, -1.00]** better", "+0.00 [-1.00, +1.00]",
+                         "**+1.50 [+1.00, +2.00]** worse"]  # fmt: skip
+    # No run of its own at equal time: it costs as much as FOGZO.
+    assert time[6:] == ["**+1.00 [+0.50, +1.50]** worse", *steps[7:]]
+    assert "Of 6 differences FOGZO is better in 1, worse in 3 and not told apart in 2" in note
+
+
+def test_every_line_of_an_overview_is_a_committed_comparison():
+    lines = [line for group in module("overview").GROUPS.values() for line in group]
+    assert {line.folder for line in lines} <= set(PAPER)

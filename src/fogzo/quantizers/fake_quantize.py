@@ -22,8 +22,8 @@ def fake_quantize(
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
     For the clipped identity the second is LSQ's scale gradient, and so it is for rules that pass
-    gradients beyond the range (`Surrogate.step_slope`). Only the inputs are kept for the
-    backward pass, so a quantized layer stores no tensor of its own.
+    gradients beyond the range (`Surrogate.pull_back_for_step`). The backward pass keeps the inputs
+    and, for a learned step, the result, all of which the layer itself holds on to.
 
     Args:
         weight: The latent weight.
@@ -68,35 +68,48 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale: float,
         dither: Tensor | None,
     ) -> Tensor:
-        return _rounded(weight / step, grid, dither) * step
+        x = weight / step
+        return grid.round_(x if dither is None else x.add_(dither)).mul_(step)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale, dither = inputs
-        if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
-            return  # the gradient passes as it is, so nothing has to be kept alive
-        ctx.save_for_backward(weight, step, dither)
+        if not ctx.needs_input_grad[1]:
+            output = dither = None
+            if ctx.surrogate.passes_all:
+                weight = step = None
+        elif torch.is_autocast_enabled(weight.device.type):
+            output = None  # the layer keeps a copy of lower precision, and only that
+        ctx.save_for_backward(weight, step, dither, output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        if ctx.surrogate.passes_all and not ctx.needs_input_grad[1]:
+        weight, step, dither, output = ctx.saved_tensors
+        if weight is None:
             return grad, None, None, None, None, None
-        weight, step, dither = ctx.saved_tensors
-        x = weight / step
-        grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_weight = grad * ctx.surrogate.slope(x, ctx.grid)
-        grad_step = None
+        grid, surrogate = ctx.grid, ctx.surrogate
+        grad_weight, grad_step = surrogate.pull_back(grad, weight, step, grid), None
         if ctx.needs_input_grad[1]:
-            slope = ctx.surrogate.step_slope(x, ctx.grid)
-            per_weight = grad * (_rounded(x, ctx.grid, dither) - x * slope)
-            grad_step = per_weight.sum_to_size(step.shape) * ctx.grad_scale
+            shared = surrogate.range_slack in (None, 0.0)
+            masked = grad_weight
+            if not shared:
+                masked = surrogate.pull_back_for_step(grad, weight, step, grid)
+            if output is None:
+                output = _FakeQuantize.forward(weight, step, grid, surrogate, 1.0, dither)
+            # Both parts of Q(x) - x h'(x), times the step size, are at hand.
+            total = _sum_to(step, grad, output) - _sum_to(step, masked, weight)
+            grad_step = (total / step * ctx.grad_scale).to(step.dtype)
         return grad_weight, grad_step, None, None, None, None
 
 
-def _rounded(x: Tensor, grid: Grid, dither: Tensor | None) -> Tensor:
-    return grid.round(x if dither is None else x + dither)
+def _sum_to(step: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The products a * b, summed over what shares a step, in float32 or finer."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    if step.numel() == 1:
+        return torch.dot(a.reshape(-1), b.reshape(-1)).view_as(step)
+    return (a * b).sum_to_size(step.shape)
 
 
 class _EffectiveStep(torch.autograd.Function):

@@ -67,16 +67,22 @@ class Surrogate:
             total = total + density(x - threshold)
         return total if grid.spacing == 1 else total * grid.spacing
 
-    def step_slope(self, x: Tensor, grid: Grid) -> Tensor:
-        """The slope in the step size's gradient ``Q(x) - x h'(x)``.
+    def pull_back(self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+        """``grad * h'(weight / step)``: what the backward pass makes of a gradient."""
+        if self.range_slack is None:
+            return grad * self.slope(weight / step, grid)
+        return grad if self.passes_all else _masked(grad, weight, step, grid, self.range_slack)
 
-        It is `slope` where a law gives one. A rule that lets gradients pass outside the range
-        would pull the step without bound there, against the levels that are really used, so its
-        step gets LSQ's gradient, masked at the range.
+    def pull_back_for_step(self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+        """The same with the slope in the step size's gradient ``Q(x) - x h'(x)``.
+
+        It is h' where a law gives one. A rule that lets gradients pass outside the range would
+        pull the step without bound there, against the levels that are really used, so its step
+        gets LSQ's gradient, masked at the range.
         """
-        if self.range_slack:
-            return (x >= grid.low) & (x <= grid.high)
-        return self.slope(x, grid)
+        if self.range_slack is None:
+            return self.pull_back(grad, weight, step, grid)
+        return _masked(grad, weight, step, grid, 0.0)
 
     def smooth(self, x: Tensor, grid: Grid) -> Tensor:
         """``h(x) = E Q(x + z)``, the smooth function whose slope the backward pass uses.
@@ -94,6 +100,21 @@ class Surrogate:
         for threshold in grid.thresholds:
             total = total + grid.spacing * self.law.cdf(x - threshold)
         return total
+
+
+def _masked(grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, slack: float) -> Tensor:
+    """The gradient where x is no further than the slack outside the range, else 0."""
+    low, high = grid.low - slack, grid.high + slack
+    if weight.dtype.itemsize < 4:
+        x = weight / step
+        return torch.where((x >= low) & (x <= high), grad, 0)
+    # One pass instead of four. This kernel drops the ends of its range, so it gets a wider one.
+    eps = 4 * torch.finfo(weight.dtype).eps
+    below, above = low - eps * max(abs(low), eps), high + eps * max(abs(high), eps)
+    if step.numel() == 1 and step.is_cpu and not torch.compiler.is_compiling():
+        scale = step.item()  # nothing to wait for
+        return torch.ops.aten.hardtanh_backward(grad, weight, below * scale, above * scale)
+    return torch.ops.aten.hardtanh_backward(grad, weight / step, below, above)
 
 
 def identity(spacing: float = 1.0) -> Surrogate:

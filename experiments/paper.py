@@ -125,10 +125,18 @@ def small(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig
     return CompareConfig(base=base, rows=rows, learning_rates=rates, tuning_seeds=1)
 
 
+HALF_DECADES = {
+    "deit": (0.1, 10**-0.5, 1.0),
+    "resnet": (10**-0.5, 1.0, 10**0.5),
+    "llama": (0.1, 10**-0.5, 1.0, 10**0.5),
+}
+"""Grids, relative to a recipe's learning rate, that hold what the rows of a family prefer."""
+
+
 def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig:
-    """Three seeds, one of which chooses among three learning rates."""
-    factors = (0.1, 10**-0.5, 1.0) if base.model.family == "deit" else (10**-0.5, 1.0, 10**0.5)
-    rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in factors)
+    """Three seeds, one of which chooses among the learning rates."""
+    factors = HALF_DECADES[base.model.family]
+    rates = tuple(float(f"{base.learning_rate * factor:.3g}") for factor in factors)
     return CompareConfig(base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1)
 
 

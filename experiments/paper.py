@@ -28,8 +28,9 @@ from fogzo.recipes.model_config import (
 EXPERIMENTS = Path("experiments")
 CORE_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
 MIXED_ROWS = (*CORE_ROWS, "ste-then-fogzo")
-LAW_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
-LAW_ROWS += tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
+CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
+LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
+LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
 SURROGATES = {
     "identity": "identity",
@@ -65,6 +66,7 @@ def comparisons() -> dict[str, CompareConfig]:
             run = small if recipe is short else deep
             found[f"{name}-{preset}-w2"] = run(weights)
             found[f"{name}-{preset}-w2a2"] = run(both)
+    found["cheaper-probes-mnist-mlp"] = small(short, rows=CHEAPER_ROWS)
     found["laws-mnist-mlp"] = small(short, rows=LAW_ROWS)
     for radius in (0.5, 2.0):
         found[f"radius-{radius:g}-mnist-mlp"] = small(replace(short, radius=radius))

@@ -42,6 +42,12 @@ ESTIMATORS = {
         1,
         0.1,
     ),
+    "one-sided": (
+        lambda w, **o: fogzo.FogzoEstimator(w, one_sided=True, noise_share=0.01, **o),
+        1,
+        1,
+        0.01,
+    ),
     "spsa": (lambda w, **o: fogzo.SpsaEstimator(w, num_samples=2, **o), 4, 2, 1.0),
     "placebo": (lambda w, **o: fogzo.PlaceboEstimator(w, **o), 0, 1, None),
     "control variate": (
@@ -101,7 +107,7 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
     reset(model, latent, grads)
     make, count, n, share = ESTIMATORS[estimator]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    flips = estimator in ("fogzo", "fogzo n=2", "spsa", "placebo")
+    flips = estimator in ("fogzo", "fogzo n=2", "one-sided", "spsa", "placebo")
     instance = make(weights, track_flips=flips)
     assert instance.num_weights == D
 
@@ -125,7 +131,7 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
     assert stats.fallback is None
 
     check_stats(stats, count, n, share, flips=flips and count > 0)
-    if estimator.startswith("fogzo") or estimator in ("lambda only", "paired"):
+    if estimator.startswith("fogzo") or estimator in ("lambda only", "paired", "one-sided"):
         assert type(stats.agreement) is float
     else:
         assert stats.agreement is None
@@ -158,7 +164,10 @@ def check_stats(stats, count, n, share, flips):
         assert 0 <= stats.flip_rate <= 1
     else:
         assert stats.flip_rate is None
-    if count:
+    if stats.base_loss is not None:
+        gaps = [2 * abs(value - stats.base_loss) for value in stats.probe_losses]
+        assert stats.loss_gap == pytest.approx(sum(gaps) / len(gaps))
+    elif count:
         plus, minus = stats.probe_losses[::2], stats.probe_losses[1::2]
         gaps = [abs(p - m) for p, m in zip(plus, minus, strict=True)]
         assert stats.loss_gap == pytest.approx(sum(gaps) / len(gaps))

@@ -472,6 +472,117 @@ def test_pairing_cancels_the_cross_noise_in_proportion_to_the_share():
     assert large / small == pytest.approx(4, rel=0.4)
 
 
+# Cheaper probes
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_sided_differences_equal_the_formula_in_the_weights_own_units(n, paired):
+    model, loss_of = quantized_model(fogzo.lsq(2))
+    weights = fogzo.quantized_weights(model)
+    make = spying(fogzo.FogzoEstimator)
+    estimator = make(weights, num_samples=n, noise_share=0.05, one_sided=True, paired=paired)
+    base = loss_of()
+    base.backward()
+    given = [w.param.grad.clone() for w in weights]
+    stats = estimator.refine_grads_(loss_of, expected_loss=base)
+    fast = torch.cat([w.param.grad.flatten() for w in weights])
+    assert len(stats.probe_losses) == n * (1 + paired)
+    assert stats.base_loss == base.item()
+
+    for w, g in zip(weights, given, strict=True):
+        w.param.grad = g
+    plus = []
+
+    def mirrored():
+        """The reference asks for L+ and L- in turn: answer the second with 2 L - L+."""
+        if plus:
+            return 2 * base - plus.pop()
+        plus.append(loss_of())
+        return plus[0]
+
+    signs, draws = estimator.signs, estimator.draws
+    if paired:
+        signs = [sign for s in signs for sign in (s, -s)]
+        draws = [u for u in draws for _ in range(2)]
+    slow = reference_gradient(weights, mirrored, 0.05, signs, draws)
+    slow = torch.cat([G.flatten() for G in slow])
+    assert (fast - slow).norm() < 1e-10 * slow.norm()
+
+
+def test_on_a_linear_loss_one_side_says_as_much_as_two():
+    toy = LinearToy()
+    two, one = (
+        fogzo.FogzoEstimator(toy.weights, noise_share=0.3, one_sided=side) for side in (False, True)
+    )
+    for _ in range(3):
+        a, _ = toy.refine(two)
+        for p, g in zip(toy.params, toy.g, strict=True):
+            p.grad = g.clone()
+        one.refine_grads_(toy.closure, expected_loss=toy.closure())
+        b = toy.flat([p.grad for p in toy.params], toy.eps)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_curvature_adds_to_the_variance_of_one_side_what_was_derived():
+    # A loss of pure curvature: two-sided differences are exactly zero.
+    hessian = torch.arange(1.0, 15.0, dtype=torch.float64)
+    toy = LinearToy()
+    toy.loss = lambda ps: ((phi_of(ps) - start).square() * hessian).sum() / 2
+
+    def phi_of(ps):
+        return torch.cat([(p / e).flatten() for p, e in zip(ps, toy.eps, strict=True)])
+
+    start = phi_of(toy.params).detach()
+    q, samples, squares = 0.5, [], []
+    estimator = spying(fogzo.FogzoEstimator)(toy.weights, noise_share=q, one_sided=True)
+    for _ in range(600):
+        for p, g in zip(toy.params, toy.g, strict=True):
+            p.grad = g.clone()
+        estimator.refine_grads_(toy.closure, expected_loss=toy.closure())
+        samples.append(toy.flat([p.grad for p in toy.params], toy.eps))
+        (u,), (s,) = estimator.draws, estimator.signs
+        v = (1 - q) ** 0.5 * s * toy.ghat + q**0.5 * torch.cat([t.flatten() for t in u])
+        squares.append((v * hessian) @ v)
+        torch.testing.assert_close(samples[-1], squares[-1] / 2 * v, rtol=1e-8, atol=1e-10)
+    samples = torch.stack(samples)
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert (samples.mean(0).abs() <= 5 * error).all()  # symmetric noise: no bias
+
+
+def test_one_sided_differences_need_the_loss_of_every_step():
+    model, loss_of = quantized_model(fogzo.lsq(2))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), one_sided=True)
+    loss = loss_of()
+    loss.backward()
+    estimator.refine_grads_(loss_of, expected_loss=loss)
+    with pytest.raises(ValueError, match=r"refine_grads_\(closure, expected_loss=loss\)"):
+        estimator.refine_grads_(loss_of)
+
+
+def test_a_base_loss_that_is_not_finite_keeps_the_gradient():
+    model, loss_of = quantized_model(fogzo.lsq(2))
+    weights = fogzo.quantized_weights(model)
+    estimator = fogzo.FogzoEstimator(weights, one_sided=True)
+    loss_of().backward()
+    given = [w.param.grad.clone() for w in weights]
+    estimator._audited = True  # or the closure would be told that it is another loss
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        stats = estimator.refine_grads_(loss_of, expected_loss=math.inf)
+    assert stats.fallback == "a probe loss is not finite"
+    assert all(torch.equal(w.param.grad, g) for w, g in zip(weights, given, strict=True))
+
+
+def test_probing_every_third_step_leaves_the_others_alone():
+    toy = Toy(smooth_loss)
+    schedule = fogzo.every(3, 0.1)
+    estimator = fogzo.FogzoEstimator(toy.weights, noise_share=schedule)
+    shares = [toy.refine(estimator)[1].noise_share for _ in range(7)]
+    assert shares == [0.1, None, None, 0.1, None, None, 0.1]
+    with pytest.raises(ValueError, match="interval=4"):
+        fogzo.every(0, 0.1)
+
+
 # The placebo
 
 

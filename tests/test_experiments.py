@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import t as student
 
-from fogzo.recipes.config import to_json
+from fogzo.recipes.compare import CompareConfig
+from fogzo.recipes.config import from_dict
 
 ROOT = Path(__file__).parent.parent
 PLOTS = {
@@ -243,15 +244,16 @@ PAPER = module("paper").comparisons()
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_committed_comparison_is_the_one_that_the_script_runs(name):
-    config = json.loads(to_json(replace(PAPER[name], workers=2)))
-    assert json.loads((folder(name) / "config.json").read_text(encoding="utf-8")) == config
+    config = replace(PAPER[name], workers=2)
+    stored = json.loads((folder(name) / "config.json").read_text(encoding="utf-8"))
+    assert from_dict(CompareConfig, stored) == config  # options since then have their defaults
     results = committed(name)
-    assert {row["name"] for row in results["rows"]} == set(config["rows"])
-    assert all(len(row["seeds"]) == config["num_seeds"] for row in results["rows"])
+    assert {row["name"] for row in results["rows"]} == set(config.rows)
+    assert all(len(row["seeds"]) == config.num_seeds for row in results["rows"])
     assert len(results["code"]["versions_of_runs"]) == 1
     grids = [{rate for rate, _ in r["validation_loss_by_learning_rate"]} for r in results["rows"]]
     assert all(grid == grids[0] for grid in grids)
-    assert {"ste", "ste-unmasked", "placebo", "fogzo"} <= set(config["rows"])
+    assert {"ste", "ste-unmasked", "placebo", "fogzo"} <= set(config.rows)
 
 
 def test_an_overview_calls_what_the_intervals_call():

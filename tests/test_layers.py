@@ -25,6 +25,7 @@ LEVELS = {
     "directions": 1,
     "probes": 1,
     "stacked_probes": 1,
+    "lean_probes": 1,
     "estimators": 2,
     "reference": 2,
     "diagnostics": 2,

@@ -289,9 +289,9 @@ def whole_tensors_at_once(rank):
     finally:
         directions.shard_like, attach.full = cut, gather
     own = [collectives.local(w.param.detach()).shape for w in estimator.weights]
-    # Gathered: two measurements of the step, and codes twice, but for the root's, which FSDP
-    # holds after a forward. Drawn: two samples, twice each.
-    assert seen == (2 + 2 + 4) * len(own) - 2
+    # Gathered: two measurements of the step, and codes twice. Drawn: two samples, twice each, and
+    # the first once more to count its flips.
+    assert seen == (2 + 2 + 5) * len(own)
     return {"most": most, "copies": kept == [own] * 4}
 
 

@@ -17,7 +17,7 @@ from fogzo.estimators import (
     SpsaEstimator,
 )
 from fogzo.quantizers import Quantizer, abs_max, fixed, lsq, quest, sign, ternary
-from fogzo.schedules import linear_noise_share
+from fogzo.schedules import every, linear_noise_share
 from fogzo.weights import QuantizedWeight
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "abs_max",
     "calibrate_",
     "dequantize_",
+    "every",
     "fixed",
     "linear_noise_share",
     "lsq",

@@ -87,6 +87,7 @@ class Directions:
         self.weights = weights
         self.seed = seed
         self._seeds: dict[int, int] = {}
+        self._generators: dict[torch.device, Generator] = {}
         self.grad_scale = grad_scale
         self.noise_on_masked = noise_on_masked
         params = [weight.param for weight in weights]
@@ -126,20 +127,25 @@ class Directions:
 
     def noise(self, sample: int) -> Iterator[Tensor]:
         """u_i of (this rank's part of) each weight in turn, the same whenever it is called."""
-        generators: dict[torch.device, Generator] = {}
-        for prepared in self._prepared:
-            param = prepared.weight.param
-            if param.device not in generators:
-                seed = self._seed(sample) >> 1  # without the coin's bit
-                generators[param.device] = Generator(param.device).manual_seed(seed)
-            u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
-            prepared.weight.surrogate.perturbation.sample_(u, generators[param.device])
-            u = shard_like(u, param)
-            if prepared.rms_ratio is not None:
-                u.mul_(prepared.rms_ratio)
-            if not self.noise_on_masked and prepared.grad is not None:
-                u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
-            yield u
+        return (self._draw(sample, index) for index in range(len(self._prepared)))
+
+    def _draw(self, sample: int, index: int) -> Tensor:
+        """u_i of one weight, from a seed of its own."""
+        prepared = self._prepared[index]
+        param = prepared.weight.param
+        generator = self._generators.get(param.device)
+        if generator is None:
+            generator = self._generators[param.device] = Generator(param.device)
+        # Without the coin's bit.
+        generator.manual_seed(mix_seed(self._seed(sample) >> 1, index))
+        u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
+        prepared.weight.surrogate.perturbation.sample_(u, generator)
+        u = shard_like(u, param)
+        if prepared.rms_ratio is not None:
+            u.mul_(prepared.rms_ratio)
+        if not self.noise_on_masked and prepared.grad is not None:
+            u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
+        return u
 
     def add_offsets_(self, probe: Probe) -> None:
         """Move every weight by ``eps * v``."""
@@ -161,21 +167,31 @@ class Directions:
         return stacks
 
     def _add_offsets_(self, targets: Sequence[Tensor], probe: Probe) -> None:
-        draws = self.noise(probe.sample) if probe.noise else iter([None] * len(targets))
-        for prepared, param, u in zip(self._prepared, targets, draws, strict=True):
-            weight, grad = prepared.weight, prepared.grad
-            # Straight into the weight where that is as exact as one rounding at the end.
-            direct = weight.rotate is None and param.dtype == prepared.dtype
-            target = param
-            if not direct:
-                target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
-            if u is not None:
-                _add_product_(target, u, prepared.eps, probe.noise)
-            if probe.guide and grad is not None:
-                grad = _rotated(weight, grad.to(prepared.dtype))
-                _add_product_(target, grad, prepared.guide_factor, probe.guide)
-            if not direct:
-                param.copy_(_rotated(weight, target).add_(param))
+        for index, target in enumerate(targets):
+            self.move_(index, target, probe)
+
+    def move_(self, index: int, param: Tensor, probe: Probe) -> None:
+        """Move one weight, or a copy of it, by ``eps * v``.
+
+        Args:
+            index: Which of the weights.
+            param: This rank's part of it.
+            probe: The direction.
+        """
+        prepared = self._prepared[index]
+        weight, grad = prepared.weight, prepared.grad
+        # Straight into the weight where that is as exact as one rounding at the end.
+        direct = weight.rotate is None and param.dtype == prepared.dtype
+        target = param
+        if not direct:
+            target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
+        if probe.noise:
+            _add_product_(target, self._draw(probe.sample, index), prepared.eps, probe.noise)
+        if probe.guide and grad is not None:
+            grad = _rotated(weight, grad.to(prepared.dtype))
+            _add_product_(target, grad, prepared.guide_factor, probe.guide)
+        if not direct:
+            param.copy_(_rotated(weight, target).add_(param))
 
     def projections(self, samples: Sequence[int]) -> list[float]:
         """``u_i . g_phi`` of each sample, in loss units."""

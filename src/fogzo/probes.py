@@ -58,9 +58,12 @@ class Probes:
         self._recorded = self._rng_state()
 
     @contextmanager
-    def loan(self, weights: Sequence[QuantizedWeight]) -> Iterator[None]:
-        """Borrow these weights; `evaluate` and the perturbing methods work inside."""
-        self._reshard()
+    def loan(self, weights: Sequence[QuantizedWeight], copy: bool = True) -> Iterator[None]:
+        """Borrow these weights; `evaluate` and the perturbing methods work inside.
+
+        Without a copy only `evaluate` does, and whoever moves a weight puts it back.
+        """
+        self.reshard()
         before = self._rng_state()
         self._replay = self._recorded or before
         self._numpy_in_use = not self._replay.same_numpy(before)
@@ -79,7 +82,8 @@ class Probes:
             for weight in weights:
                 if weight.frozen_step is not nullcontext:
                     frozen.enter_context(weight.frozen_step())
-            self._borrowed, self._saved = weights, [self._copy(weight.param) for weight in weights]
+            self._borrowed = weights if copy else ()
+            self._saved = [self._copy(weight.param) for weight in self._borrowed]
             try:
                 yield
             except BaseException:
@@ -94,8 +98,8 @@ class Probes:
                 for param, grad in grads:
                     if param.grad is not grad:  # a closure with zero_grad() in it drops them
                         param.grad = grad
-                for module, name, buffer, copy in buffers:
-                    buffer.copy_(copy)
+                for module, name, buffer, saved in buffers:
+                    buffer.copy_(saved)
                     module._buffers[name] = buffer  # it may have assigned another tensor
                 for module, mode in zip(modules, modes, strict=True):
                     if module.training is not mode:
@@ -107,7 +111,7 @@ class Probes:
         # Asked anew each time, as the model may have been moved.
         return RngState({compute_device(weight.param) for weight in self._weights})
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """Leave no gathered weights behind that were, or are about to be, perturbed."""
         if not self._sharded:
             return
@@ -154,7 +158,7 @@ class Probes:
             ValueError: If the closure returns anything but one number.
         """
         assert self._replay is not None, "evaluate() outside a loan"
-        self._reshard()
+        self.reshard()
         self._replay.restore(numpy=self._numpy_in_use)
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()

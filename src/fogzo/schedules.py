@@ -101,6 +101,40 @@ def linear_noise_share(
     return LinearNoiseShare(final, round(start * total_steps), total_steps)
 
 
+@dataclass(frozen=True)
+class EveryNoiseShare:
+    """A schedule at every ``interval``-th step, and None, plain STE, in between.
+
+    Attributes:
+        interval: Steps from one refined step to the next.
+        noise_share: The schedule.
+    """
+
+    interval: int
+    noise_share: NoiseShare
+
+    def __call__(self, step: int) -> float | None:
+        """The share at a step counted from 0."""
+        return None if step % self.interval else self.noise_share(step)
+
+
+def every(interval: int, noise_share: float | NoiseShare) -> EveryNoiseShare:
+    """Probe at every ``interval``-th step only, for 1/interval of the extra forwards.
+
+    The mean over steps is then the mixture of ``1 - 1/interval`` of STE's gradient and
+    ``1/interval`` of FOGZO's, and the noise of the probes is as much rarer.
+
+    Raises:
+        ValueError: If the interval is not a positive integer.
+
+    >>> schedule = every(2, linear_noise_share(num_weights=999, total_steps=4, kappa=1.0))
+    >>> [schedule(step) for step in range(5)]
+    [0.0, None, 0.0005, None, 0.001]
+    """
+    _require_count("interval", interval, "4")
+    return EveryNoiseShare(interval, as_noise_share(noise_share))
+
+
 def as_noise_share(noise_share: float | NoiseShare) -> NoiseShare:
     """A checked function of the step, from one or from a constant.
 

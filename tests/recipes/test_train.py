@@ -164,6 +164,60 @@ def test_plain_ste_steps_come_first_when_asked(config):
     assert result["extra_forwards"] == 30
 
 
+@pytest.mark.parametrize(
+    ("options", "forwards"),
+    [
+        ({}, 2 * 30),
+        ({"one_sided": True}, 30),
+        ({"probe_every": 4}, 2 * 8),
+        ({"probe_every": 4, "start": 0.5}, 2 * 4),
+        ({"probe_fraction": 0.25}, 2 * 30 / 4),
+        ({"probe_precision": "bf16"}, 2 * 30),
+    ],
+)
+def test_cheaper_probes_cost_what_they_say_and_still_learn(config, options, forwards):
+    result = train(replace(config, max_steps=30, learning_rate=1e-2, **options))
+    assert result["extra_forwards"] == forwards
+    assert result["train_loss"] < 1.5  # 2.3 where nothing is learned
+
+
+def test_probes_see_the_asked_share_of_the_batch_in_the_asked_precision(config, monkeypatch):
+    config = replace(config, batch_size=24, accumulation=2, probe_fraction=0.125)
+    training = Training(replace(config, probe_precision="bf16"), CPU)
+    seen, loss = [], training.task.loss
+
+    def spy(model, batch):
+        half = torch.is_autocast_enabled("cpu")
+        seen.append((torch.is_grad_enabled(), len(batch[0]), len(batch[1]), half))
+        return loss(model, batch)
+
+    monkeypatch.setattr(training.task, "loss", spy)
+    training_step(training, training.next_window())
+    assert seen == [(True, 12, 12, False)] * 2 + [(False, 2, 2, True)] * 4
+
+
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet", "digits-deit", "pydoc-llama"])
+def test_lean_probes_train_to_the_bit_as_copied_weights_do(name):
+    results = []
+    for lean in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            results.append(parameters_after(replace(shrunk(RECIPES[name]()), lean=lean)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_probes_that_do_not_go_together_are_refused(config):
+    for options in ({"probe_fraction": 0.5}, {"probe_precision": "bf16"}):
+        with pytest.raises(ValueError, match="leave --probe-fraction"):
+            replace(config, one_sided=True, **options)
+    for value in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"--probe-fraction 0\.125"):
+            replace(config, probe_fraction=value)
+    with pytest.raises(ValueError, match="--probe-every 4"):
+        replace(config, probe_every=0)
+
+
 def test_weights_are_all_quantized_in_the_shallow_nets(config):
     training = Training(config, CPU)
     names = [w.name for w in fogzo.quantized_weights(training.model)]

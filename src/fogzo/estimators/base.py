@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fogzo.directions import Coordinates, Directions, NoiseShape, Probe, mix_seed
 from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.stats import RefineStats
+from fogzo.lean_probes import check_lean
 from fogzo.probes import Closure, Probes
 from fogzo.schedules import (
     NoiseShare,
@@ -44,8 +45,10 @@ class EstimatorOptions(TypedDict, total=False):
     coordinates: Coordinates
     noise_shape: NoiseShape
     noise_on_masked: bool
+    one_sided: bool
     track_flips: bool
     probes_at_once: AtOnce
+    lean: bool
     model: nn.Module | None
 
 
@@ -65,12 +68,21 @@ class GradientEstimator(ABC):
         coordinates: See `Directions`.
         noise_shape: See `Directions`.
         noise_on_masked: See `Directions`.
+        one_sided: Measure ``L(w + v) - L(w)`` instead of ``[L(w + v) - L(w - v)] / 2``: n forwards
+            a step, as backward's own loss is L(w). `refine_grads_` then needs ``expected_loss`` in
+            every step, from a forward in the same mode and random state. The mean is the same
+            where the loss is linear or quadratic along v; the variance grows by
+            ``E[(v.Hv)^2 |v|^2] / 4n`` for a Hessian H of the smoothed loss, and fewer rounded
+            weights average out in one difference.
         track_flips: Count the integer codes that differ between the first two probes.
         probes_at_once: How many directions to evaluate together, by `torch.vmap` over copies of
             the weights, with the same result. It pays where many samples meet a small model;
             memory grows with it: copies of the weights, their noise, and the activations of as
             many forwards. ``"auto"`` takes as many as keep copies and noise below 256 MiB (4 MiB
             on a CPU, for its caches), whatever the activations take.
+        lean: Move each weight only while its layer computes, by hooks around the layer's forward:
+            the extra memory is one layer instead of a copy of all quantized weights, the noise is
+            drawn twice a sample instead of once, the result is the same. Not for compiled models.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Raises:
@@ -89,8 +101,10 @@ class GradientEstimator(ABC):
         coordinates: Coordinates = "scaled",
         noise_shape: NoiseShape = "isotropic",
         noise_on_masked: bool = True,
+        one_sided: bool = False,
         track_flips: bool = False,
         probes_at_once: AtOnce = 1,
+        lean: bool = False,
         model: nn.Module | None = None,
     ) -> None:
         self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
@@ -116,6 +130,7 @@ class GradientEstimator(ABC):
             self._mention_loud_noise(noise_share)
         self.seed = seed
         self.step = 0
+        self.one_sided = one_sided
         self.track_flips = track_flips
         self._direction_options: dict[str, Any] = {
             "coordinates": coordinates,
@@ -125,6 +140,14 @@ class GradientEstimator(ABC):
         self._probes = Probes(self.weights, model)
         check_at_once(probes_at_once, self.weights, self._probes)
         self.probes_at_once: AtOnce = probes_at_once
+        if lean:
+            if probes_at_once != 1:
+                raise ValueError(
+                    "lean probes hold one moved layer, and probes_at_once many copies of all: "
+                    "leave out lean=True or probes_at_once"
+                )
+            check_lean(self.weights, self._probes.models)
+        self.lean = lean
         self._audited = False
         self._warned = False
 
@@ -173,7 +196,7 @@ class GradientEstimator(ABC):
             closure: Recomputes the scalar loss that backward() differentiated, on the same
                 batches, without backward. Called 2n times.
             expected_loss: That loss. The first call then checks, with one more forward, that the
-                closure reproduces it.
+                closure reproduces it. One-sided differences start from it.
             grad_scale: What the gradients are multiplied by at present:
                 ``scaler.get_scale()`` before ``scaler.unscale_(optimizer)``, else 1.
 
@@ -223,14 +246,13 @@ class GradientEstimator(ABC):
         seed = mix_seed(self.seed, self.step)
         directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
         probes = self.plan(share, directions)
-        losses, flip_rate = self._measure(directions, probes, closure, expected_loss)
-        norm = float(directions.norm)
+        measured = self._measure(directions, probes, closure, expected_loss)
+        losses, norm = measured.losses, float(directions.norm)
 
-        fallback = self._reason_to_fall_back(norm, losses)
+        fallback = self._reason_to_fall_back(norm, measured)
         agreement = None
         if fallback is None:
-            slopes = [(p - m) / 2 for p, m in zip(losses[::2], losses[1::2], strict=True)]
-            guide, noise, agreement = self.combine(share, probes, slopes, directions, norm)
+            guide, noise, agreement = self.combine(share, probes, measured.slopes, directions, norm)
             directions.write_grads_(guide, noise)
         if losses and fallback is None:
             self._warn_if_scaled(agreement, grad_scale)
@@ -241,8 +263,9 @@ class GradientEstimator(ABC):
             noise_share=share,
             kappa=kappa_from_noise_share(share, self.num_weights, self.num_samples),
             probe_losses=tuple(losses),
+            base_loss=measured.base,
             gradient_norm=norm,
-            flip_rate=flip_rate,
+            flip_rate=measured.flip_rate,
             fallback=fallback,
         )
 
@@ -274,14 +297,21 @@ class GradientEstimator(ABC):
                 f"{type(self).__name__} measures the loss and needs a closure: "
                 "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
             )
+        if self.one_sided and expected_loss is None:
+            raise ValueError(
+                "one-sided differences start from the loss that backward() saw, in every step: "
+                "estimator.refine_grads_(closure, expected_loss=loss)"
+            )
         return measure(
             self._probes,
             directions,
             probes,
             closure,
             at_once=self.probes_at_once,
+            lean=self.lean,
             track_flips=self.track_flips,
             expected_loss=None if self._audited else expected_loss,
+            base_loss=expected_loss if self.one_sided else None,
             # Without a gradient there is no direction either.
             check_dependence=not self._audited
             and (not self.needs_gradient or bool(directions.norm > 0)),
@@ -300,12 +330,12 @@ class GradientEstimator(ABC):
                 noise_share_from_kappa(1.0, self.num_weights, self.num_samples),
             )
 
-    def _reason_to_fall_back(self, norm: float, losses: Sequence[float]) -> str | None:
+    def _reason_to_fall_back(self, norm: float, measured: Measurement) -> str | None:
         if self.needs_gradient and not math.isfinite(norm):
             return "the first-order gradient is not finite"
         if self.needs_gradient and norm == 0:
             return "the first-order gradient is zero"
-        if all(map(math.isfinite, losses)):
+        if all(map(math.isfinite, (*measured.losses, measured.base or 0.0))):
             return None
         if not self._warned:
             self._warned = True

@@ -14,7 +14,9 @@ class RefineStats:
             orthogonal to the loss, negative where it climbs. None without such a measurement.
         noise_share: q = 1 - beta of this step, or None where the gradient was left alone.
         kappa: Noise-to-signal power ``q d / (n beta)``, or None likewise.
-        probe_losses: The 2n losses in the order of evaluation, ``L1+, L1-, L2+, ...``.
+        probe_losses: The 2n losses in the order of evaluation, ``L1+, L1-, L2+, ...``; if
+            one-sided the n losses ``L1+, L2+, ...``.
+        base_loss: The loss at the weights themselves that one-sided differences start from.
         gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates.
         flip_rate: Fraction of integer codes that differ between the first pair of probes; None
             unless asked for.
@@ -26,14 +28,21 @@ class RefineStats:
     noise_share: float | None = None
     kappa: float | None = None
     probe_losses: tuple[float, ...] = ()
+    base_loss: float | None = None
     gradient_norm: float | None = None
     flip_rate: float | None = None
     fallback: str | None = None
 
     @property
     def loss_gap(self) -> float | None:
-        """Mean ``|L+ - L-|`` over samples, in the loss's units; None without probes."""
+        """Mean ``|L+ - L-|`` over samples, in the loss's units; None without probes.
+
+        One-sided it is twice the mean ``|L+ - L|``, which is the same size.
+        """
         if not self.probe_losses:
             return None
+        if self.base_loss is not None:
+            gaps = [abs(loss - self.base_loss) for loss in self.probe_losses]
+            return 2 * sum(gaps) / len(gaps)
         plus, minus = self.probe_losses[::2], self.probe_losses[1::2]
         return sum(abs(p - m) for p, m in zip(plus, minus, strict=True)) / len(plus)

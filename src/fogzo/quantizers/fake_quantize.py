@@ -74,13 +74,14 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale, dither = inputs
-        if not ctx.needs_input_grad[1]:
-            output = dither = None
-            if ctx.surrogate.passes_all:
-                weight = step = None
-        elif torch.is_autocast_enabled(weight.device.type):
-            output = None  # the layer keeps a copy of lower precision, and only that
-        ctx.save_for_backward(weight, step, dither, output)
+        if ctx.needs_input_grad[1]:
+            # Under autocast the layer keeps a copy of lower precision, and only that.
+            half = torch.is_autocast_enabled(weight.device.type)
+            ctx.save_for_backward(weight, step, dither, None if half else output)
+        elif ctx.surrogate.passes_all:
+            ctx.save_for_backward(None, None, None, None)  # the gradient passes as it is
+        else:
+            ctx.save_for_backward(weight, step, None, None)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -29,6 +29,7 @@ _AT_LEAST_ONE = {
     "accumulation": 1,
     "log_every": 10,
     "num_samples": 1,
+    "probe_every": 4,
     "keep_checkpoints": 2,
 }
 
@@ -73,6 +74,16 @@ class TrainConfig:
     """Law of the noise; auto is the one that the surrogate follows from. Others get its radius."""
     radius: float = 1.0
     """Radius of the perturbations, as a multiple of the surrogate's own."""
+    one_sided: bool = False
+    """Take differences from the step's own loss: half the forwards, more variance."""
+    probe_every: int = 1
+    """Steps from one probed step to the next, with plain STE between them."""
+    probe_fraction: float = 1
+    """Share of the batch that probes see."""
+    probe_precision: Precision | None = None
+    """Precision of the probes' forwards; by default that of training."""
+    lean: bool = False
+    """Move weights for the probes one layer at a time instead of keeping a copy of all."""
     track_flips: bool = False
     """Log the share of integer codes that differ between two probes; costs a rounding each."""
 
@@ -141,6 +152,16 @@ class TrainConfig:
             raise ValueError(f"kappa must be 0 or more and finite, got {self.kappa}: --kappa 0.1")
         if not (self.radius > 0 and math.isfinite(self.radius)):
             raise ValueError(f"radius must be positive and finite, got {self.radius}: --radius 1.0")
+        if not 0 < self.probe_fraction <= 1:
+            raise ValueError(
+                f"probe_fraction must be in (0, 1], got {self.probe_fraction}: "
+                "--probe-fraction 0.125"
+            )
+        if self.one_sided and (self.probe_fraction < 1 or self.probe_precision is not None):
+            raise ValueError(
+                "one-sided differences start from the step's own loss, of the whole batch in its "
+                "own precision: leave --probe-fraction and --probe-precision out, or --one-sided"
+            )
         for name in ("warmup_fraction", "final_fraction", "start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

@@ -91,6 +91,24 @@ ROWS: dict[str, Row] = {
         _to(estimator="fogzo-paired"),
         has_kappa=True,
     ),
+    "fogzo-one-sided": Row(
+        "FOGZO, one-sided",
+        "FOGZO with differences from the step's own loss, half the forwards",
+        _to(estimator="fogzo", one_sided=True),
+        has_kappa=True,
+    ),
+    "fogzo-eighth": Row(
+        "FOGZO, an eighth of the batch",
+        "FOGZO whose probes see an eighth of the batch",
+        _to(estimator="fogzo", probe_fraction=0.125),
+        has_kappa=True,
+    ),
+    "fogzo-every-4": Row(
+        "FOGZO, every 4th step",
+        "FOGZO in every fourth step, STE between",
+        _to(estimator="fogzo", probe_every=4),
+        has_kappa=True,
+    ),
     "control-variate": Row(
         "control variate",
         "STE plus what the measured slopes add to its prediction",

@@ -90,15 +90,19 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
         Where the loss is not finite, the weights are left as they were.
     """
     optimizer, scaler, estimator = training.optimizer, training.scaler, training.estimator
+    config = training.config
+    same_loss = config.probe_fraction == 1 and config.probe_precision is None
+    probed = [_part(batch, config.probe_fraction) for batch in window]
 
     def window_loss() -> Tensor:
         """The loss that backward differentiates; without gradient, what a probe measures."""
+        probing = not torch.is_grad_enabled()
         total = torch.zeros((), device=training.ranks.device)
-        for i, batch in enumerate(window, start=1):
+        for i, batch in enumerate(probed if probing else window, start=1):
             with without_sync(training.parallel, skip=i < len(window)):
-                with training.autocast():
+                with training.autocast(probing):
                     loss = training.task.loss(training.parallel, batch) / len(window)
-                if torch.is_grad_enabled():
+                if not probing:
                     scaler.scale(loss).backward()  # at once, so that one graph lives at a time
             total = total + loss.detach()  # not in place: probes_at_once makes it one a probe
         return total
@@ -116,16 +120,23 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
         return mean_loss, None
     scaler.unscale_(optimizer)
     if estimator is not None:
-        stats = estimator.refine_grads_(window_loss, expected_loss=loss)
-        training.extra_forwards += len(stats.probe_losses)
-    if training.config.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(training.model.parameters(), training.config.clip_norm)
+        stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
+        training.extra_forwards += len(stats.probe_losses) * config.probe_fraction
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     if training.ema is not None:
         training.ema.update()
     return mean_loss, stats
+
+
+def _part(batch: Batch, fraction: float) -> Batch:
+    """The first examples of a batch, at least one."""
+    inputs, targets = batch
+    count = max(1, round(fraction * len(inputs)))
+    return inputs[:count], targets[:count]
 
 
 def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metrics:

@@ -15,6 +15,7 @@ from fogzo import (
     PlaceboEstimator,
     QuantizedWeight,
     SpsaEstimator,
+    every,
     linear_noise_share,
     quantized_weights,
 )
@@ -36,6 +37,7 @@ from fogzo.recipes.parallel import Ranks, parallelize, share_buffers
 from fogzo.recipes.run_folder import Metrics
 from fogzo.recipes.tasks import Batch, Task, load_task
 from fogzo.rng import RngState
+from fogzo.schedules import NoiseShare
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,7 +61,7 @@ class Training:
         ema: None unless asked for.
         step: Optimizer steps taken.
         seconds: Time they took.
-        extra_forwards: Probes they took.
+        extra_forwards: Forwards of the probes, in whole batches.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
@@ -81,7 +83,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self._learning_rate = learning_rate_factor(config)
-        self.step, self.seconds, self.extra_forwards = 0, 0.0, 0
+        self.step, self.seconds = 0, 0.0
+        self.extra_forwards: float = 0
         if checkpoint is not None:
             self._resume(checkpoint)
         self.model.train()
@@ -90,11 +93,13 @@ class Training:
         """The coming step's micro-batches, on the device."""
         return [self.task.prepare(raw, self.ranks.device) for raw in next(self.windows)]
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, probing: bool = False) -> AbstractContextManager[Any]:
         """The context of a forward in the precision that was asked for."""
-        if self.config.precision == "fp32":
+        own = self.config.precision
+        precision = (self.config.probe_precision or own) if probing else own
+        if precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.ranks.device.type, _DTYPES[self.config.precision])
+        return torch.autocast(self.ranks.device.type, _DTYPES[precision])
 
     def set_learning_rate(self) -> None:
         """Set the rate of the coming step, which follows from the step alone."""
@@ -166,6 +171,8 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
     options: dict[str, Any] = {
         "num_samples": config.num_samples,
         "probes_at_once": config.probes_at_once,
+        "one_sided": config.one_sided,
+        "lean": config.lean,
         "track_flips": config.track_flips,
         "noise_shape": config.noise_shape,
         "seed": config.seed,
@@ -175,13 +182,15 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         return SpsaEstimator(weights, **options)
     if config.estimator == "control-variate":
         return ControlVariateEstimator(weights, **options)
-    schedule = linear_noise_share(
+    schedule: NoiseShare = linear_noise_share(
         kappa=0.0 if config.estimator == "lambda" else config.kappa,
         num_weights=sum(weight.param.numel() for weight in weights),
         num_samples=config.num_samples,
         total_steps=config.max_steps,
         start=config.start,
     )
+    if config.probe_every > 1:
+        schedule = every(config.probe_every, schedule)
     if config.estimator == "placebo":
         return PlaceboEstimator(weights, noise_share=schedule, **options)
     paired = config.estimator == "fogzo-paired"

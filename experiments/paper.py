@@ -27,6 +27,7 @@ from fogzo.recipes.model_config import (
 
 EXPERIMENTS = Path("experiments")
 CORE_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
+SGD_ROWS = (*CORE_ROWS, "lambda", "control-variate", "spsa")
 MIXED_ROWS = (*CORE_ROWS, "ste-then-fogzo")
 CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
 LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
@@ -44,8 +45,8 @@ def comparisons() -> dict[str, CompareConfig]:
     """Every comparison by its folder's name."""
     mnist, images, text = mnist_mlp(), deep_images(), shakespeare_llama()
     found = {
-        "mnist-mlp-adamw": shallow(mnist),
-        "mnist-mlp-sgd": shallow(replace(mnist, optimizer="sgd", learning_rate=0.1)),
+        "mnist-mlp-adamw": every_row(mnist),
+        "mnist-mlp-sgd": small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
     }
     short = replace(mnist, max_steps=mnist.max_steps // 2)
     for name, surrogate in SURROGATES.items():
@@ -114,8 +115,8 @@ def shakespeare_llama() -> TrainConfig:
     )
 
 
-def shallow(base: TrainConfig) -> CompareConfig:
-    """The widest comparison: every row, and kappa tuned too."""
+def every_row(base: TrainConfig) -> CompareConfig:
+    """The widest comparison, with kappa tuned too."""
     rows = ("float", "ptq", "ste", "ste-unmasked", "ste-stochastic", "placebo", "lambda", "fogzo")
     rows += ("control-variate", "spsa")
     return CompareConfig(base=base, rows=rows, kappas=(0.01, 0.1, 1.0), tuning_seeds=1)

@@ -18,7 +18,7 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from overview import GROUPS, overview
+from overview import GROUPS, MIXTURES, mixture, overview
 
 from fogzo.cli import comparison
 from fogzo.cli.report import write_compare_report
@@ -53,15 +53,16 @@ def marked_table(name: str) -> str:
     if name == "step_cost":
         text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
     elif name == "embedded":
-        text = embedded_table(read(ROOT / "experiments" / name / "results.json"))
+        text = embedded_table(committed(name))
     elif name in ("synthetic-law", "regression", "forwards"):
         script = importlib.import_module(name.replace("-", "_"))
-        text = with_note(*script.table(read(ROOT / "experiments" / name / "results.json")))
+        text = with_note(*script.table(committed(name)))
+    elif name == "mixture":
+        text = with_note(*mixture(MIXTURES, committed))
     elif name in GROUPS:
-        load = lambda folder: read(ROOT / "experiments" / folder / "results.json")  # noqa: E731
-        text = with_note(*overview(GROUPS[name], load))
+        text = with_note(*overview(GROUPS[name], committed))
     else:
-        text = comparison_table(read(ROOT / "experiments" / name / "results.json"))
+        text = comparison_table(committed(name))
     return f"<!-- table: {name} -->\n{text}<!-- end -->"
 
 
@@ -144,6 +145,11 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def committed(name: str) -> dict[str, Any]:
+    """The results of an experiment."""
+    return read(ROOT / "experiments" / name / "results.json")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ LEVELS = {
     "collectives": 0,
     "rng": 0,
     "schedules": 0,
+    "pacing": 1,
     "weights": 1,
     "activations": 1,
     "selection": 1,

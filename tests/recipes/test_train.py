@@ -181,6 +181,12 @@ def test_cheaper_probes_cost_what_they_say_and_still_learn(config, options, forw
     assert result["train_loss"] < 1.5  # 2.3 where nothing is learned
 
 
+def test_a_run_says_how_often_its_overhead_let_it_probe(config):
+    result = train(replace(config, overhead=0.05))
+    assert result["probe_every"] > 1
+    assert 2 * 10 <= result["extra_forwards"] < 2 * 30
+
+
 def test_probes_see_the_asked_share_of_the_batch_in_the_asked_precision(config, monkeypatch):
     config = replace(config, batch_size=24, accumulation=2, probe_fraction=0.125)
     training = Training(replace(config, probe_precision="bf16"), CPU)

@@ -6,50 +6,30 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fogzo.collectives import compute_device
 from fogzo.directions import Coordinates, Directions, NoiseShape, Probe, mix_seed
+from fogzo.estimators.cautions import mention_loud_noise, warn_if_scaled
+from fogzo.estimators.combination import Combination
 from fogzo.estimators.measure import Measurement, measure
+from fogzo.estimators.options import check_choice
 from fogzo.estimators.stats import RefineStats
 from fogzo.lean_probes import check_lean
+from fogzo.pacing import Pace
 from fogzo.probes import Closure, Probes
 from fogzo.schedules import (
     NoiseShare,
     as_noise_share,
     kappa_from_noise_share,
-    noise_share_from_kappa,
 )
 from fogzo.stacked_probes import AtOnce, check_at_once
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
 logger = logging.getLogger(__name__)
-
-
-class Combination(NamedTuple):
-    """The refined gradient ``guide * g + sum_i noise_i * u_i / eps``."""
-
-    guide: float
-    noise: list[tuple[int, float]]
-    agreement: float | None = None
-
-
-class EstimatorOptions(TypedDict, total=False):
-    """The keyword arguments that every member of the family takes; see `GradientEstimator`."""
-
-    num_samples: int
-    noise_share: float | NoiseShare | None
-    seed: int
-    coordinates: Coordinates
-    noise_shape: NoiseShape
-    noise_on_masked: bool
-    one_sided: bool
-    track_flips: bool
-    probes_at_once: AtOnce
-    lean: bool
-    model: nn.Module | None
 
 
 class GradientEstimator(ABC):
@@ -83,6 +63,9 @@ class GradientEstimator(ABC):
         lean: Move each weight only while its layer computes, by hooks around the layer's forward:
             the extra memory is one layer instead of a copy of all quantized weights, the noise is
             drawn twice a sample instead of once, the result is the same. Not for compiled models.
+        overhead: Probe only as often as costs this share of the time of everything else: .15 for
+            15% more time a step. After ten probed steps, which are timed, `interval` says how
+            many steps lie between probes, and so does the ``fogzo`` logger.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Raises:
@@ -105,6 +88,7 @@ class GradientEstimator(ABC):
         track_flips: bool = False,
         probes_at_once: AtOnce = 1,
         lean: bool = False,
+        overhead: float | None = None,
         model: nn.Module | None = None,
     ) -> None:
         self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
@@ -113,8 +97,8 @@ class GradientEstimator(ABC):
                 f"num_samples must be an integer of 1 or more, got {num_samples!r}: "
                 f"{type(self).__name__}(weights, num_samples=1)"
             )
-        _check_choice("coordinates", coordinates, ("scaled", "global"))
-        _check_choice("noise_shape", noise_shape, ("isotropic", "tensor_rms"))
+        check_choice("coordinates", coordinates, ("scaled", "global"))
+        check_choice("noise_shape", noise_shape, ("isotropic", "tensor_rms"))
         if track_flips and any(weight.codes is None for weight in self.weights):
             raise ValueError(
                 "track_flips needs the integer codes of every weight: give "
@@ -127,7 +111,7 @@ class GradientEstimator(ABC):
             (lambda _: default) if noise_share is None else as_noise_share(noise_share)
         )
         if isinstance(noise_share, float):
-            self._mention_loud_noise(noise_share)
+            mention_loud_noise(noise_share, self.num_weights, num_samples)
         self.seed = seed
         self.step = 0
         self.one_sided = one_sided
@@ -148,6 +132,7 @@ class GradientEstimator(ABC):
                 )
             check_lean(self.weights, self._probes.models)
         self.lean = lean
+        self._pace = None if overhead is None else Pace(overhead)
         self._audited = False
         self._warned = False
 
@@ -208,17 +193,27 @@ class GradientEstimator(ABC):
             ValueError: If there are no gradients, or the closure is not that loss. Weights,
                 gradients, buffers, modes and random streams are then as before the call.
         """
+        if self._pace is not None:
+            self._pace.begin(compute_device(self.weights[0].param))
         try:
             with torch.no_grad():
                 stats = self._refine(closure, expected_loss, grad_scale)
         finally:
             self._probes.forget_rng()
+        if self._pace is not None:
+            self._pace.end(probed=bool(stats.probe_losses))
         self.step += 1
         return stats
 
+    @property
+    def interval(self) -> int | None:
+        """Steps between probes that ``overhead`` chose; None before, and without it."""
+        return None if self._pace is None else self._pace.interval
+
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the same directions."""
-        return {"step": self.step, "seed": self.seed}
+        """What a resumed run needs to draw the same directions, in the same steps."""
+        state = {"step": self.step, "seed": self.seed}
+        return state if self.interval is None else state | {"interval": self.interval}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue where `state_dict` was taken.
@@ -227,12 +222,15 @@ class GradientEstimator(ABC):
             ValueError: If it is not a state of an estimator.
         """
         given = state_dict if isinstance(state_dict, dict) else {}
-        if set(given) != {"step", "seed"} or not all(isinstance(v, int) for v in given.values()):
+        known = set(given) - {"interval"} == {"step", "seed"}
+        if not (known and all(isinstance(v, int) for v in given.values())):
             raise ValueError(
                 f"expected two integers, step and seed, got {state_dict!r:.80}: "
                 "estimator.load_state_dict(checkpoint['estimator'])"
             )
         self.step, self.seed = given["step"], given["seed"]
+        if self._pace is not None:
+            self._pace.interval = given.get("interval")
 
     def _refine(
         self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
@@ -240,7 +238,7 @@ class GradientEstimator(ABC):
         if not (grad_scale > 0 and math.isfinite(grad_scale)):
             raise ValueError(f"grad_scale must be positive, got {grad_scale}: scaler.get_scale()")
         share = self.noise_share(self.step)
-        if share is None:
+        if share is None or not (self._pace is None or self._pace.due(self.step)):
             return RefineStats(self.step)
         weights = self._weights_to_refine()
         seed = mix_seed(self.seed, self.step)
@@ -255,7 +253,8 @@ class GradientEstimator(ABC):
             guide, noise, agreement = self.combine(share, probes, measured.slopes, directions, norm)
             directions.write_grads_(guide, noise)
         if losses and fallback is None:
-            self._warn_if_scaled(agreement, grad_scale)
+            if not self._audited:
+                warn_if_scaled(agreement, grad_scale)
             self._audited = True
         return RefineStats(
             step=self.step,
@@ -317,19 +316,6 @@ class GradientEstimator(ABC):
             and (not self.needs_gradient or bool(directions.norm > 0)),
         )
 
-    def _mention_loud_noise(self, noise_share: float) -> None:
-        """A share that suits a small network drowns the gradient of a large one."""
-        kappa = kappa_from_noise_share(noise_share, self.num_weights, self.num_samples)
-        if kappa > 100:
-            logger.warning(
-                "noise_share=%g on %d weights means %.0f times more noise than signal (kappa); "
-                "kappa=1 is noise_share=%.2g",
-                noise_share,
-                self.num_weights,
-                kappa,
-                noise_share_from_kappa(1.0, self.num_weights, self.num_samples),
-            )
-
     def _reason_to_fall_back(self, norm: float, measured: Measurement) -> str | None:
         if self.needs_gradient and not math.isfinite(norm):
             return "the first-order gradient is not finite"
@@ -346,29 +332,3 @@ class GradientEstimator(ABC):
                 stacklevel=4,
             )
         return "a probe loss is not finite"
-
-    def _warn_if_scaled(self, agreement: float | None, grad_scale: float) -> None:
-        if self._audited or grad_scale != 1 or not agreement or abs(agreement) > 2**-10:
-            return
-        warnings.warn(
-            f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
-            "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "
-            "grad_scale=scaler.get_scale()",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
-def mean_along_probes(probes: Sequence[Probe], slopes: Sequence[float], norm: float) -> Combination:
-    """The two-point estimate: the mean over probes of ``slope * v``."""
-    count = len(probes)
-    guide = math.fsum(s * probe.guide for s, probe in zip(slopes, probes, strict=True)) / count
-    noise = [(p.sample, s * p.noise / count) for s, p in zip(slopes, probes, strict=True)]
-    return Combination(guide / norm if guide else 0.0, noise)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f'{name} must be one of {", ".join(choices)}, got {value!r}: {name}="{choices[0]}"'
-        )

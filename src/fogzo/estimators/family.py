@@ -5,12 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Unpack
 
 from fogzo.directions import Directions, Probe
-from fogzo.estimators.base import (
-    Combination,
-    EstimatorOptions,
-    GradientEstimator,
-    mean_along_probes,
-)
+from fogzo.estimators.base import GradientEstimator
+from fogzo.estimators.combination import Combination, mean_along_probes
+from fogzo.estimators.options import EstimatorOptions
 from fogzo.schedules import default_kappa, noise_share_from_kappa
 from fogzo.weights import WeightLike
 

@@ -82,6 +82,8 @@ class TrainConfig:
     """Share of the batch that probes see."""
     probe_precision: Precision | None = None
     """Precision of the probes' forwards; by default that of training."""
+    overhead: float | None = None
+    """Probe only as often as costs this share of training time, measured in the first steps."""
     lean: bool = False
     """Move weights for the probes one layer at a time instead of keeping a copy of all."""
     track_flips: bool = False

@@ -77,6 +77,8 @@ def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics
 
         result: Metrics = {"steps": training.step, "seconds": training.seconds}
         result |= {"extra_forwards": training.extra_forwards} | training.evaluate()
+        if training.estimator is not None and training.estimator.interval is not None:
+            result |= {"probe_every": training.estimator.interval}
         folder.write_result(result)
         track({"step": training.step} | result)
     return result

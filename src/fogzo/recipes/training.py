@@ -172,6 +172,7 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         "num_samples": config.num_samples,
         "probes_at_once": config.probes_at_once,
         "one_sided": config.one_sided,
+        "overhead": config.overhead,
         "lean": config.lean,
         "track_flips": config.track_flips,
         "noise_shape": config.noise_shape,

@@ -46,7 +46,10 @@ def comparisons() -> dict[str, CompareConfig]:
     mnist, images, text = mnist_mlp(), deep_images(), shakespeare_llama()
     found = {
         "mnist-mlp-adamw": every_row(mnist),
-        "mnist-mlp-sgd": small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
+        "mnist-mlp-sgd": replace(
+            small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
+            learning_rates=(0.00316, 0.01, 0.0316, 0.1, 0.316, 1.0),
+        ),
     }
     short = replace(mnist, max_steps=mnist.max_steps // 2)
     for name, surrogate in SURROGATES.items():
@@ -55,18 +58,18 @@ def comparisons() -> dict[str, CompareConfig]:
             found[f"mnist-mlp-{name}"] = small(replace(short, quantizer=quantizer))
         for model, recipe in images.items():
             fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=surrogate)
-            found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed))
+            # Equal time says the same of all four surrogates, as a step costs the same.
+            both = name in ("identity", "tanh")
+            found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed), equal_time=both)
     for name in ("identity", "tanh"):
         fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=name)
-        found[f"shakespeare-llama-{name}"] = deep(replace(text, quantizer=fixed), rows=MIXED_ROWS)
+        rows = MIXED_ROWS if name == "identity" else CORE_ROWS
+        found[f"shakespeare-llama-{name}"] = deep(replace(text, quantizer=fixed), rows=rows)
     for preset in ("lsq", "quest"):
         quantizer = QuantizerConfig(preset=preset, bits=2)
-        for name, recipe in {"mnist-mlp": short, "shakespeare-llama": text}.items():
-            weights = replace(recipe, quantizer=quantizer)
-            both = replace(weights, activations=quantizer)
-            run = small if recipe is short else deep
-            found[f"{name}-{preset}-w2"] = run(weights)
-            found[f"{name}-{preset}-w2a2"] = run(both)
+        weights = replace(short, quantizer=quantizer)
+        found[f"mnist-mlp-{preset}-w2"] = small(weights)
+        found[f"mnist-mlp-{preset}-w2a2"] = small(replace(weights, activations=quantizer))
     found["cheaper-probes-mnist-mlp"] = small(short, rows=CHEAPER_ROWS)
     found["laws-mnist-mlp"] = small(short, rows=LAW_ROWS)
     for radius in (0.5, 2.0):
@@ -136,11 +139,13 @@ HALF_DECADES = {
 """Grids, relative to a recipe's learning rate, that hold what the rows of a family prefer."""
 
 
-def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS) -> CompareConfig:
+def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -> CompareConfig:
     """Three seeds, one of which chooses among the learning rates."""
     factors = HALF_DECADES[base.model.family]
     rates = tuple(float(f"{base.learning_rate * factor:.3g}") for factor in factors)
-    return CompareConfig(base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1)
+    return CompareConfig(
+        base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1, **options
+    )
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def eval_result(numbers: Metrics) -> None:
 def compare_results(results: Results, report: Path) -> None:
     """The table of a comparison, and what it says."""
     table = comparison.quality_table(results)
-    _print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
+    print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
     for sentence in comparison.findings(results):
         _console().print(sentence)
     _console().print(f"report: {report}")
@@ -98,7 +98,7 @@ def compare_results(results: Results, report: Path) -> None:
 def compare_plan(plan: Results) -> None:
     """What a comparison would run, and for how long."""
     table = comparison.plan_table(plan)
-    _print_table(table, table.title)
+    print_table(table, table.title)
     waiting = sum(cell["to_run"] for cell in plan["cells"])
     _console().print(
         f"{waiting} runs, about {_duration(plan['seconds'])} of training on {plan['workers']} "
@@ -106,7 +106,8 @@ def compare_plan(plan: Results) -> None:
     )
 
 
-def _print_table(table: comparison.Table, title: str) -> None:
+def print_table(table: comparison.Table, title: str) -> None:
+    """A table of text, names to the left and the rest to the right."""
     printed = Table(title=title)
     for number, heading in enumerate(table.heading):
         printed.add_column(heading, justify="right" if number else "left")

@@ -11,7 +11,7 @@ from typing import TypeVar
 try:
     import tyro
 
-    from fogzo.cli import display, report
+    from fogzo.cli import bench, display, report
     from fogzo.recipes import RECIPES, TrainConfig, train
     from fogzo.recipes.compare import CompareConfig, compare, plan
     from fogzo.recipes.evaluate import EvalConfig, evaluate_run
@@ -30,6 +30,8 @@ commands:
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report;
                     --plan says what would run
+  bench             measure what FOGZO costs on this machine, without a recipe;
+                    --suite quick takes about a minute
 
 recipes: {", ".join(RECIPES)}
 rows of compare: {", ".join(ROWS)}
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *rest = arguments
     try:
         run = COMMANDS[_known("command", command, COMMANDS)]
-        if not rest or (rest[0] in ("-h", "--help") and command != "eval"):
+        asks_for_help = command in ("train", "compare") and rest[:1] in (["-h"], ["--help"])
+        if asks_for_help or (not rest and command != "bench"):
             print(USAGE)
             return
         run(rest)
@@ -101,6 +104,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "bench": bench.run,
 }
 
 

@@ -1,0 +1,1 @@
+"""What training with FOGZO costs on this machine: the measurements behind `fogzo bench`."""

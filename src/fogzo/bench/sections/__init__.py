@@ -1,0 +1,19 @@
+"""The sections of a benchmark, by name: each yields its cases as they are measured."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fogzo.bench.cases import Case
+from fogzo.bench.config import BenchConfig
+from fogzo.bench.sections import layers, memory, probes, scaling, steps
+
+SECTIONS: dict[str, Callable[[BenchConfig, torch.device], Iterator[Case]]] = {
+    "steps": steps.run,
+    "memory": memory.run,
+    "layers": layers.run,
+    "probes": probes.run,
+    "scaling": scaling.run,
+}
+
+__all__ = ["SECTIONS"]

@@ -66,13 +66,13 @@ class Config:
     )
     kappas: tuple[float, ...] = (0.1, 1.0)
     guided: tuple[tuple[str, tuple[int, ...]], ...] = (
-        ("adamw", (25, 100, 400, 1600)),
+        ("adamw", (25, 100, 400)),
         ("sgd", (25, 100, 400)),
     )
     guided_samples: tuple[int, ...] = (1, 10)
     spsa: tuple[tuple[str, int, tuple[int, ...]], ...] = (
-        ("adamw", 1, (25, 100, 400, 1600)),
-        ("adamw", 10, (25, 100, 400, 1600)),
+        ("adamw", 1, (25, 100, 400)),
+        ("adamw", 10, (25, 100, 400)),
         ("adamw", 100, (25, 100, 400)),
         ("adamw", 1000, (25, 100)),
         ("adamw", 7960, (25,)),

@@ -52,7 +52,7 @@ class Config:
     Attributes:
         rates: Learning rates tried, by optimizer.
         kappas: Tried where a row has one.
-        guided: Steps of the rows that follow STE, by optimizer.
+        guided: Steps of the rows that follow STE.
         guided_samples: n of FOGZO.
         spsa: Steps of n-SPSA, by optimizer and n.
         seeds: Seeds of a point whose run is short; one of them tunes.
@@ -65,10 +65,7 @@ class Config:
         ("sgd", (1e-2, 3e-2, 1e-1, 3e-1)),
     )
     kappas: tuple[float, ...] = (0.1, 1.0)
-    guided: tuple[tuple[str, tuple[int, ...]], ...] = (
-        ("adamw", (25, 100, 400)),
-        ("sgd", (25, 100, 400)),
-    )
+    guided: tuple[int, ...] = (25, 100, 400)
     guided_samples: tuple[int, ...] = (1, 10)
     spsa: tuple[tuple[str, int, tuple[int, ...]], ...] = (
         ("adamw", 1, (25, 100, 400)),
@@ -87,10 +84,8 @@ class Config:
     def cells(self) -> list[Cell]:
         """All of them, cheap ones first."""
         rows: dict[tuple[str, int, int], tuple[str, ...]] = {}
-        for optimizer, lengths in self.guided:
-            for steps, samples in product(lengths, self.guided_samples):
-                own = (*GUIDED, "fogzo") if samples == 1 else ("fogzo",)
-                rows[optimizer, samples, steps] = own
+        for (optimizer, _), steps, samples in product(self.rates, self.guided, self.guided_samples):
+            rows[optimizer, samples, steps] = (*GUIDED, "fogzo") if samples == 1 else ("fogzo",)
         for optimizer, samples, lengths in self.spsa:
             for steps in lengths:
                 rows[optimizer, samples, steps] = (
@@ -105,7 +100,7 @@ GUIDED = ("ste", "ste-unmasked", "placebo", "control-variate")
 QUICK = Config(
     rates=(("adamw", (3e-3, 3e-2)),),
     kappas=(0.1,),
-    guided=(("adamw", (4,)),),
+    guided=(4,),
     guided_samples=(1, 2),
     spsa=(("adamw", 1, (4,)), ("adamw", 2, (8,))),
     seeds=2,

@@ -80,8 +80,10 @@ def overview(
     heading += [f"FOGZO − {ROWS[name].label}" for name in RIVALS]
     heading += ["paper, STE → FOGZO"] if with_paper else []
     rows, calls = [], {"better": 0, "worse": 0, "open": 0}
+    tuned = []
     for line in lines:
         results = load(line.folder)
+        tuned += [row["at_edge_of_grid"] for row in results["rows"]]
         for budget in dict.fromkeys(row["budget"] for row in results["rows"]):
             cells, verdicts = _compared(results, budget)
             same = budget == "steps"
@@ -92,7 +94,7 @@ def overview(
                 rows[-1].append(line.paper if same else "")
             for found in verdicts:
                 calls[found] += 1
-    return heading, rows, _note(calls)
+    return heading, rows, _note(calls, tuned)
 
 
 def mixture(
@@ -154,12 +156,13 @@ def _at_equal_time(results: dict[str, Any], name: str) -> Any:
     return rows[0] if rows else _at_equal_steps(results, name)
 
 
-def _note(calls: dict[str, int]) -> str:
+def _note(calls: dict[str, int], at_edges: Sequence[bool]) -> str:
     count = sum(calls.values())
     return (
         f"Test accuracy in % (more is better) or, for text, perplexity a byte (less is better): "
         f"mean ± standard deviation over seeds; differences paired by seed with 95% intervals. Of "
         f"{count} differences FOGZO is better in {calls['better']}, worse in {calls['worse']} and "
         f"not told apart in {calls['open']}; chance alone would call about {count / 20:.0f} of "
-        f"them. The paper's figures are of its own, larger networks and data, without intervals."
+        f"them. For {sum(at_edges)} of {len(at_edges)} tuned rows the best learning rate lies at an "
+        f"edge of the grid, where a better one may lie beyond. The paper's figures are of its own, larger networks and data, without intervals."
     )

@@ -264,7 +264,9 @@ def test_an_overview_calls_what_the_intervals_call():
         return {"name": name, "budget": budget, "test_perplexity": found}
 
     def row(name, budget):
-        return {"name": name, "budget": budget, "test_perplexity": {"mean": 4.0, "sd": 0.5}}
+        quality = {"mean": 4.0, "sd": 0.5}
+        edge = name == "placebo"
+        return {"name": name, "budget": budget, "test_perplexity": quality, "at_edge_of_grid": edge}
 
     results = {
         "rows": [row(n, "steps") for n in (*script.RIVALS, "fogzo")] + [row("ste", "time")],
@@ -284,6 +286,7 @@ def test_an_overview_calls_what_the_intervals_call():
     # No run of its own at equal time: it costs as much as FOGZO.
     assert time[6:] == ["**+1.00 [+0.50, +1.50]** worse", *steps[7:]]
     assert "Of 6 differences FOGZO is better in 1, worse in 3 and not told apart in 2" in note
+    assert "For 1 of 5 tuned rows" in note
 
 
 def test_every_line_of_an_overview_is_a_committed_comparison():

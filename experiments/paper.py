@@ -33,6 +33,15 @@ CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
 LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
 LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
+WAITING = (
+    "cifar-deit-hardtanh",
+    "cifar-resnet-hardtanh",
+    "cifar-deit-approx-sign",
+    "cifar-resnet-approx-sign",
+    "cheaper-probes-mnist-mlp",
+)
+"""Declared, and not run yet: their results are not committed."""
+
 SURROGATES = {
     "identity": "identity",
     "hardtanh": "hardtanh",
@@ -46,10 +55,7 @@ def comparisons() -> dict[str, CompareConfig]:
     mnist, images, text = mnist_mlp(), deep_images(), shakespeare_llama()
     found = {
         "mnist-mlp-adamw": every_row(mnist),
-        "mnist-mlp-sgd": replace(
-            small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
-            learning_rates=(0.00316, 0.01, 0.0316, 0.1, 0.316, 1.0),
-        ),
+        "mnist-mlp-sgd": small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
     }
     short = replace(mnist, max_steps=mnist.max_steps // 2)
     for name, surrogate in SURROGATES.items():

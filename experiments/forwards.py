@@ -247,8 +247,11 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
         )
     facts, config = results["environment"], results["config"]
     edges = [p for p in results["points"] if p["at_edge_of_grid"]]
+    most = max(results["points"], key=lambda point: point["forwards"])
     counts = sorted({len(point["train_loss"]) for point in results["points"]})
     note = (
+        f"n-SPSA with n = {most['samples']} reached {statistics.fmean(most['train_loss']):.3f} in "
+        f"{most['steps']} steps, {most['forwards']:,} forward equivalents. "
         f"Means over {' or '.join(map(str, counts))} seeds. Learning rates "
         + ", ".join(f"{OPTIMIZERS[k]} {' '.join(f'{r:g}' for r in v)}" for k, v in config["rates"])
         + f", kappa {' '.join(f'{k:g}' for k in config['kappas'])}; the best lies at an edge for "

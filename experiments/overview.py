@@ -31,6 +31,14 @@ class Line:
 
 
 GROUPS: dict[str, Sequence[Line]] = {
+    "overview-short": (
+        Line("mnist-mlp-adamw", "MLP, MNIST, fixed step"),
+        Line("mnist-mlp-lsq-w2", "MLP, MNIST, LSQ"),
+        Line("mnist-mlp-quest-w2", "MLP, MNIST, QuEST"),
+        Line("cifar-deit-identity", "DeiT, CIFAR-10, fixed step"),
+        Line("cifar-resnet-identity", "ResNet-18, CIFAR-10, fixed step"),
+        Line("shakespeare-llama-identity", "LLaMA, Shakespeare, fixed step"),
+    ),
     "overview-fixed": (
         Line("mnist-mlp-adamw", "MLP, MNIST, AdamW, identity"),
         Line("mnist-mlp-sgd", "MLP, MNIST, SGD, identity"),
@@ -84,7 +92,10 @@ def overview(
                 rows[-1].append(line.paper if same else "")
             for found in verdicts:
                 calls[found] += 1
-    return heading, rows, _note(calls, tuned)
+    note = _note(calls, tuned)
+    if with_paper:
+        note += " The paper's figures are of its own, larger networks and data, without intervals."
+    return heading, rows, note
 
 
 def mixture(
@@ -154,6 +165,5 @@ def _note(calls: dict[str, int], at_edges: Sequence[bool]) -> str:
         f"{count} differences FOGZO is better in {calls['better']}, worse in {calls['worse']} and "
         f"not told apart in {calls['open']}; chance alone would call about {count / 20:.0f} of "
         f"them. For {sum(at_edges)} of {len(at_edges)} tuned rows the best learning rate lies at "
-        "an edge of the grid, where a better one may lie beyond. The paper's figures are of its "
-        "own, larger networks and data, without intervals."
+        "an edge of the grid, where a better one may lie beyond."
     )

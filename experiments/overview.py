@@ -50,7 +50,6 @@ GROUPS: dict[str, Sequence[Line]] = {
         Line("cifar-resnet-identity", "ResNet-18, CIFAR-10, identity", "79.92 → 80.42"),
         Line("cifar-resnet-tanh", "ResNet-18, CIFAR-10, tanh", "74.68 → 75.02"),
         Line("shakespeare-llama-identity", "LLaMA, Shakespeare, identity", "9M: 109.95 → 105.64"),
-        Line("shakespeare-llama-tanh", "LLaMA, Shakespeare, tanh", "9M: 123.97 → 121.51"),
     ),
     "overview-learned": (
         Line("mnist-mlp-lsq-w2", "MLP, MNIST, LSQ W2"),

@@ -121,7 +121,9 @@ def assert_same_run(first, second):
     results = [json.loads((f / "result.json").read_text()) for f in (first, second)]
     for name in results[0]:
         if name != "seconds":
-            assert results[0][name] == pytest.approx(results[1][name], rel=1e-3), name
+            # One example of a few hundred may stand between two classes.
+            close = {"abs": 1.1 / 256} if name.endswith("accuracy") else {"rel": 1e-3}
+            assert results[0][name] == pytest.approx(results[1][name], **close), name
     for (name, a), b in zip(weights(first).items(), weights(second).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 

@@ -66,8 +66,8 @@ def comparisons() -> dict[str, CompareConfig]:
         for model, recipe in images.items():
             fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=surrogate)
             # Equal time says the same of all four surrogates, as a step costs the same.
-            both = name in ("identity", "tanh")
-            found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed), equal_time=both)
+            equal_time = name in ("identity", "tanh")
+            found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed), equal_time=equal_time)
     for name in ("identity", "tanh"):
         fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=name)
         rows = MIXED_ROWS if name == "identity" else CORE_ROWS

@@ -115,17 +115,21 @@ def quiet():
 
 
 def assert_same_run(first, second):
+    flipped = False
     for a, b in zip(*(read_metrics(f / "metrics.jsonl") for f in (first, second)), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["agreement"] == pytest.approx(b["agreement"], abs=0.1)  # a code or two may flip
+        # A weight on a threshold rounds up on one side: a code or two of a probe may flip.
+        assert a["agreement"] == pytest.approx(b["agreement"], abs=0.1)
+        flipped = flipped or abs(a["agreement"] - b["agreement"]) > 1e-3
     results = [json.loads((f / "result.json").read_text()) for f in (first, second)]
     for name in results[0]:
         if name != "seconds":
             # One example of a few hundred may stand between two classes.
             close = {"abs": 1.1 / 256} if name.endswith("accuracy") else {"rel": 1e-3}
             assert results[0][name] == pytest.approx(results[1][name], **close), name
+    close = {"rtol": 1e-2, "atol": 1e-3} if flipped else {"rtol": 1e-3, "atol": 1e-5}
     for (name, a), b in zip(weights(first).items(), weights(second).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, **close, msg=name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -40,6 +40,9 @@ WAITING = (
     "cifar-resnet-approx-sign",
     "cheaper-probes-mnist-mlp",
     "shakespeare-llama-tanh",
+    "shakespeare-llama-lsq-w2a2",
+    "shakespeare-llama-quest-w2a2",
+    "cifar-deit-lsq-w2",
 )
 """Declared, and not run yet: their results are not committed."""
 
@@ -77,6 +80,10 @@ def comparisons() -> dict[str, CompareConfig]:
         weights = replace(short, quantizer=quantizer)
         found[f"mnist-mlp-{preset}-w2"] = small(weights)
         found[f"mnist-mlp-{preset}-w2a2"] = small(replace(weights, activations=quantizer))
+        both = replace(text, quantizer=quantizer, activations=quantizer)
+        found[f"shakespeare-llama-{preset}-w2a2"] = deep(both, equal_time=False)
+    lsq = replace(images["cifar-deit"], quantizer=QuantizerConfig(preset="lsq", bits=2))
+    found["cifar-deit-lsq-w2"] = deep(lsq, equal_time=False)
     found["cheaper-probes-mnist-mlp"] = small(short, rows=CHEAPER_ROWS)
     # Neither law nor radius changes what a step costs.
     found["laws-mnist-mlp"] = small(short, rows=LAW_ROWS, equal_time=False)

@@ -59,7 +59,7 @@ def comparisons() -> dict[str, CompareConfig]:
     mnist, images, text = mnist_mlp(), deep_images(), shakespeare_llama()
     found = {
         "mnist-mlp-adamw": every_row(mnist),
-        "mnist-mlp-sgd": small(replace(mnist, optimizer="sgd", learning_rate=0.1), rows=SGD_ROWS),
+        "mnist-mlp-sgd": sgd_grid(replace(mnist, optimizer="sgd", learning_rate=0.1)),
     }
     short = replace(mnist, max_steps=mnist.max_steps // 2)
     for name, surrogate in SURROGATES.items():
@@ -146,6 +146,12 @@ def small(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) 
     """Five seeds, one of which chooses among four learning rates."""
     rates = tuple(float(f"{base.learning_rate * f:.3g}") for f in (0.1, 10**-0.5, 1.0, 10**0.5))
     return CompareConfig(base=base, rows=rows, learning_rates=rates, tuning_seeds=1, **options)
+
+
+def sgd_grid(base: TrainConfig) -> CompareConfig:
+    """As `small`, on a grid wide enough for SGD, whose rows prefer rates far from each other."""
+    rates = (1e-3, 3.16e-3, 1e-2, 3.16e-2, 0.1, 0.316, 1.0)
+    return replace(small(base, rows=SGD_ROWS), learning_rates=rates)
 
 
 HALF_DECADES = {

@@ -15,6 +15,7 @@ ROOT = Path(fogzo.__file__).parent
 LEVELS = {
     "": 2,
     "quantizers": 0,
+    "buffers": 0,
     "collectives": 0,
     "rng": 0,
     "schedules": 0,

@@ -74,6 +74,28 @@ def test_lean_is_the_default_to_the_bit(name, preset, dtype):
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"noise_shape": "tensor_rms"}, {"noise_on_masked": False}, {"num_samples": 3}]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_kept_noise_gives_what_drawing_it_twice_gives_in_every_step(preset, options):
+    grads = {}
+    for keep_noise in (True, False):
+        model, loss_of = training(preset)
+        estimator = fogzo.ControlVariateEstimator(
+            fogzo.quantized_weights(model), keep_noise=keep_noise, **options
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for _ in range(3):
+                with estimator.record_rng():
+                    loss = loss_of()
+                loss.backward()  # gradients add up, so that every step's stay to be seen
+                estimator.refine_grads_(loss_of, expected_loss=loss)
+        grads[keep_noise] = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(grads[True], grads[False], strict=True))
+
+
 def test_only_the_layer_at_work_is_moved():
     model, loss_of = training()
     saved = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Perturbation directions of one step, drawn from seeds and never stored.
+"""Perturbation directions of one step, drawn from seeds.
 
 Everything happens in scale-normalised coordinates ``phi = theta / eps`` with
 ``eps = step_size * radius``, where every weight is one smoothing radius long. There a direction
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fogzo.buffers import Buffers
 from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
 from fogzo.weights import QuantizedWeight
 
@@ -72,6 +73,8 @@ class Directions:
             all tensors; ``"global"`` uses their mean everywhere, the literal formula.
         noise_shape: ``"tensor_rms"`` gives each tensor noise in proportion to its gradient's rms.
         noise_on_masked: Whether weights without gradient are perturbed and moved too.
+        buffers: Where what is drawn is kept, as much memory as the weights take a sample; without
+            them it is drawn again for each use.
     """
 
     def __init__(
@@ -83,10 +86,13 @@ class Directions:
         coordinates: Coordinates = "scaled",
         noise_shape: NoiseShape = "isotropic",
         noise_on_masked: bool = True,
+        buffers: Buffers | None = None,
     ) -> None:
         self.weights = weights
         self.seed = seed
         self._seeds: dict[int, int] = {}
+        self._buffers = buffers
+        self._drawn: dict[tuple[int, int], Tensor] = {}
         self._generators: dict[torch.device, Generator] = {}
         self.grad_scale = grad_scale
         self.noise_on_masked = noise_on_masked
@@ -126,10 +132,25 @@ class Directions:
         return self._seeds[sample]
 
     def noise(self, sample: int) -> Iterator[Tensor]:
-        """u_i of (this rank's part of) each weight in turn, the same whenever it is called."""
-        return (self._draw(sample, index) for index in range(len(self._prepared)))
+        """u_i of (this rank's part of) each weight in turn, the same whenever it is called.
 
-    def _draw(self, sample: int, index: int) -> Tensor:
+        Leave the tensors as they are: they may be kept for the next call.
+        """
+        return (self._noise(sample, index) for index in range(len(self._prepared)))
+
+    def _noise(self, sample: int, index: int) -> Tensor:
+        """u_i of one weight, drawn once or, where it is not kept, each time."""
+        param = self._prepared[index].weight.param
+        if self._buffers is None or is_sharded(param):  # drawn whole, so not kept
+            return self._draw(sample, index, None)
+        key = (sample, index)
+        if key not in self._drawn:
+            dtype, contiguous = self._prepared[index].dtype, torch.contiguous_format
+            out = self._buffers.empty((id(param), sample), param, dtype, contiguous)
+            self._drawn[key] = self._draw(sample, index, out)
+        return self._drawn[key]
+
+    def _draw(self, sample: int, index: int, out: Tensor | None) -> Tensor:
         """u_i of one weight, from a seed of its own."""
         prepared = self._prepared[index]
         param = prepared.weight.param
@@ -138,7 +159,9 @@ class Directions:
             generator = self._generators[param.device] = Generator(param.device)
         # Without the coin's bit.
         generator.manual_seed(mix_seed(self._seed(sample) >> 1, index))
-        u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
+        u = out
+        if u is None:
+            u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
         prepared.weight.surrogate.perturbation.sample_(u, generator)
         u = shard_like(u, param)
         if prepared.rms_ratio is not None:
@@ -186,7 +209,7 @@ class Directions:
         if not direct:
             target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
         if probe.noise:
-            _add_product_(target, self._draw(probe.sample, index), prepared.eps, probe.noise)
+            _add_product_(target, self._noise(probe.sample, index), prepared.eps, probe.noise)
         if probe.guide and grad is not None:
             grad = _rotated(weight, grad.to(prepared.dtype))
             _add_product_(target, grad, prepared.guide_factor, probe.guide)
@@ -202,7 +225,7 @@ class Directions:
                     products.append(0.0)
                     continue
                 grad = _rotated(prepared.weight, prepared.grad.to(u.dtype))
-                products.append(torch.sum(u.mul_(grad).mul_(prepared.eps), dtype=torch.float64))
+                products.append(torch.sum((u * grad).mul_(prepared.eps), dtype=torch.float64))
         params = [prepared.weight.param for prepared in self._prepared]
         products = sum_over_shards(products, params * len(samples))
         return [
@@ -236,7 +259,7 @@ class Directions:
             if prepared.weight.rotate is None:
                 _add_product_(grad, total, inverse_eps, scale)
             else:
-                grad.add_(prepared.weight.rotate(total.mul_(inverse_eps)), alpha=scale)
+                grad.add_(prepared.weight.rotate(total * inverse_eps), alpha=scale)
 
 
 def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tensor | None, float]:
@@ -247,7 +270,7 @@ def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tens
     total = None
     for draw, factor in draws:
         u = next(draw)
-        total = u.mul_(factor) if total is None else total.add_(u, alpha=factor)
+        total = u * factor if total is None else total.add_(u, alpha=factor)
     return total, 1.0
 
 
@@ -307,7 +330,12 @@ def _norm(weight: QuantizedWeight, grad: Tensor | None, eps: Factor) -> Factor:
     dtype = working_dtype(grad)
     if isinstance(eps, float):  # a rotation keeps the norm
         return float(torch.linalg.vector_norm(grad, dtype=dtype)) * eps
-    return torch.linalg.vector_norm(_rotated(weight, grad.to(dtype)) * eps).double()
+    grad = _rotated(weight, grad.to(dtype))
+    # One pass where all that shares a step is reduced first, as in a channel.
+    shared = [-dim for dim in range(1, grad.dim() + 1) if dim > eps.dim() or eps.shape[-dim] == 1]
+    if shared:
+        grad = torch.linalg.vector_norm(grad, dim=shared, keepdim=True)
+    return torch.linalg.vector_norm(grad * eps).double()
 
 
 def _global_norm(norms: Sequence[Factor]) -> Factor:

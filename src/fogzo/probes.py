@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from fogzo.buffers import Buffers
 from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
 from fogzo.rng import RngState
 from fogzo.weights import QuantizedWeight
@@ -46,9 +47,9 @@ class Probes:
                 "model=model, the module that fully_shard was called on last"
             )
         self._weights = weights
-        self._borrowed: Sequence[QuantizedWeight] = ()
+        self._lent: list[Tensor] = []
         self._saved: list[Tensor] = []
-        self._kept: dict[int, Tensor] = {}
+        self.buffers = Buffers()
         self._recorded: RngState | None = None
         self._replay: RngState | None = None
         self._numpy_in_use = False
@@ -82,8 +83,9 @@ class Probes:
             for weight in weights:
                 if weight.frozen_step is not nullcontext:
                     frozen.enter_context(weight.frozen_step())
-            self._borrowed = weights if copy else ()
-            self._saved = [self._copy(weight.param) for weight in self._borrowed]
+            if copy:
+                self._lent = [local(weight.param) for weight in weights]
+                self._saved = [self._copy(weight.param) for weight in weights]
             try:
                 yield
             except BaseException:
@@ -94,7 +96,7 @@ class Probes:
                 self.reset_()
                 if self._sharded:
                     reshard(self.models)
-                self._borrowed, self._saved = (), []
+                self._lent, self._saved = [], []
                 for param, grad in grads:
                     if param.grad is not grad:  # a closure with zero_grad() in it drops them
                         param.grad = grad
@@ -127,15 +129,7 @@ class Probes:
 
     def _copy(self, param: Tensor) -> Tensor:
         shard = local(param)
-        if shard.device.type != "cpu":
-            return shard.clone()
-        # On an accelerator the copy lives only while activations do not. On a CPU it is kept:
-        # allocating it anew makes the C library hand memory back and fetch it again in every
-        # forward, which costs more than the copy.
-        kept = self._kept.get(id(param))
-        if kept is None or kept.dtype != shard.dtype or kept.shape != shard.shape:
-            kept = self._kept[id(param)] = torch.empty_like(shard, requires_grad=False)
-        return kept.copy_(shard)
+        return self.buffers.empty(id(param), shard).copy_(shard)
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""
@@ -143,13 +137,13 @@ class Probes:
 
     def reset_(self) -> None:
         """Put the saved weights back while the loan goes on."""
-        for weight, saved in zip(self._borrowed, self._saved, strict=True):
-            local(weight.param).copy_(saved)
+        if self._lent:
+            torch._foreach_copy_(self._lent, self._saved)
 
     def mirror_(self) -> None:
         """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
-        for weight, saved in zip(self._borrowed, self._saved, strict=True):
-            local(weight.param).lerp_(saved, 2.0)
+        if self._lent:
+            torch._foreach_lerp_(self._lent, self._saved, 2.0)
 
     def evaluate(self, closure: Closure) -> Tensor:
         """The closure's loss at the weights as they are, a scalar tensor.

@@ -6,13 +6,20 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import compute_device
-from fogzo.directions import Coordinates, Directions, NoiseShape, Probe, mix_seed
+from fogzo.directions import (
+    Coordinates,
+    Directions,
+    NoiseShape,
+    Probe,
+    mix_seed,
+    working_dtype,
+)
 from fogzo.estimators.cautions import mention_loud_noise, warn_if_scaled
 from fogzo.estimators.combination import Combination
 from fogzo.estimators.measure import Measurement, measure
@@ -30,6 +37,8 @@ from fogzo.stacked_probes import AtOnce, check_at_once
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
 logger = logging.getLogger(__name__)
+
+_MOST_NOISE_KEPT = 64 * 2**20  # bytes
 
 
 class GradientEstimator(ABC):
@@ -60,6 +69,10 @@ class GradientEstimator(ABC):
             memory grows with it: copies of the weights, their noise, and the activations of as
             many forwards. ``"auto"`` takes as many as keep copies and noise below 256 MiB (4 MiB
             on a CPU, for its caches), whatever the activations take.
+        keep_noise: Keep the noise of the perturbation until the gradients are written, for the
+            memory of the weights a sample; else it is drawn twice, which on a CPU costs more.
+            ``"auto"`` keeps it where that takes no more than 64 MiB, and not with ``lean``. The
+            result is the same. Noise of sharded weights is never kept.
         lean: Move each weight only while its layer computes, by hooks around the layer's forward:
             the extra memory is one layer instead of a copy of all quantized weights, the noise is
             drawn twice a sample instead of once, the result is the same. Not for compiled models.
@@ -87,6 +100,7 @@ class GradientEstimator(ABC):
         one_sided: bool = False,
         track_flips: bool = False,
         probes_at_once: AtOnce = 1,
+        keep_noise: bool | Literal["auto"] = "auto",
         lean: bool = False,
         overhead: float | None = None,
         model: nn.Module | None = None,
@@ -122,6 +136,7 @@ class GradientEstimator(ABC):
             "noise_on_masked": noise_on_masked,
         }
         self._probes = Probes(self.weights, model)
+        self.keep_noise = keep_noise
         check_at_once(probes_at_once, self.weights, self._probes)
         self.probes_at_once: AtOnce = probes_at_once
         if lean:
@@ -242,7 +257,13 @@ class GradientEstimator(ABC):
             return RefineStats(self.step)
         weights = self._weights_to_refine()
         seed = mix_seed(self.seed, self.step)
-        directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
+        directions = Directions(
+            weights,
+            seed,
+            grad_scale=grad_scale,
+            buffers=self._probes.buffers if self._keeps_noise else None,
+            **self._direction_options,
+        )
         probes = self.plan(share, directions)
         measured = self._measure(directions, probes, closure, expected_loss)
         losses, norm = measured.losses, float(directions.norm)
@@ -267,6 +288,13 @@ class GradientEstimator(ABC):
             flip_rate=measured.flip_rate,
             fallback=fallback,
         )
+
+    @property
+    def _keeps_noise(self) -> bool:
+        if self.keep_noise != "auto":
+            return self.keep_noise
+        size = sum(w.param.numel() * working_dtype(w.param).itemsize for w in self.weights)
+        return not self.lean and self.num_samples * size <= _MOST_NOISE_KEPT
 
     def _weights_to_refine(self) -> list[QuantizedWeight]:
         if not self.needs_gradient:

@@ -1,7 +1,7 @@
 """The options that every member of the family shares, for its type checker and its messages."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -22,6 +22,7 @@ class EstimatorOptions(TypedDict, total=False):
     one_sided: bool
     track_flips: bool
     probes_at_once: AtOnce
+    keep_noise: bool | Literal["auto"]
     lean: bool
     overhead: float | None
     model: nn.Module | None

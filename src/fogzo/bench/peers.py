@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from fogzo import Quantizer, fixed, lsq, quantize_
+from fogzo import Quantizer, abs_max, fixed, lsq, quantize_
 from fogzo.bench.cases import NotHereError
 
 Layer = nn.Linear | nn.Conv2d
@@ -97,6 +97,8 @@ LAYERS: dict[str, Make] = {
     "fogzo.fixed(2)": _with(fixed(2)),
     "fogzo.lsq(2)": _with(lsq(2)),
     "fogzo.lsq(4), channel": _with(lsq(4, granularity="channel")),
+    "fogzo.abs_max(4), channel": _with(abs_max(4, granularity="channel")),
+    "fogzo.abs_max(2)": _with(abs_max(2)),
     "chain of torch operations": Chain,
     "torchao, int4, channel": with_torchao,
     "brevitas, 2 bits": with_brevitas,

@@ -7,7 +7,7 @@ from typing import Literal
 
 Suite = Literal["tiny", "quick", "full"]
 
-SECTION_NAMES = ("steps", "memory", "layers", "probes", "scaling")
+SECTION_NAMES = ("steps", "memory", "layers", "compiled", "probes", "scaling")
 """In the order in which they run."""
 
 
@@ -44,7 +44,7 @@ class BenchConfig:
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
     only: tuple[str, ...] = ()
-    """Sections to run, of steps, memory, layers, probes and scaling; by default all."""
+    """Sections to run, of steps, memory, layers, compiled, probes and scaling; by default all."""
     rounds: int | None = None
     """Most rounds of a comparison; by default the suite's."""
     seconds: float | None = None

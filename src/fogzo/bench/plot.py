@@ -61,9 +61,10 @@ def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
 
 def _memory(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     rows: Dots = {}
+    kinds = {"default": "default", "redrawn": "noise drawn twice", "lean": "lean"}
     for case in cases:
-        default, lean = (case["facts"][f"{name}_copies"] for name in ("default", "lean"))
-        rows[case["name"]] = {"default": (default,) * 3, "lean": (lean,) * 3}
+        copies = {kinds[kind]: case["facts"][f"{kind}_copies"] for kind in kinds}
+        rows[case["name"]] = {kind: (value,) * 3 for kind, value in copies.items()}
     return _dots(rows, "memory", "peak above the STE step's, in copies of the quantized weights")
 
 
@@ -74,6 +75,17 @@ def _layers(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
         "forward and backward over those of the float layer, and quartiles",
         spread_out=True,
     )
+
+
+def _compiled(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+    rows: Dots = {
+        case["name"]: {
+            kind: _spread(case["ratios"][f"{kind}, compiled / eager"])
+            for kind in ("STE step", "FOGZO step")
+        }
+        for case in cases
+    }
+    return _dots(rows, "compiled", "time of a compiled step over an eager one's, and quartiles")
 
 
 def _probes(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
@@ -119,6 +131,7 @@ _PANELS = {
     "steps": _steps,
     "memory": _memory,
     "layers": _layers,
+    "compiled": _compiled,
     "probes": _probes,
     "scaling": _scaling,
 }

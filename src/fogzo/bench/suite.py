@@ -49,6 +49,7 @@ def run_suite(
         "suite": config.suite,
         "threads": config.threads,
         "device": str(ranks.device),
+        "malloc": {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")},
         "rounds": config.limits.rounds,
         "seconds_a_comparison": config.limits.seconds,
         "load_average": [load, _load_average()],

@@ -133,6 +133,7 @@ _VIEWS = {
             _mib("weights, MiB", "weight_bytes"),
             _mib("STE peak, MiB", "ste_peak_bytes"),
             _fact("default", "default_copies", ".2f"),
+            _fact("noise drawn twice", "redrawn_copies", ".2f"),
             _fact("lean", "lean_copies", ".2f"),
         ),
     ),
@@ -143,6 +144,18 @@ _VIEWS = {
             _NAME,
             _milliseconds("pass", "step"),
             _ratio("over float", "over base"),
+        ),
+    ),
+    "compiled": _View(
+        "Compiled: whole steps with and without torch.compile",
+        "Compiled over eager, medians of ratios within a round, with quartiles. Nothing was "
+        "compiled anew while it was timed.",
+        (
+            _NAME,
+            _milliseconds("STE, compiled", "STE step, compiled"),
+            _milliseconds("FOGZO, compiled", "FOGZO step, compiled"),
+            _ratio("STE", "STE step, compiled / eager"),
+            _ratio("FOGZO", "FOGZO step, compiled / eager"),
         ),
     ),
     "probes": _View(

@@ -38,7 +38,7 @@ from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
 logger = logging.getLogger(__name__)
 
-_MOST_NOISE_KEPT = 64 * 2**20  # bytes
+_MOST_NOISE_KEPT = 16 * 2**20  # bytes
 
 
 class GradientEstimator(ABC):
@@ -71,7 +71,7 @@ class GradientEstimator(ABC):
             on a CPU, for its caches), whatever the activations take.
         keep_noise: Keep the noise of the perturbation until the gradients are written, for the
             memory of the weights a sample; else it is drawn twice, which on a CPU costs more.
-            ``"auto"`` keeps it where that takes no more than 64 MiB, and not with ``lean``. The
+            ``"auto"`` keeps it where that takes no more than 16 MiB, and not with ``lean``. The
             result is the same. Noise of sharded weights is never kept.
         lean: Move each weight only while its layer computes, by hooks around the layer's forward:
             the extra memory is one layer instead of a copy of all quantized weights, the noise is

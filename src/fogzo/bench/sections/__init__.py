@@ -6,12 +6,13 @@ import torch
 
 from fogzo.bench.cases import Case
 from fogzo.bench.config import BenchConfig
-from fogzo.bench.sections import layers, memory, probes, scaling, steps
+from fogzo.bench.sections import compiled, layers, memory, probes, scaling, steps
 
 SECTIONS: dict[str, Callable[[BenchConfig, torch.device], Iterator[Case]]] = {
     "steps": steps.run,
     "memory": memory.run,
     "layers": layers.run,
+    "compiled": compiled.run,
     "probes": probes.run,
     "scaling": scaling.run,
 }

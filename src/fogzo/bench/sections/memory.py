@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,8 +30,13 @@ def measure(make: Make, device: torch.device) -> Case:
     steps.ste()  # the optimizer's own state is none of the difference
     plain = _peak(steps, steps.ste, device)
     copies = {}
-    for name, lean in (("default", False), ("lean", True)):
-        estimator = FogzoEstimator(network.weights, lean=lean)
+    kinds: dict[str, dict[str, Any]] = {
+        "default": {},
+        "redrawn": {"keep_noise": False},
+        "lean": {"lean": True},
+    }
+    for name, options in kinds.items():
+        estimator = FogzoEstimator(network.weights, **options)
         peak = _peak(steps, partial(steps.refined, estimator), device)
         copies[f"{name}_copies"] = (peak - plain) / network.weight_bytes
     return Case(

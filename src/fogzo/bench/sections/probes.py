@@ -1,10 +1,11 @@
 """What kinds of probes cost: many at once, fewer and cheaper ones, and MeZO's in place."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fogzo import FogzoEstimator, SpsaEstimator, every
 from fogzo.bench import mezo
@@ -13,6 +14,7 @@ from fogzo.bench.comparing import compare
 from fogzo.bench.config import BenchConfig, Suite
 from fogzo.bench.networks import Network, mlp
 from fogzo.bench.stepping import Steps
+from fogzo.stacked_probes import chunk_size
 
 SAMPLES: dict[Suite, tuple[int, ...]] = {
     "tiny": (2,),
@@ -41,15 +43,40 @@ def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
 
 
 def at_once(network: Network, n: int, config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """A FOGZO step of n samples, its probes one by one or together."""
+    """A FOGZO step of n samples, its probes one by one or together, and what both must do."""
     steps = Steps(network)
     makers = {
         "one by one": lambda: _fogzo(steps, num_samples=n),
         "at once": lambda: _fogzo(steps, num_samples=n, probes_at_once="auto"),
+        "products of input and weights alone": lambda: _products(network, 2 * n),
     }
     title = f"{network.name}, n = {n}"
     facts: Facts = {"kind": "at once", "num_samples": n}
     return compare(title, makers, "one by one", facts, config.limits, device)
+
+
+def _products(network: Network, forwards: int) -> Callable[[], None]:
+    """The matrix products of so many forwards, as many at once as "auto" takes.
+
+    They bound what any way to evaluate probes in the network's own precision can cost.
+    """
+    layers = [module for module in network.model.modules() if isinstance(module, nn.Linear)]
+    calls = math.ceil(forwards / (2 * chunk_size("auto", network.weights)))
+    size = math.ceil(forwards / calls)
+    operands = [
+        (
+            torch.randn(network.batch, layer.in_features, device=layer.weight.device),
+            layer.weight.detach().expand(size, *layer.weight.shape).clone().transpose(1, 2),
+        )
+        for layer in layers
+    ]
+
+    def products() -> None:
+        for _ in range(calls):
+            for x, weights in operands:
+                torch.matmul(x, weights)
+
+    return products
 
 
 def cheaper(network: Network, config: BenchConfig, device: torch.device) -> Iterator[Case]:

@@ -4,6 +4,9 @@ BIN := .venv/bin
 # Small matrices on few cores: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
+# What keeps glibc from handing memory back to the system between two forwards.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+
 .PHONY: demo test lint suite benchmarks results results-check clean
 
 demo: .venv/installed  ## train and compare on real digits, write runs/demo/report.html
@@ -19,11 +22,13 @@ lint: .venv/installed
 suite: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
-benchmarks: .venv/installed  ## measure again what the README says of cost
-	$(BIN)/python benchmarks/step_cost.py --output benchmarks/step_cost.json
-	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_cost.py --threads 2 \
-		--output benchmarks/step_cost_2_threads.json
-	$(BIN)/python benchmarks/many_probes.py
+benchmarks: .venv/installed  ## measure again what is said of cost, half an hour on an idle machine
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/fogzo bench --suite full --output-dir benchmarks/full
+	OMP_NUM_THREADS=2 $(BIN)/fogzo bench --suite full --only steps --threads 2 \
+		--output-dir benchmarks/two-threads
+	$(KEEP_MEMORY) $(BIN)/fogzo bench --suite full --only steps --output-dir benchmarks/kept-memory
+	$(BIN)/python experiments/tables.py
 
 results: .venv/installed  ## rewrite the README's tables and the reports from the committed JSON
 	$(BIN)/python experiments/tables.py

@@ -43,6 +43,8 @@ WAITING = (
     "shakespeare-llama-lsq-w2a2",
     "shakespeare-llama-quest-w2a2",
     "cifar-deit-lsq-w2",
+    "cifar-deit-kappa",
+    "shakespeare-llama-kappa",
 )
 """Declared, and not run yet: their results are not committed."""
 
@@ -82,6 +84,11 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"mnist-mlp-{preset}-w2a2"] = small(replace(weights, activations=quantizer))
         both = replace(text, quantizer=quantizer, activations=quantizer)
         found[f"shakespeare-llama-{preset}-w2a2"] = deep(both, equal_time=False)
+    # The deep networks' kappa, tuned as openly as their learning rate.
+    for model, recipe in (("cifar-deit", images["cifar-deit"]), ("shakespeare-llama", text)):
+        fixed = replace(recipe, quantizer=QuantizerConfig(preset="fixed", bits=2))
+        tuned = deep(fixed, equal_time=False)
+        found[f"{model}-kappa"] = replace(tuned, kappas=(1e-4, 1e-3, 1e-2, 0.1))
     lsq = replace(images["cifar-deit"], quantizer=QuantizerConfig(preset="lsq", bits=2))
     found["cifar-deit-lsq-w2"] = deep(lsq, equal_time=False)
     found["cheaper-probes-mnist-mlp"] = small(short, rows=CHEAPER_ROWS)

@@ -5,7 +5,8 @@ With --check nothing is written, and tables that differ are an error.
     python experiments/tables.py [--check]
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a folder of
-experiments/ with a results.json, or step_cost. Those of `fogzo compare` have a config.json too.
+experiments/ with a results.json, or bench-FOLDER-SECTION of a folder of benchmarks/. Those of
+`fogzo compare` have a config.json too.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 from overview import GROUPS, MIXTURES, mixture, overview
 
 from fogzo.cli import comparison
+from fogzo.cli.bench import tables
 from fogzo.cli.report import write_compare_report
 from fogzo.recipes.compare import CompareConfig
 from fogzo.recipes.config import from_dict
@@ -50,8 +52,9 @@ def main() -> None:
 
 def marked_table(name: str) -> str:
     """The table of that name, with its marks."""
-    if name == "step_cost":
-        text = cost_table(read(ROOT / "benchmarks" / "step_cost.json"))
+    if name.startswith("bench-"):
+        folder, _, section = name.removeprefix("bench-").rpartition("-")
+        text = bench_table(read(ROOT / "benchmarks" / folder / "results.json"), section)
     elif name == "embedded":
         text = embedded_table(committed(name))
     elif name in ("synthetic-law", "regression", "forwards"):
@@ -113,27 +116,15 @@ def embedded_table(results: dict[str, Any]) -> str:
     return markdown(heading, rows) + "\n" + note + "\n"
 
 
-def cost_table(report: dict[str, Any]) -> str:
-    """What a step costs beside its floor."""
-    heading = ("model", "quantized weights", "FOGZO step / floor", "FOGZO step / STE step")
-    heading += ("extra memory / quantized weights",)
-    rows = [
-        [
-            case["case"],
-            f"{case['quantized_weights']:,}",
-            f"{case['fogzo_over_floor']:.2f}",
-            f"{case['fogzo_over_ste']:.2f}",
-            f"{case['extra_peak_mib'] / case['weights_mib']:.2f}",
-        ]
-        for case in report["cases"]
-    ]
-    facts = report["environment"]
-    note = (
-        f"Medians of paired measurements, {report['threads']} thread(s), {facts['processor']}, "
-        f"torch {facts['torch']}, {facts['date']}. `import fogzo` takes "
-        f"{report['import_seconds']:.2f} s after `import torch`.\n"
+def bench_table(results: dict[str, Any], section: str) -> str:
+    """One section of a benchmark, as `fogzo bench` prints it."""
+    (table,) = tables({**results, "sections": {section: results["sections"][section]}})
+    facts, count = results["environment"], results["threads"]
+    where = (
+        f"{count} thread{'' if count == 1 else 's'}, {facts['processor']}, torch "
+        f"{facts['torch']}, {facts['date']}."
     )
-    return markdown(heading, rows) + "\n" + note
+    return with_note(table.heading, table.rows, f"{table.caption} {where}")
 
 
 def with_note(heading: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:

@@ -282,9 +282,10 @@ def test_the_full_suite_compiles_each_layer(monkeypatch):
     monkeypatch.setitem(layers.SHAPES, "full", layers.SHAPES["tiny"][:1])
     config = BenchConfig(suite="full", rounds=1, seconds=1e-9)
     cases = list(layers.run(config, CPU))
-    assert [case.facts["mode"] for case in cases] == ["eager"] * 7 + ["compiled"] * 7
-    assert len(compiled) == 5
-    skipped = {case.facts["alternative"]: case.skipped for case in cases[7:] if case.skipped}
+    count = len(LAYERS)
+    assert [case.facts["mode"] for case in cases] == ["eager"] * count + ["compiled"] * count
+    assert len(compiled) == count - len(PEERS)
+    skipped = {case.facts["alternative"]: case.skipped for case in cases[count:] if case.skipped}
     assert skipped["chain of torch operations"] == "RuntimeError: no compiler"
 
 

@@ -32,7 +32,7 @@ NETWORKS: dict[Suite, dict[str, Make]] = {
         "ResNet": lambda device: resnet((8, 16), 2, device),
     },
     "quick": _QUICK,
-    "full": _QUICK | {"larger LLaMA": lambda device: llama(384, 4, 8, 128, device)},
+    "full": _QUICK | {"larger LLaMA": lambda device: llama(384, 4, 32, 128, device)},
 }
 """Networks by what they are called until they are built."""
 

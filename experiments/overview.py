@@ -46,16 +46,26 @@ GROUPS: dict[str, Sequence[Line]] = {
         Line("mnist-mlp-tanh", "MLP, MNIST, tanh"),
         Line("mnist-mlp-approx-sign", "MLP, MNIST, ApproxSign"),
         Line("cifar-deit-identity", "DeiT, CIFAR-10, identity", "DeiT-Tiny: 62.72 → 70.06"),
+        Line("cifar-deit-hardtanh", "DeiT, CIFAR-10, hardtanh"),
         Line("cifar-deit-tanh", "DeiT, CIFAR-10, tanh", "DeiT-Tiny: 41.98 → 46.8"),
+        Line("cifar-deit-approx-sign", "DeiT, CIFAR-10, ApproxSign"),
         Line("cifar-resnet-identity", "ResNet-18, CIFAR-10, identity", "79.92 → 80.42"),
+        Line("cifar-resnet-hardtanh", "ResNet-18, CIFAR-10, hardtanh"),
         Line("cifar-resnet-tanh", "ResNet-18, CIFAR-10, tanh", "74.68 → 75.02"),
+        Line("cifar-resnet-approx-sign", "ResNet-18, CIFAR-10, ApproxSign"),
         Line("shakespeare-llama-identity", "LLaMA, Shakespeare, identity", "9M: 109.95 → 105.64"),
+        Line("shakespeare-llama-tanh", "LLaMA, Shakespeare, tanh", "9M: 123.97 → 121.51"),
     ),
     "overview-learned": (
         Line("mnist-mlp-lsq-w2", "MLP, MNIST, LSQ W2"),
         Line("mnist-mlp-lsq-w2a2", "MLP, MNIST, LSQ W2A2"),
         Line("mnist-mlp-quest-w2", "MLP, MNIST, QuEST W2"),
         Line("mnist-mlp-quest-w2a2", "MLP, MNIST, QuEST W2A2"),
+        Line("cifar-deit-lsq-w2", "DeiT, CIFAR-10, LSQ W2", "DeiT-Small: 79.55 → 80.06"),
+        Line("shakespeare-llama-lsq-w2a2", "LLaMA, Shakespeare, LSQ W2A2", "95M: 39.06 → 37.38"),
+        Line(
+            "shakespeare-llama-quest-w2a2", "LLaMA, Shakespeare, QuEST W2A2", "95M: 37.75 → 37.37"
+        ),
     ),
 }
 

@@ -24,6 +24,7 @@ LEVELS = {
     "activations": 1,
     "selection": 1,
     "attach": 1,
+    "noise": 1,
     "directions": 1,
     "probes": 1,
     "stacked_probes": 1,

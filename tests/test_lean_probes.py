@@ -142,6 +142,12 @@ def test_a_closure_that_runs_no_quantized_layer_is_refused():
         estimator.refine_grads_(other_loss)
 
 
+def test_keep_noise_takes_three_words():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"True, False or \"auto\", got 'yes'.*keep_noise=False"):
+        fogzo.FogzoEstimator([("w", layer.weight, 0.5)], keep_noise="yes")
+
+
 def test_what_lean_probes_cannot_do_is_refused_at_once():
     layer = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="model=model, or leave lean=True out"):

@@ -60,3 +60,30 @@ def test_the_committed_mnist_result_is_what_prototypes_found(optimizer):
     # .66 to .72 there, where the initial weights were others
     assert 0.64 < rows["fogzo"]["train_loss"]["mean"] < 0.78
     assert gaps["ste-unmasked"]["test_accuracy"]["high"] < 0  # what the README tells to try first
+
+
+def committed(name):
+    return json.loads((ROOT / "experiments" / name / "results.json").read_text(encoding="utf-8"))
+
+
+def test_what_the_pages_say_in_words_is_what_was_measured():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    ratios = set()
+    for name in ("cifar-deit-identity", "cifar-resnet-identity", "shakespeare-llama-identity"):
+        steps = {(row["name"], row["budget"]): row["steps"] for row in committed(name)["rows"]}
+        ratios.add(f"{steps['ste', 'time'] / steps['fogzo', 'steps']:.1f}")
+    assert f"cost {min(ratios)} to {max(ratios)} times as much" in " ".join(README.split())
+    forwards = committed("forwards")
+    of = {(p["row"], p["optimizer"], p["samples"], p["steps"]): p for p in forwards["points"]}
+    dearest, fogzo = of["spsa", "adamw", 7960, 25], of["fogzo", "adamw", 10, 25]
+    assert f"for {dearest['forwards'] / fogzo['forwards']:.0f} times its forward" in page
+    reached = [pair["ratio"] for pair in forwards["equal_loss"] if pair["ratio"]]
+    assert f"it paid {min(reached):.0f} to {max(reached):.0f} times as much" in page
+    agreements = [p["agreement"] for p in curve_of(committed("mnist-mlp-quest-w2"), "fogzo")]
+    negative = sum(agreement < 0 for agreement in agreements)
+    assert f"in {negative} of the {len(agreements)} logged steps" in " ".join(page.split())
+
+
+def curve_of(results, name):
+    row = next(row for row in results["rows"] if (row["name"], row["budget"]) == (name, "steps"))
+    return row["curve"]

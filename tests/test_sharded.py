@@ -260,7 +260,7 @@ def broken_on_one_rank(rank, what):
 
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
-    from fogzo import attach, directions
+    from fogzo import attach, noise
 
     _, estimator, loss_fn, _ = after_backward(rank, "quest")
     estimator.num_samples = 2
@@ -275,8 +275,8 @@ def whole_tensors_at_once(rank):
             seen, most = seen + 1, max(most, len(alive))
         return tensor
 
-    cut, gather = directions.shard_like, attach.full
-    directions.shard_like = lambda tensor, like: cut(watch(tensor), like)
+    cut, gather = noise.shard_like, attach.full
+    noise.shard_like = lambda tensor, like: cut(watch(tensor), like)
     attach.full = lambda tensor: watch(gather(tensor))
     kept = []
 
@@ -287,7 +287,7 @@ def whole_tensors_at_once(rank):
     try:
         estimator.refine_grads_(closure)
     finally:
-        directions.shard_like, attach.full = cut, gather
+        noise.shard_like, attach.full = cut, gather
     own = [collectives.local(w.param.detach()).shape for w in estimator.weights]
     # Gathered: two measurements of the step, and codes twice. Drawn: two samples, twice each, and
     # the first once more to count its flips.

@@ -15,28 +15,15 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fogzo.buffers import Buffers
 from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
+from fogzo.noise import Noise, working_dtype
 from fogzo.weights import QuantizedWeight
 
 Coordinates = Literal["scaled", "global"]
 NoiseShape = Literal["isotropic", "tensor_rms"]
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK64 = (1 << 64) - 1
-
-
-def mix_seed(*parts: int) -> int:
-    """One well-mixed 64-bit seed from several integers (splitmix64's finaliser)."""
-    state = 0
-    for part in parts:
-        state = (state + part + _GOLDEN) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return state
 
 
 class Probe(NamedTuple):
@@ -57,9 +44,9 @@ class _Prepared(NamedTuple):
     weight: QuantizedWeight
     dtype: torch.dtype  # to compute in
     grad: Tensor | None  # as backward left it, this rank's part
-    eps: Factor
     guide_factor: Factor  # eps^2 / N: eps * ghat = guide_factor * g
-    rms_ratio: Factor | None  # noise_shape="tensor_rms": this tensor's rms over the global one
+    noise_factor: Factor  # eps, times this tensor's rms over the global one for "tensor_rms"
+    inverse_noise_factor: Factor  # the same with 1 / eps, which is 0 where a step is
 
 
 class Directions:
@@ -73,8 +60,7 @@ class Directions:
             all tensors; ``"global"`` uses their mean everywhere, the literal formula.
         noise_shape: ``"tensor_rms"`` gives each tensor noise in proportion to its gradient's rms.
         noise_on_masked: Whether weights without gradient are perturbed and moved too.
-        buffers: Where what is drawn is kept, as much memory as the weights take a sample; without
-            them it is drawn again for each use.
+        buffers: Where noise is kept between its uses; see `Noise`.
     """
 
     def __init__(
@@ -89,11 +75,7 @@ class Directions:
         buffers: Buffers | None = None,
     ) -> None:
         self.weights = weights
-        self.seed = seed
-        self._seeds: dict[int, int] = {}
-        self._buffers = buffers
-        self._drawn: dict[tuple[int, int], Tensor] = {}
-        self._generators: dict[torch.device, Generator] = {}
+        self._noise = Noise(weights, seed, buffers)
         self.grad_scale = grad_scale
         self.noise_on_masked = noise_on_masked
         params = [weight.param for weight in weights]
@@ -110,7 +92,7 @@ class Directions:
         #: ||g_phi|| in loss units, in float64.
         self.norm: Factor = scaled_norm / grad_scale
         inverse_norm = _inverse(scaled_norm)
-        ratios: list[Factor | None] = [None] * len(norms)
+        ratios: list[Factor] = [1.0] * len(norms)
         if noise_shape == "tensor_rms":
             total = sum(weight.param.numel() for weight in weights)
             ratios = [
@@ -118,57 +100,35 @@ class Directions:
                 for norm, weight in zip(norms, weights, strict=True)
             ]
         self._prepared = [
-            _Prepared(weight, working_dtype(weight.param), grad, e, e * e * inverse_norm, ratio)
+            _Prepared(
+                weight,
+                working_dtype(weight.param),
+                grad,
+                e * e * inverse_norm,
+                e * ratio,
+                _inverse(e) * ratio,
+            )
             for weight, grad, e, ratio in zip(weights, grads, eps, ratios, strict=True)
         ]
 
     def sign(self, sample: int) -> float:
         """The fair coin s_i."""
-        return 1.0 if self._seed(sample) & 1 else -1.0
-
-    def _seed(self, sample: int) -> int:
-        if sample not in self._seeds:
-            self._seeds[sample] = mix_seed(self.seed, sample)
-        return self._seeds[sample]
+        return self._noise.sign(sample)
 
     def noise(self, sample: int) -> Iterator[Tensor]:
         """u_i of (this rank's part of) each weight in turn, the same whenever it is called.
 
         Leave the tensors as they are: they may be kept for the next call.
         """
-        return (self._noise(sample, index) for index in range(len(self._prepared)))
+        return (self._noise_of(sample, index) for index in range(len(self._prepared)))
 
-    def _noise(self, sample: int, index: int) -> Tensor:
-        """u_i of one weight, drawn once or, where it is not kept, each time."""
-        param = self._prepared[index].weight.param
-        if self._buffers is None or is_sharded(param):  # drawn whole, so not kept
-            return self._draw(sample, index, None)
-        key = (sample, index)
-        if key not in self._drawn:
-            dtype, contiguous = self._prepared[index].dtype, torch.contiguous_format
-            out = self._buffers.empty((id(param), sample), param, dtype, contiguous)
-            self._drawn[key] = self._draw(sample, index, out)
-        return self._drawn[key]
-
-    def _draw(self, sample: int, index: int, out: Tensor | None) -> Tensor:
-        """u_i of one weight, from a seed of its own."""
-        prepared = self._prepared[index]
-        param = prepared.weight.param
-        generator = self._generators.get(param.device)
-        if generator is None:
-            generator = self._generators[param.device] = Generator(param.device)
-        # Without the coin's bit.
-        generator.manual_seed(mix_seed(self._seed(sample) >> 1, index))
-        u = out
-        if u is None:
-            u = torch.empty(param.shape, dtype=prepared.dtype, device=param.device)
-        prepared.weight.surrogate.perturbation.sample_(u, generator)
-        u = shard_like(u, param)
-        if prepared.rms_ratio is not None:
-            u.mul_(prepared.rms_ratio)
-        if not self.noise_on_masked and prepared.grad is not None:
-            u.mul_(_rotated(prepared.weight, prepared.grad) != 0)
-        return u
+    def _noise_of(self, sample: int, index: int) -> Tensor:
+        """u_i of one weight, before `_Prepared.noise_factor`."""
+        u = self._noise.of(sample, index)
+        weight, grad = self._prepared[index].weight, self._prepared[index].grad
+        if self.noise_on_masked or grad is None:
+            return u
+        return u * (_rotated(weight, grad) != 0)
 
     def add_offsets_(self, probe: Probe) -> None:
         """Move every weight by ``eps * v``."""
@@ -209,7 +169,8 @@ class Directions:
         if not direct:
             target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
         if probe.noise:
-            _add_product_(target, self._noise(probe.sample, index), prepared.eps, probe.noise)
+            u = self._noise_of(probe.sample, index)
+            _add_product_(target, u, prepared.noise_factor, probe.noise)
         if probe.guide and grad is not None:
             grad = _rotated(weight, grad.to(prepared.dtype))
             _add_product_(target, grad, prepared.guide_factor, probe.guide)
@@ -225,7 +186,9 @@ class Directions:
                     products.append(0.0)
                     continue
                 grad = _rotated(prepared.weight, prepared.grad.to(u.dtype))
-                products.append(torch.sum((u * grad).mul_(prepared.eps), dtype=torch.float64))
+                products.append(
+                    torch.sum((u * grad).mul_(prepared.noise_factor), dtype=torch.float64)
+                )
         params = [prepared.weight.param for prepared in self._prepared]
         products = sum_over_shards(products, params * len(samples))
         return [
@@ -254,12 +217,11 @@ class Directions:
             if total is None:
                 continue
             scale *= self.grad_scale
-            # A group of weights whose step is zero has no coordinates to move in.
-            inverse_eps = _inverse(prepared.eps)
             if prepared.weight.rotate is None:
-                _add_product_(grad, total, inverse_eps, scale)
+                _add_product_(grad, total, prepared.inverse_noise_factor, scale)
             else:
-                grad.add_(prepared.weight.rotate(total * inverse_eps), alpha=scale)
+                rotated = prepared.weight.rotate(total * prepared.inverse_noise_factor)
+                grad.add_(rotated, alpha=scale)
 
 
 def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tensor | None, float]:
@@ -289,12 +251,6 @@ def _inverse(factor: Factor) -> Factor:
     if isinstance(factor, float):
         return 1 / factor if factor > 0 and math.isfinite(factor) else 0.0
     return factor.reciprocal().nan_to_num_(0.0, posinf=0.0)
-
-
-def working_dtype(param: Tensor) -> torch.dtype:
-    """In which a weight's perturbation is computed."""
-    # bfloat16 would swallow sqrt(q) * eps * u next to the weight.
-    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
 
 
 def _eps(weight: QuantizedWeight) -> Factor:

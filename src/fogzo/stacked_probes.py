@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded
-from fogzo.directions import working_dtype
+from fogzo.noise import working_dtype
 from fogzo.probes import Closure, Probes
 from fogzo.weights import QuantizedWeight
 

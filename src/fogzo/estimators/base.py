@@ -12,20 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import compute_device
-from fogzo.directions import (
-    Coordinates,
-    Directions,
-    NoiseShape,
-    Probe,
-    mix_seed,
-    working_dtype,
-)
+from fogzo.directions import Coordinates, Directions, NoiseShape, Probe
 from fogzo.estimators.cautions import mention_loud_noise, warn_if_scaled
 from fogzo.estimators.combination import Combination
 from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.options import check_choice
 from fogzo.estimators.stats import RefineStats
 from fogzo.lean_probes import check_lean
+from fogzo.noise import is_kept, mix_seed
 from fogzo.pacing import Pace
 from fogzo.probes import Closure, Probes
 from fogzo.schedules import (
@@ -37,8 +31,6 @@ from fogzo.stacked_probes import AtOnce, check_at_once
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
 logger = logging.getLogger(__name__)
-
-_MOST_NOISE_KEPT = 16 * 2**20  # bytes
 
 
 class GradientEstimator(ABC):
@@ -130,13 +122,14 @@ class GradientEstimator(ABC):
         self.step = 0
         self.one_sided = one_sided
         self.track_flips = track_flips
+        self._probes = Probes(self.weights, model)
+        kept = is_kept(keep_noise, self.weights, num_samples, lean)
         self._direction_options: dict[str, Any] = {
             "coordinates": coordinates,
             "noise_shape": noise_shape,
             "noise_on_masked": noise_on_masked,
+            "buffers": self._probes.buffers if kept else None,
         }
-        self._probes = Probes(self.weights, model)
-        self.keep_noise = keep_noise
         check_at_once(probes_at_once, self.weights, self._probes)
         self.probes_at_once: AtOnce = probes_at_once
         if lean:
@@ -257,13 +250,7 @@ class GradientEstimator(ABC):
             return RefineStats(self.step)
         weights = self._weights_to_refine()
         seed = mix_seed(self.seed, self.step)
-        directions = Directions(
-            weights,
-            seed,
-            grad_scale=grad_scale,
-            buffers=self._probes.buffers if self._keeps_noise else None,
-            **self._direction_options,
-        )
+        directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
         probes = self.plan(share, directions)
         measured = self._measure(directions, probes, closure, expected_loss)
         losses, norm = measured.losses, float(directions.norm)
@@ -288,13 +275,6 @@ class GradientEstimator(ABC):
             flip_rate=measured.flip_rate,
             fallback=fallback,
         )
-
-    @property
-    def _keeps_noise(self) -> bool:
-        if self.keep_noise != "auto":
-            return self.keep_noise
-        size = sum(w.param.numel() * working_dtype(w.param).itemsize for w in self.weights)
-        return not self.lean and self.num_samples * size <= _MOST_NOISE_KEPT
 
     def _weights_to_refine(self) -> list[QuantizedWeight]:
         if not self.needs_gradient:

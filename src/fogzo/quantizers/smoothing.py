@@ -294,7 +294,8 @@ def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Ten
     # The CPU generator is serial and would be most of a step's overhead. One 64-bit draw holds
     # four odd numbers of 16 bits, symmetric about zero: four times faster on a large tensor, in
     # parts that stay in the cache; not worth its few calls on a small one.
-    for part in out.view(-1).split(2**16):
+    flat = out.view(-1)
+    for part in flat.split(2**16) if len(flat) > 2**16 else [flat]:
         draws = torch.empty((part.numel() + 3) // 4, dtype=torch.int64)
         draws.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
         part.copy_(draws.view(torch.int16)[: part.numel()]).mul_(edge / 2**15)

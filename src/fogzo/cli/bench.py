@@ -80,7 +80,9 @@ def _mib(heading: str, name: str) -> _Column:
 def _milliseconds(heading: str, name: str) -> _Column:
     def text(case: CaseResults) -> str:
         value = case["seconds"].get(name)
-        return "" if value is None else f"{1e3 * value:.3g}"
+        if value is None:
+            return ""
+        return f"{1e3 * value:,.0f}" if value >= 0.1 else f"{1e3 * value:.3g}"
 
     return _Column(f"{heading}, ms", text)
 

@@ -34,15 +34,6 @@ LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", 
 LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
 WAITING = (
-    "cifar-deit-hardtanh",
-    "cifar-resnet-hardtanh",
-    "cifar-deit-approx-sign",
-    "cifar-resnet-approx-sign",
-    "cheaper-probes-mnist-mlp",
-    "shakespeare-llama-tanh",
-    "shakespeare-llama-lsq-w2a2",
-    "shakespeare-llama-quest-w2a2",
-    "cifar-deit-lsq-w2",
     "cifar-deit-kappa",
     "shakespeare-llama-kappa",
 )

@@ -84,6 +84,22 @@ def test_what_the_pages_say_in_words_is_what_was_measured():
     assert f"in {negative} of the {len(agreements)} logged steps" in " ".join(page.split())
 
 
+def test_what_is_said_of_peers_is_what_was_measured():
+    path = ROOT / "benchmarks" / "full" / "results.json"
+    cases = json.loads(path.read_text(encoding="utf-8"))["sections"]["layers"]["cases"]
+    times = {}
+    for case in cases:
+        if case["skipped"] is None:
+            of_shape = times.setdefault((case["facts"]["layer"], case["facts"]["mode"]), {})
+            of_shape[case["facts"]["alternative"]] = case["ratios"]["over base"]
+    assert len(times) == 8
+    for of_shape in times.values():
+        assert of_shape["fogzo.abs_max(2)"]["high"] < of_shape["brevitas, 2 bits"]["low"]
+        if "torchao, int4, channel" in of_shape:  # it has no convolution
+            ours, theirs = of_shape["fogzo.abs_max(4), channel"], of_shape["torchao, int4, channel"]
+            assert ours["median"] < theirs["median"]
+
+
 def curve_of(results, name):
     row = next(row for row in results["rows"] if (row["name"], row["budget"]) == (name, "steps"))
     return row["curve"]

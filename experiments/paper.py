@@ -33,12 +33,6 @@ CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
 LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
 LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
-WAITING = (
-    "cifar-deit-kappa",
-    "shakespeare-llama-kappa",
-)
-"""Declared, and not run yet: their results are not committed."""
-
 SURROGATES = {
     "identity": "identity",
     "hardtanh": "hardtanh",
@@ -161,11 +155,11 @@ HALF_DECADES = {
 
 
 def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -> CompareConfig:
-    """Three seeds, one of which chooses among the learning rates."""
+    """Five seeds, one of which chooses among the learning rates."""
     factors = HALF_DECADES[base.model.family]
     rates = tuple(float(f"{base.learning_rate * factor:.3g}") for factor in factors)
     return CompareConfig(
-        base=base, rows=rows, learning_rates=rates, num_seeds=3, tuning_seeds=1, **options
+        base=base, rows=rows, learning_rates=rates, num_seeds=5, tuning_seeds=1, **options
     )
 
 

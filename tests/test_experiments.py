@@ -240,16 +240,9 @@ def test_committed_points_are_all_that_the_settings_ask_for():
 
 
 PAPER = module("paper").comparisons()
-RUN = [name for name in PAPER if name not in module("paper").WAITING]
 
 
-def test_what_waits_to_be_run_is_declared_and_has_no_results():
-    waiting = set(module("paper").WAITING)
-    assert waiting < set(PAPER)
-    assert not [name for name in waiting if folder(name).exists()]
-
-
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", PAPER)
 def test_a_committed_comparison_is_the_one_that_the_script_runs(name):
     config = replace(PAPER[name], workers=2)
     stored = json.loads((folder(name) / "config.json").read_text(encoding="utf-8"))
@@ -298,4 +291,4 @@ def test_an_overview_calls_what_the_intervals_call():
 
 def test_every_line_of_an_overview_is_a_committed_comparison():
     lines = [line for group in module("overview").GROUPS.values() for line in group]
-    assert {line.folder for line in lines} <= set(RUN)
+    assert {line.folder for line in lines} <= set(PAPER)

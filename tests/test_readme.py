@@ -79,6 +79,11 @@ def test_what_the_pages_say_in_words_is_what_was_measured():
     assert f"for {dearest['forwards'] / fogzo['forwards']:.0f} times its forward" in page
     reached = [pair["ratio"] for pair in forwards["equal_loss"] if pair["ratio"]]
     assert f"it paid {min(reached):.0f} to {max(reached):.0f} times as much" in page
+    gaps = committed("shakespeare-llama-kappa")["differences"]
+    gap = next(d["test_perplexity"] for d in gaps if (d["name"], d["budget"]) == ("ste", "steps"))
+    mean, low, high = (f"{-gap[key]:.2f}" for key in ("mean", "high", "low"))
+    assert f"by {mean} perplexity a byte [{low}, {high}]" in " ".join(page.split())
+    assert f"{mean} perplexity better" in README
     agreements = [p["agreement"] for p in curve_of(committed("mnist-mlp-quest-w2"), "fogzo")]
     negative = sum(agreement < 0 for agreement in agreements)
     assert f"in {negative} of the {len(agreements)} logged steps" in " ".join(page.split())

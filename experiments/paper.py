@@ -33,6 +33,9 @@ CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
 LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
 LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
+THREE_SEEDS = ("cifar-deit-tanh", "cifar-resnet-tanh")
+"""Deep comparisons that got three seeds instead of five, for want of time."""
+
 SURROGATES = {
     "identity": "identity",
     "hardtanh": "hardtanh",
@@ -83,6 +86,8 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"radius-{radius:g}-mnist-mlp"] = small(
             replace(short, radius=radius), equal_time=False
         )
+    for name in THREE_SEEDS:
+        found[name] = replace(found[name], num_seeds=3)
     return {
         name: replace(config, base=replace(config.base, output_dir=EXPERIMENTS / name))
         for name, config in found.items()

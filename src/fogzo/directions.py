@@ -118,7 +118,8 @@ class Directions:
     def noise(self, sample: int) -> Iterator[Tensor]:
         """u_i of (this rank's part of) each weight in turn, the same whenever it is called.
 
-        Leave the tensors as they are: they may be kept for the next call.
+        ``noise_shape`` is not in it yet. Leave the tensors as they are: they may be kept for the
+        next call.
         """
         return (self._noise_of(sample, index) for index in range(len(self._prepared)))
 

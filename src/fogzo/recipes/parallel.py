@@ -39,7 +39,7 @@ class Ranks:
         """The elementwise sum over ranks, on the CPU."""
         if self.count == 1:
             return tensor
-        total = tensor.to(self.device)
+        total = tensor.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.cpu()
 

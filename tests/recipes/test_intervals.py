@@ -149,10 +149,10 @@ def test_the_toy_whose_ste_is_wrong_has_the_right_winner():
 
 def test_identical_estimators_have_no_winner_but_for_the_promised_errors():
     calls = 0
-    for trial in range(20):
+    for trial in range(60):
         first, second = (
             [quadratic("fogzo", 5 * trial + seed, stream, steps=25) for seed in range(5)]
             for stream in (1, 2)
         )
         calls += not called(first, second).startswith("These seeds do not tell")
-    assert calls <= 2
+    assert calls <= 7  # of 60 at 5%, more in 1.6% of all worlds

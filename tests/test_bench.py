@@ -196,8 +196,8 @@ def test_lean_probes_hold_less_than_the_copy_of_all_weights(results):
     for case in cases_of(results, "memory"):
         facts = case["facts"]
         assert 1 <= facts["redrawn_copies"] < 1.5
-        # The noise of so few weights is kept.
-        assert facts["redrawn_copies"] + 0.9 < facts["default_copies"] < 2.5
+        # The noise of so few weights is kept, two bytes of it a weight of four.
+        assert facts["redrawn_copies"] + 0.4 < facts["default_copies"] < 2
         assert facts["lean_copies"] < facts["redrawn_copies"]
         assert case["facts"]["ste_peak_bytes"] > case["facts"]["weight_bytes"]
 

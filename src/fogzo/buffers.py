@@ -1,6 +1,6 @@
 """Memory that every step needs again."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,25 +18,37 @@ class Buffers:
         self._kept: dict[Hashable, Tensor] = {}
 
     def empty(
-        self,
-        key: Hashable,
-        like: Tensor,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format = torch.preserve_format,
+        self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A tensor of that one's shape and device.
+        """A contiguous tensor.
+
+        Args:
+            key: Its user, who is done with it when asking again.
+            shape: Of the tensor, and so are dtype and device.
+            dtype: See shape.
+            device: See shape.
+        """
+        kept = self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
+            kept = torch.empty(shape, dtype=dtype, device=device)
+            self._keep(key, kept)
+        return kept
+
+    def empty_like(self, key: Hashable, like: Tensor) -> Tensor:
+        """A tensor of that one's shape, dtype, device and, where it is dense, strides.
 
         Args:
             key: Its user, who is done with it when asking again.
             like: Its model.
-            dtype: By default the model's.
-            memory_format: By default the model's.
         """
-        dtype = like.dtype if dtype is None else dtype
         kept = self._kept.get(key)
-        if kept is not None and kept.dtype == dtype and kept.shape == like.shape:
-            return kept
-        made = torch.empty_like(like, dtype=dtype, memory_format=memory_format, requires_grad=False)
-        if like.device.type == "cpu":
+        wanted = (like.shape, like.dtype, like.device)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != wanted:
+            kept = torch.empty_like(like, requires_grad=False)
+            self._keep(key, kept)
+        return kept
+
+    def _keep(self, key: Hashable, made: Tensor) -> None:
+        self._kept.pop(key, None)
+        if made.device.type == "cpu":
             self._kept[key] = made
-        return made

@@ -69,10 +69,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-@torch.no_grad()
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered from all ranks, which have to ask for it together."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fogzo.buffers import Buffers
 from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
-from fogzo.noise import Noise, working_dtype
+from fogzo.noise import Draw, Noise, working_dtype
 from fogzo.weights import QuantizedWeight
 
 Coordinates = Literal["scaled", "global"]
@@ -118,18 +118,19 @@ class Directions:
     def noise(self, sample: int) -> Iterator[Tensor]:
         """u_i of (this rank's part of) each weight in turn, the same whenever it is called.
 
-        ``noise_shape`` is not in it yet. Leave the tensors as they are: they may be kept for the
-        next call.
+        ``noise_shape`` is not in it yet.
         """
-        return (self._noise_of(sample, index) for index in range(len(self._prepared)))
+        for index, prepared in enumerate(self._prepared):
+            values, unit = self._draw(sample, index)
+            yield values.to(prepared.dtype) * unit
 
-    def _noise_of(self, sample: int, index: int) -> Tensor:
+    def _draw(self, sample: int, index: int) -> Draw:
         """u_i of one weight, before `_Prepared.noise_factor`."""
-        u = self._noise.of(sample, index)
+        draw = self._noise.of(sample, index)
         weight, grad = self._prepared[index].weight, self._prepared[index].grad
         if self.noise_on_masked or grad is None:
-            return u
-        return u * (_rotated(weight, grad) != 0)
+            return draw
+        return draw._replace(values=draw.values * (_rotated(weight, grad) != 0))
 
     def add_offsets_(self, probe: Probe) -> None:
         """Move every weight by ``eps * v``."""
@@ -139,16 +140,29 @@ class Directions:
     def stacks(self, probes: Sequence[Probe]) -> list[Tensor]:
         """Copies of every weight, moved along one probe each: (probes, *shape) of each weight.
 
-        To the bit what `add_offsets_` makes of the weights, which are left alone.
+        To rounding what `add_offsets_` makes of the weights, which are left alone.
         """
-        stacks = []
-        for prepared in self._prepared:
-            param = prepared.weight.param.detach()
-            stack = param.expand(len(probes), *param.shape)
-            stacks.append(stack.clone(memory_format=torch.contiguous_format))
-        for probe, *targets in zip(probes, *(stack.unbind() for stack in stacks), strict=True):
-            self._add_offsets_(targets, probe)
-        return stacks
+        return [self._stack(index, probes) for index in range(len(self._prepared))]
+
+    def _stack(self, index: int, probes: Sequence[Probe]) -> Tensor:
+        prepared = self._prepared[index]
+        param, dtype = prepared.weight.param.detach(), prepared.dtype
+        stack = param.expand(len(probes), *param.shape)
+        stack = stack.clone(memory_format=torch.contiguous_format)
+        if prepared.weight.rotate is not None or param.dtype != dtype:
+            for row, probe in zip(stack.unbind(), probes, strict=True):
+                self.move_(index, row, probe)
+            return stack
+        each = (-1, *[1] * param.dim())
+        if any(probe.noise for probe in probes):
+            draws = [self._draw(probe.sample, index) for probe in probes]
+            scales = [p.noise * draw.unit for p, draw in zip(probes, draws, strict=True)]
+            factor = param.new_tensor(scales).view(each) * prepared.noise_factor
+            stack.addcmul_(torch.stack([draw.values for draw in draws]), factor)
+        if prepared.grad is not None and any(probe.guide for probe in probes):
+            factor = param.new_tensor([probe.guide for probe in probes]).view(each)
+            stack.addcmul_(prepared.grad.to(dtype), factor * prepared.guide_factor)
+        return stack
 
     def _add_offsets_(self, targets: Sequence[Tensor], probe: Probe) -> None:
         for index, target in enumerate(targets):
@@ -170,8 +184,8 @@ class Directions:
         if not direct:
             target = torch.zeros_like(param, dtype=prepared.dtype, requires_grad=False)
         if probe.noise:
-            u = self._noise_of(probe.sample, index)
-            _add_product_(target, u, prepared.noise_factor, probe.noise)
+            values, unit = self._draw(probe.sample, index)
+            _add_product_(target, values, prepared.noise_factor, probe.noise * unit)
         if probe.guide and grad is not None:
             grad = _rotated(weight, grad.to(prepared.dtype))
             _add_product_(target, grad, prepared.guide_factor, probe.guide)
@@ -204,10 +218,9 @@ class Directions:
             guide: Factor of the first-order gradient.
             noise: Pairs (sample, factor).
         """
-        draws = [(self.noise(sample), factor) for sample, factor in noise if factor]
-        for prepared in self._prepared:
+        noise = [(sample, factor) for sample, factor in noise if factor]
+        for index, prepared in enumerate(self._prepared):
             param = prepared.weight.param
-            total, scale = _weighted_sum(draws)
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             grad = local(param.grad)
@@ -215,8 +228,9 @@ class Directions:
                 grad.zero_()  # not a product: 0 * inf would keep a broken gradient alive
             elif guide != 1:
                 grad.mul_(guide)
-            if total is None:
+            if not noise:
                 continue
+            total, scale = self._weighted_sum(index, noise)
             scale *= self.grad_scale
             if prepared.weight.rotate is None:
                 _add_product_(grad, total, prepared.inverse_noise_factor, scale)
@@ -224,24 +238,26 @@ class Directions:
                 rotated = prepared.weight.rotate(total * prepared.inverse_noise_factor)
                 grad.add_(rotated, alpha=scale)
 
-
-def _weighted_sum(draws: Sequence[tuple[Iterator[Tensor], float]]) -> tuple[Tensor | None, float]:
-    """The next draw of each, summed by their factors, as (sum, factor still to be applied)."""
-    if len(draws) == 1:
-        draw, factor = draws[0]
-        return next(draw), factor
-    total = None
-    for draw, factor in draws:
-        u = next(draw)
-        total = u * factor if total is None else total.add_(u, alpha=factor)
-    return total, 1.0
+    def _weighted_sum(self, index: int, noise: Sequence[tuple[int, float]]) -> tuple[Tensor, float]:
+        """The sum of one weight's draws by their factors, as (sum, factor still to be applied)."""
+        if len(noise) == 1:
+            ((sample, factor),) = noise
+            values, unit = self._draw(sample, index)
+            return values, factor * unit
+        prepared = self._prepared[index]
+        shard = local(prepared.weight.param)
+        total = torch.zeros(shard.shape, dtype=prepared.dtype, device=shard.device)
+        for sample, factor in noise:
+            values, unit = self._draw(sample, index)
+            total.add_(values, alpha=factor * unit)
+        return total, 1.0
 
 
 def _add_product_(target: Tensor, tensor: Tensor, factor: Factor, scale: float) -> None:
     """``target += scale * factor * tensor`` in one pass."""
     if isinstance(factor, float):
         target.add_(tensor, alpha=factor * scale)
-    elif target.dtype == tensor.dtype:
+    elif target.dtype == tensor.dtype or not tensor.is_floating_point():
         target.addcmul_(tensor, factor, value=scale)
     else:
         target.add_(tensor * factor, alpha=scale)

@@ -129,7 +129,7 @@ class Probes:
 
     def _copy(self, param: Tensor) -> Tensor:
         shard = local(param)
-        return self.buffers.empty(id(param), shard).copy_(shard)
+        return self.buffers.empty_like(id(param), shard).copy_(shard)
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""

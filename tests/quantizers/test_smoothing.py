@@ -22,6 +22,9 @@ from fogzo.quantizers.smoothing import (
     SmoothingLaw,
     Triangular,
     Uniform,
+    random_odd_codes,
+    with_radius,
+    words_of,
 )
 
 GRIDS = [
@@ -221,6 +224,27 @@ def test_samples_follow_the_law(law, density, radius, kurtosis, dtype):
     cdf = law.cdf(u.sort().values * law.radius)
     distance = torch.maximum((ranks - cdf).abs(), (ranks - 1 / count - cdf).abs()).max()
     assert distance < 2.23 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 4096])
+def test_codes_are_odd_integers_of_which_uniform_noise_consists(count):
+    words = torch.empty(words_of(torch.empty(count)), dtype=torch.int64)
+    codes = random_odd_codes(words, Generator().manual_seed(6))
+    assert codes.dtype == torch.int16 and count <= len(codes) < count + 4
+    assert codes.data_ptr() == words.data_ptr() and (codes % 2 == 1).all()
+    assert Uniform().code_unit * 2**15 * Uniform().radius == pytest.approx(0.5)  # its edge
+    assert with_radius(Uniform(), 3.0).code_unit == Uniform().code_unit
+    assert Normal().code_unit is None and with_radius(Normal(), 3.0).code_unit is None
+
+
+def test_codes_follow_the_uniform_law_in_all_their_bits():
+    count = 100_000
+    codes = random_odd_codes(torch.empty(count // 4, dtype=torch.int64), Generator().manual_seed(6))
+    for bit in range(1, 16):
+        share = ((codes >> bit) & 1).double().mean().item()
+        assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(count)
+    squares = (codes * Uniform().code_unit).double().square()
+    assert abs(squares.mean().item() - 1) < 5 * math.sqrt(0.8 / count)
 
 
 @LAWS

@@ -117,14 +117,16 @@ class Quantizer:
         tokens = self._features_last(x, feature_dim)
         return self._measure(self._groups(tokens.reshape(-1, tokens.shape[-1]), 0))
 
-    @torch.no_grad()
     def current_step(
         self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0
     ) -> Tensor:
-        """The (groups, 1) step sizes that a forward would use, after any rounding of them."""
+        """The (groups, 1) step sizes that a forward would use, after any rounding of them.
+
+        They carry no history.
+        """
         if step is None:
-            step = self._measure(self._groups(weight, output_dim))
-        return self._effective(step, weight.dtype)
+            step = self._measure(self._groups(weight.detach(), output_dim))
+        return self._effective(step.detach(), weight.dtype)
 
     def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """`current_step`, shaped to broadcast against the weight (rotated, if it is)."""

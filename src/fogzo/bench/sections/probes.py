@@ -58,18 +58,18 @@ def at_once(network: Network, n: int, config: BenchConfig, device: torch.device)
 def _products(network: Network, forwards: int) -> Callable[[], None]:
     """The matrix products of so many forwards, as many at once as "auto" takes.
 
-    They bound what any way to evaluate probes in the network's own precision can cost.
+    They bound what any way to evaluate probes in the network's own precision can cost. The first
+    layer's input is the same for all, so that its weights, side by side, are one matrix.
     """
     layers = [module for module in network.model.modules() if isinstance(module, nn.Linear)]
     calls = math.ceil(forwards / (2 * chunk_size("auto", network.weights)))
     size = math.ceil(forwards / calls)
-    operands = [
-        (
-            torch.randn(network.batch, layer.in_features, device=layer.weight.device),
-            layer.weight.detach().expand(size, *layer.weight.shape).clone().transpose(1, 2),
-        )
-        for layer in layers
-    ]
+    operands = []
+    for layer in layers:
+        weights = layer.weight.detach().expand(size, *layer.weight.shape).clone()
+        x = torch.randn(network.batch, layer.in_features, device=weights.device)
+        first = layer is layers[0]
+        operands.append((x, weights.flatten(0, 1).T if first else weights.transpose(1, 2)))
 
     def products() -> None:
         for _ in range(calls):

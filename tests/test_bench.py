@@ -111,7 +111,7 @@ def test_seconds_are_those_of_one_step():
     [
         (Limits(100, 100.0), 20),  # 5 seconds a round
         (Limits(7, 100.0), 7),
-        (Limits(100, 1.0), 3),  # no fewer than quartiles need
+        (Limits(100, 1.0), 7),  # no fewer than quartiles need
         (Limits(1, 1.0), 1),
     ],
 )

@@ -18,7 +18,7 @@ Clock = Callable[[], float]
 Alternatives = Mapping[str, Callable[[], object]]
 
 _WARM_UPS = 2
-_FEWEST_ROUNDS = 3
+_FEWEST_ROUNDS = 7
 # Seconds. A shorter turn would measure the change of turns: cold caches, the clock itself.
 _SHORTEST_TURN = 4e-3
 

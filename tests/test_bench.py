@@ -134,13 +134,14 @@ def test_short_functions_are_called_several_times_a_turn():
 
 def test_the_overhead_is_what_a_step_costs_beyond_ste_over_its_forwards(monkeypatch):
     rounds = [
-        {"STE step": 4.0, "forwards": 2.0, "floor": 6.0, "FOGZO step": 6.5},
-        {"STE step": 8.0, "forwards": 4.0, "floor": 12.0, "FOGZO step": 13.2},
-        {"STE step": 4.0, "forwards": 2.0, "floor": 6.0, "FOGZO step": 6.2},
+        {"STE step": 4.0, "forwards": 2.0, "floor": 6.0, "FOGZO step": 6.5, "free probes": 4.4},
+        {"STE step": 8.0, "forwards": 4.0, "floor": 12.0, "FOGZO step": 13.2, "free probes": 8.8},
+        {"STE step": 4.0, "forwards": 2.0, "floor": 6.0, "FOGZO step": 6.2, "free probes": 4.2},
     ]
     monkeypatch.setattr(steps, "time_in_turns", lambda *_: Turns(rounds))
     case = steps.measure(lambda device: mlp((4, 3, 2), 2, device), TINY, CPU)
     assert case.ratios["overhead"].median == pytest.approx(1.25)
+    assert case.ratios["own work"].median == pytest.approx(0.2)
     assert case.ratios["FOGZO / floor"].median == pytest.approx(6.5 / 6)
     assert case.ratios["FOGZO / STE"].median == pytest.approx(1.625)
     assert case.facts["target"] == 1.3
@@ -175,7 +176,7 @@ def test_every_number_is_finite_and_times_are_positive(results):
             assert all(map(math.isfinite, ratio.values()))
             assert ratio["low"] <= ratio["median"] <= ratio["high"]
             # A difference over a time may be anything while the machine is busy.
-            assert name == "overhead" or ratio["low"] > 0
+            assert name in ("overhead", "own work") or ratio["low"] > 0
 
 
 def test_the_run_is_described(results):
@@ -185,8 +186,9 @@ def test_the_run_is_described(results):
 
 def test_steps_are_timed_beside_their_floor(results):
     for case in cases_of(results, "steps"):
-        assert set(case["seconds"]) == {"STE step", "forwards", "floor", "FOGZO step"}
-        assert set(case["ratios"]) == {"overhead", "FOGZO / floor", "FOGZO / STE"}
+        kinds = {"STE step", "forwards", "floor", "FOGZO step", "free probes"}
+        assert set(case["seconds"]) == kinds
+        assert set(case["ratios"]) == {"overhead", "own work", "FOGZO / floor", "FOGZO / STE"}
         assert {"quantized_weights", "num_samples", "target", "met"} == set(case["facts"])
     names = [case["name"].partition(" ")[0] for case in cases_of(results, "steps")]
     assert names == ["MLP", "LLaMA", "ResNet"]

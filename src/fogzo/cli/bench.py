@@ -111,8 +111,9 @@ _WEIGHTS = _fact("quantized weights", "quantized_weights", ",")
 _VIEWS = {
     "steps": _View(
         "Steps: FOGZO beside STE and the floor",
-        "Overhead is (FOGZO step - STE step) / two forwards without gradient; the floor is an STE "
-        "step and these forwards. Medians of ratios within a round, with quartiles.",
+        "Overhead is (FOGZO step - STE step) / two forwards without gradient; own work the same of "
+        "a step whose probes cost nothing. The floor is an STE step and the two forwards. Medians "
+        "of ratios within a round, with quartiles.",
         (
             _NAME,
             _WEIGHTS,
@@ -120,6 +121,7 @@ _VIEWS = {
             _milliseconds("FOGZO", "FOGZO step"),
             _ratio("FOGZO / STE", "FOGZO / STE"),
             _ratio("FOGZO / floor", "FOGZO / floor"),
+            _ratio("own work", "own work"),
             _ratio("overhead", "overhead"),
             _fact("aim", "target", ".2f"),
             _fact("met", "met"),

@@ -62,9 +62,10 @@ class GradientEstimator(ABC):
             many forwards. ``"auto"`` takes as many as keep copies and noise below 256 MiB (4 MiB
             on a CPU, for its caches), whatever the activations take.
         keep_noise: Keep the noise of the perturbation until the gradients are written, for the
-            memory of the weights a sample; else it is drawn twice, which on a CPU costs more.
-            ``"auto"`` keeps it where that takes no more than 16 MiB, and not with ``lean``. The
-            result is the same. Noise of sharded weights is never kept.
+            memory of the weights a sample, on a CPU and of a uniform law 2 bytes a weight; else
+            it is drawn twice, which on a CPU costs more. ``"auto"`` keeps it where that takes no
+            more than 16 MiB, and not with ``lean``. The result is the same. Noise of sharded
+            weights is never kept.
         lean: Move each weight only while its layer computes, by hooks around the layer's forward:
             the extra memory is one layer instead of a copy of all quantized weights, the noise is
             drawn twice a sample instead of once, the result is the same. Not for compiled models.

@@ -71,7 +71,6 @@ def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
     )
     overhead = turns.spread(lambda s: (s["FOGZO step"] - s["STE step"]) / s["forwards"])
     own_work = turns.spread(lambda s: (s["free probes"] - s["STE step"]) / s["forwards"])
-    aim = target(network.num_weights)
     return timed(
         network.name,
         turns,
@@ -84,7 +83,6 @@ def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
         {
             "quantized_weights": network.num_weights,
             "num_samples": estimator.num_samples,
-            "target": aim,
-            "met": overhead.median <= aim,
+            "target": target(network.num_weights),
         },
     )

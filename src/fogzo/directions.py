@@ -235,8 +235,8 @@ class Directions:
             if prepared.weight.rotate is None:
                 _add_product_(grad, total, prepared.inverse_noise_factor, scale)
             else:
-                rotated = prepared.weight.rotate(total * prepared.inverse_noise_factor)
-                grad.add_(rotated, alpha=scale)
+                total = total.to(prepared.dtype) * prepared.inverse_noise_factor
+                grad.add_(prepared.weight.rotate(total), alpha=scale)
 
     def _weighted_sum(self, index: int, noise: Sequence[tuple[int, float]]) -> tuple[Tensor, float]:
         """The sum of one weight's draws by their factors, as (sum, factor still to be applied)."""
@@ -255,6 +255,8 @@ class Directions:
 
 def _add_product_(target: Tensor, tensor: Tensor, factor: Factor, scale: float) -> None:
     """``target += scale * factor * tensor`` in one pass."""
+    if target.dtype.itemsize < 4 and not tensor.is_floating_point():
+        tensor = tensor.float()  # bfloat16 would cut off the lower half of a code
     if isinstance(factor, float):
         target.add_(tensor, alpha=factor * scale)
     elif target.dtype == tensor.dtype or not tensor.is_floating_point():

@@ -22,7 +22,7 @@ lint: .venv/installed
 suite: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
-benchmarks: .venv/installed  ## measure again what is said of cost, half an hour on an idle machine
+benchmarks: .venv/installed  ## measure again what is said of cost, 20 minutes on an idle machine
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/fogzo bench --suite full --output-dir benchmarks/full
 	OMP_NUM_THREADS=2 $(BIN)/fogzo bench --suite full --only steps --threads 2 \

@@ -36,7 +36,7 @@ class BenchConfig:
     """Measure what FOGZO costs here, beside its floor, plain layers and other libraries."""
 
     suite: Suite = "quick"
-    """quick takes about a minute, full about 20 minutes; tiny shows that all runs."""
+    """quick takes about a minute, full about a quarter of an hour; tiny shows that all runs."""
     output_dir: Path = Path("runs/bench")
     """Folder of results.json and bench.svg."""
     threads: int = 1

@@ -24,9 +24,9 @@ class Buffers:
 
         Args:
             key: Its user, who is done with it when asking again.
-            shape: Of the tensor, and so are dtype and device.
-            dtype: See shape.
-            device: See shape.
+            shape: Its shape.
+            dtype: Its dtype.
+            device: Where it is.
         """
         kept = self._kept.get(key)
         if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):

@@ -134,8 +134,8 @@ class Directions:
 
     def add_offsets_(self, probe: Probe) -> None:
         """Move every weight by ``eps * v``."""
-        targets = [local(prepared.weight.param) for prepared in self._prepared]
-        self._add_offsets_(targets, probe)
+        for index, prepared in enumerate(self._prepared):
+            self.move_(index, local(prepared.weight.param), probe)
 
     def stacks(self, probes: Sequence[Probe]) -> list[Tensor]:
         """Copies of every weight, moved along one probe each: (probes, *shape) of each weight.
@@ -163,10 +163,6 @@ class Directions:
             factor = param.new_tensor([probe.guide for probe in probes]).view(each)
             stack.addcmul_(prepared.grad.to(dtype), factor * prepared.guide_factor)
         return stack
-
-    def _add_offsets_(self, targets: Sequence[Tensor], probe: Probe) -> None:
-        for index, target in enumerate(targets):
-            self.move_(index, target, probe)
 
     def move_(self, index: int, param: Tensor, probe: Probe) -> None:
         """Move one weight, or a copy of it, by ``eps * v``.

@@ -189,7 +189,6 @@ def test_chunks_of_any_size(n, at_once):
     [
         {"coordinates": "global"},
         {"noise_shape": "tensor_rms"},
-        {"noise_on_masked": False},
         {"track_flips": True},
     ],
     ids=str,

@@ -141,6 +141,10 @@ class Directions:
                 )
             )
 
+    def has_gradient(self) -> bool:
+        """Whether any gradient is not zero, of weights that stay where they are too."""
+        return any(p.grad is not None and bool(p.grad.any()) for p in self._prepared)
+
     def sign(self, sample: int) -> float:
         """The fair coin s_i."""
         return self._noise.sign(sample)
@@ -369,7 +373,7 @@ def _guide_where_measured(prepared: _Prepared, guide: float) -> Factor:
     # Within a rotated row the parts of a gradient cannot be told apart.
     if prepared.weight.rotate is not None and eps.numel() > max(eps.shape, default=1):
         return guide
-    return torch.where(eps > 0, guide, 1.0)
+    return _moves(eps) * (guide - 1) + 1
 
 
 def _sum_of_cubes(prepared: _Prepared, norm: Factor) -> Factor:

@@ -28,8 +28,8 @@ def noise_share_from_kappa(kappa: float, num_weights: int, num_samples: int = 1)
         ValueError: If kappa is negative or not finite, or a count is not positive.
     """
     check_kappa(kappa)
-    require_count("num_weights", num_weights, "sum(w.param.numel() for w in weights)")
-    require_count("num_samples", num_samples, "1")
+    require_count("num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)")
+    require_count("num_samples", num_samples, "num_samples=1")
     return kappa * num_samples / (num_weights + kappa * num_samples)
 
 
@@ -126,7 +126,7 @@ def linear_noise_share(
     >>> [schedule(step) for step in (0, 50, 75, 100)]
     [None, 0.0, 0.0005, 0.001]
     """
-    total_steps = require_count("total_steps", total_steps, "1000")
+    total_steps = require_count("total_steps", total_steps, "total_steps=1000")
     if isinstance(start, bool) or not isinstance(start, float | int) or not 0 <= start < 1:
         raise ValueError(
             f"start is the fraction of steps before FOGZO, in [0, 1), got {start!r}: "
@@ -135,9 +135,11 @@ def linear_noise_share(
     if kappa is not None:
         check_kappa(kappa)
     if num_weights is not None:
-        require_count("num_weights", num_weights, "sum(w.param.numel() for w in weights)")
+        require_count(
+            "num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)"
+        )
     if num_samples is not None:
-        require_count("num_samples", num_samples, "1")
+        require_count("num_samples", num_samples, "num_samples=1")
     # At least the last step is refined, or a short run would never see what was asked for.
     start_step = min(round(start * total_steps), total_steps - 1)
     return LinearNoiseShare(kappa, start_step, total_steps, num_weights, num_samples)
@@ -177,7 +179,7 @@ def every(interval: int, noise_share: float | NoiseShare) -> EveryNoiseShare:
     >>> [schedule(step) for step in range(5)]
     [0.0, None, 0.0005, None, 0.001]
     """
-    interval = require_count("interval", interval, "4")
+    interval = require_count("interval", interval, "interval=4")
     return EveryNoiseShare(interval, as_noise_share(noise_share))
 
 
@@ -262,5 +264,5 @@ def require_count(name: str, value: object, example: str) -> int:
     except TypeError:
         count = 0
     if count < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}: {name}={example}")
+        raise ValueError(f"{name} must be a positive integer, got {value!r}: {example}")
     return count

@@ -29,27 +29,30 @@ class Audit:
 
     In between, `suspects` compares for nothing: the mean of a probe's two losses lies next to the
     loss itself, or the step is audited.
+
+    Attributes:
+        steps: How many were measured.
     """
 
     def __init__(self) -> None:
-        self._steps = 0
+        self.steps = 0
         self._next = 1
         self._room = 1.0
 
     @property
     def passed(self) -> bool:
         """Whether a step has been measured and found right."""
-        return self._steps > 0
+        return self.steps > 0
 
     @property
     def due(self) -> bool:
         """Whether this step's closure is to be evaluated at the weights themselves."""
-        return self._steps + 1 >= self._next
+        return self.steps + 1 >= self._next
 
     def step_passed(self) -> None:
         """Count a step that was measured."""
-        self._steps += 1
-        while self._next <= self._steps:
+        self.steps += 1
+        while self._next <= self.steps:
             self._next *= 10
 
     def suspects(self, middle: float, expected: float, reach: float) -> bool:

@@ -14,7 +14,15 @@ from fogzo.collectives import compute_device
 from fogzo.directions import Coordinates, Directions, NoiseShape, Probe
 from fogzo.estimators.agreement import agreement_error
 from fogzo.estimators.audit import Audit
-from fogzo.estimators.cautions import advice, coarse_loss, doubt, mention_loud_noise, name_of
+from fogzo.estimators.cautions import (
+    NO_STEP,
+    NOT_FINITE,
+    advice,
+    coarse_loss,
+    doubt,
+    mention_loud_noise,
+    name_of,
+)
 from fogzo.estimators.combination import Combination
 from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.options import check_choice, check_options, check_seed
@@ -291,7 +299,8 @@ class GradientEstimator(ABC):
             if self.needs_gradient:
                 mark_refined(weights)
         if measured.losses:
-            self._audit.step_passed()
+            if measured.is_finite and math.isfinite(norm):
+                self._audit.step_passed()
             self._warn(fallback, refined.agreement, error, grad_scale, measured.dtype)
         return RefineStats(
             step=self.step,
@@ -383,9 +392,9 @@ class GradientEstimator(ABC):
         if self.needs_gradient and not math.isfinite(norm):
             return "the first-order gradient is not finite"
         if self.needs_gradient and norm == 0:
-            return "the first-order gradient is zero, or the step size of every weight it moves is"
-        if not all(map(math.isfinite, (*measured.losses, measured.base or 0.0))):
-            return "a probe loss is not finite"
+            return NO_STEP if directions.has_gradient() else "the first-order gradient is zero"
+        if not measured.is_finite:
+            return NOT_FINITE
         if measured.unchanged is not None:
             return measured.unchanged
         resolved = _RESOLVED * measured.loss_error
@@ -407,14 +416,12 @@ class GradientEstimator(ABC):
         """Say once per run what deserves to be known of a step."""
         kind, text = fallback, None
         if fallback is not None:
-            text = (
-                f"{fallback}: this step keeps its first-order gradient. {advice(fallback)}Said "
-                "once; see stats.fallback for later steps"
-            )
+            text = advice(fallback)
         elif dtype.itemsize < 4:
             kind, text = "half", coarse_loss(dtype)
         elif agreement is not None and error is not None:
-            kind, text = "agreement", doubt(agreement, error, grad_scale)
+            first = self._audit.steps == 1
+            kind, text = "agreement", doubt(agreement, error, grad_scale, first)
         if kind and text and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, RuntimeWarning, stacklevel=4)

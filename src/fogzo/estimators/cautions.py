@@ -10,6 +10,8 @@ from fogzo.schedules import kappa_from_noise_share, noise_share_from_kappa
 logger = logging.getLogger(__name__)
 
 _LOUD_KAPPA = 100
+NO_STEP = "the step size of every weight that has a gradient is zero"
+NOT_FINITE = "a probe loss is not finite"
 
 
 def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -> None:
@@ -26,24 +28,34 @@ def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -
         )
 
 
-def advice(fallback: str) -> str:
-    """What to do about a reason to fall back, where something can be done."""
-    if fallback == NO_FLIP:
-        return (
+def advice(fallback: str) -> str | None:
+    """What to say of a reason to fall back; nothing where another part of the loop will."""
+    remedy = {
+        NO_FLIP: (
             "Weights that lie on their levels (a dequantized checkpoint, a pull to the grid) have "
-            "nothing to measure until they move. "
-        )
-    if fallback == NO_EFFECT:
-        return (
+            "nothing to measure until they move"
+        ),
+        NO_EFFECT: (
             "Does the closure evaluate the model whose weights these are? Behind an adapter or a "
-            "gate that starts at zero it may. "
-        )
+            "gate that starts at zero it may"
+        ),
+        NO_STEP: (
+            "Layers of zeros have no step size: give the quantizer one, fogzo.fixed(2, step=0.05), "
+            "or leave them out with filter_fn"
+        ),
+        NOT_FINITE: "Look for an overflow in the closure, or lower the learning rate",
+    }.get(fallback)
     if fallback.endswith("resolves"):
-        return (
+        remedy = (
             "Compute the loss in float32, cross_entropy(logits.float(), y), and return it so; if "
-            "it is, these weights hardly matter to the loss yet. "
+            "it is, these weights hardly matter to the loss yet"
         )
-    return ""
+    if remedy is None:
+        return None
+    return (
+        f"{fallback}: this step keeps its first-order gradient. {remedy}. Said once; see "
+        "stats.fallback for later steps"
+    )
 
 
 def coarse_loss(dtype: torch.dtype) -> str:
@@ -60,9 +72,17 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def doubt(agreement: float, error: float, grad_scale: float) -> str | None:
-    """What is probably wrong where an agreement is none that rounding explains."""
-    if grad_scale == 1 and 0 < abs(agreement) <= 2**-10 and error < 0.1:
+def doubt(agreement: float, error: float, grad_scale: float, first: bool) -> str | None:
+    """What is probably wrong where an agreement is none that rounding explains.
+
+    Args:
+        agreement: As measured.
+        error: Its standard error.
+        grad_scale: As the user gave it.
+        first: Whether it is the run's first.
+    """
+    tiny = 0 < abs(agreement) <= 2**-10
+    if grad_scale == 1 and tiny and (first or error < 0.1):
         return (
             f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
             "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "

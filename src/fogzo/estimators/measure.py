@@ -36,6 +36,11 @@ class Measurement(NamedTuple):
     unchanged: str | None = None
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(map(math.isfinite, (*self.losses, self.base or 0.0)))
+
+    @property
     def slopes(self) -> list[float]:
         """Half the loss's change from one side of each probe to the other."""
         if self.base is not None:
@@ -105,7 +110,7 @@ def measure(
         measured = Measurement(
             means, expected[0] if one_sided else None, flip_rate, loss_error, dtype
         )
-        if not all(map(math.isfinite, [*means, *expected])):
+        if not (measured.is_finite and all(map(math.isfinite, expected))):
             return measured
         if two_sided and expected and not audited:
             reach = float(directions.norm) + max(map(abs, measured.slopes))

@@ -38,7 +38,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_options(estimator: str, *, num_samples: object, model: object, **flags: object) -> int:
     """Raise a `ValueError` unless options are of their types; returns ``num_samples``."""
-    count = require_count("num_samples", num_samples, "1")
+    count = require_count("num_samples", num_samples, f"{estimator}(weights, num_samples=1)")
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(

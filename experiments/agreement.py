@@ -65,16 +65,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = range(3 if options.quick else 8)
-    results = {
-        "environment": environment(),
-        "toy": toys(seeds, (100,) if options.quick else (100, 1000, 10_000)),
-        "regression": regressions(seeds, quick=options.quick),
-    }
-    if Path("data/mnist").exists() and not options.quick:
-        results["quest-mlp"] = quest_mlp(range(5))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+    results: dict[str, Any] = {"environment": environment()}
+
+    def keep(name: str, rows: list[dict[str, Any]]) -> None:
+        results[name] = rows
+        text = json.dumps(results, indent=1) + "\n"
+        (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+
+    keep("toy", toys(seeds, (100,) if options.quick else (100, 1000, 10_000)))
+    if Path("data/mnist").exists() and not options.quick:
+        keep("quest-mlp", quest_mlp(range(5)))
+    keep("regression", regressions(seeds, quick=options.quick))
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def regressions(seeds: range, *, quick: bool) -> list[dict[str, Any]]:
     found = []
     for setting in tuned["settings"][: len(config.omegas)]:
         for row in setting["rows"]:
-            if row["name"] not in ("fogzo", "lambda", "fogzo-unmasked", "lambda-unmasked"):
+            if row["name"] not in ("fogzo", "fogzo-unmasked"):
                 continue
             which = regression.Row(row["name"].split("-")[0], row["name"].endswith("unmasked"))
             choice = regression.Choice(row["learning_rate"], row["strength"])

@@ -309,7 +309,7 @@ class GradientEstimator(ABC):
             applied_agreement=None if refined.agreement is None else refined.guide,
             probe_losses=tuple(measured.losses),
             base_loss=measured.base,
-            gradient_norm=norm,
+            gradient_norm=norm if self.needs_gradient else None,
             flip_rate=measured.flip_rate,
             fallback=fallback,
             **self._noise_stats(share),

@@ -136,11 +136,11 @@ def _loss_dtype(
     dtype = loss.dtype if loss.is_floating_point() else torch.float32
     if dtype == torch.float64 and all(w.param.dtype != torch.float64 for w in weights):
         dtype = torch.float32  # .item() and .double() make nothing finer
-    for half in (torch.bfloat16, torch.float16):
-        # Computed in it and converted afterwards.
-        rounded = torch.tensor(values, dtype=torch.float64).to(half).double().tolist()
-        if len(values) > 1 and any(values) and rounded == list(values):
-            return half
+    if len(set(values)) > 1:
+        exact = torch.tensor(values, dtype=torch.float64)
+        for half in (torch.bfloat16, torch.float16):
+            if torch.equal(exact.to(half).double(), exact):  # computed in it, then converted
+                return half
     return dtype
 
 

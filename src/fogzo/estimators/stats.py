@@ -23,7 +23,8 @@ class RefineStats:
         probe_losses: The 2n losses in the order of evaluation, ``L1+, L1-, L2+, ...``; if
             one-sided the n losses ``L1+, L2+, ...``.
         base_loss: The loss at the weights themselves that one-sided differences start from.
-        gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates.
+        gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates;
+            None for estimators that use none.
         flip_rate: Fraction of integer codes that differ between the first pair of probes; None
             unless asked for.
         fallback: Why the first-order gradient was kept, or None.

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,17 +42,12 @@ FOLDER = Path(__file__).parent / "agreement"
 Rule = Callable[[float, float], float]
 
 
-def shrink_by(errors: float) -> Rule:
-    """`fogzo.estimators.agreement.shrink`, with its error multiplied."""
-    return lambda agreement, error: shrink(agreement, errors * error)
-
-
 RULES: dict[str, Rule] = {
     "measured": lambda agreement, error: agreement,
     "clamped at 0": lambda agreement, error: max(agreement, 0.0),
-    "shrunk by 1 error": shrink,
-    "shrunk by 2 errors": shrink_by(2),
-    "shrunk by 3 errors": shrink_by(3),
+    "shrunk by 1 error": partial(shrink, errors=1),
+    "shrunk by 2 errors": shrink,
+    "shrunk by 3 errors": partial(shrink, errors=3),
     "always 1": lambda agreement, error: 1.0,
 }
 TRUTHS = ("right", "too large", "unrelated", "reversed")
@@ -161,8 +157,8 @@ def quest_mlp(seeds: range) -> list[dict[str, Any]]:
         config = replace(base, estimator=estimator, learning_rate=rates[estimator])
         names = RULES if estimator == "fogzo" else ("always 1",)
         runs += [(name, config) for name in names]
-    default = replace(runs[-1][1], noise_shape="tensor_rms", kappa=0.01)
-    runs.append(("shrunk by 1 error", default))
+    default = replace(runs[-1][1], noise_shape="tensor_rms", kappa=1e-3)
+    runs.append(("shrunk by 2 errors", default))
     accuracies = [accuracy(name, config, seeds) for name, config in runs]
     return [
         {

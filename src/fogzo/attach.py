@@ -329,7 +329,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         if quantizer.rotation is None
         else partial(quantizer.rotate, output_dim=layer.output_dim),
         codes=layer.codes,
-        spacing=quantizer.grid.spacing,
+        grid=quantizer.grid,
         held=_padding(layer),
         frozen_step=nullcontext if quantizer.scale.has_state else frozen_steps,
     )

@@ -31,6 +31,8 @@ _NO_STEP = 2 * MIN_STEP
 # Nor is one far below the others of its weight a radius to measure in: it belongs to a dead group.
 _SMALLEST_SHARE = 2**-8
 _SAMPLE = 2**14
+_SMALL_SAMPLE = 2**12
+_NEAR = 0.1  # of the distance of levels
 
 
 class Probe(NamedTuple):
@@ -277,9 +279,29 @@ class Directions:
             params = [prepared.weight.param for prepared in self._prepared]
             numbers[1::3] = sum_over_shards(numbers[1::3], params)
         values = _as_floats(numbers)
-        flip_sizes = [w.spacing / (2 * w.surrogate.radius) for w in self.weights]
+        flip_sizes = [
+            (w.grid.spacing if w.grid else 1.0) / (2 * w.surrogate.radius) for w in self.weights
+        ]
         triples = zip(values[::3], values[1::3], values[2::3], flip_sizes, strict=True)
         return [Moments(*each) for each in triples]
+
+    def threshold_density(self) -> float:
+        """How dense weights lie at thresholds, weighted by their gradient: 1 if spread evenly.
+
+        A gradient predicts a slope as if they were. Weights that crowd on levels (a dequantized
+        checkpoint) hardly round differently however right it is, those that oscillate about
+        thresholds more often. It is estimated from a sample of rows.
+        """
+        numbers: list[Factor] = []
+        params = []
+        for prepared in self._prepared:
+            if prepared.weight.grid is not None and prepared.grad is not None:
+                numbers += _near_thresholds(prepared)
+                params += 2 * [prepared.weight.param]
+        if any(map(is_sharded, params)):
+            numbers = sum_over_shards(numbers, params)
+        near, inside = (math.fsum(_as_floats(numbers[i::2])) for i in (0, 1))
+        return near / (2 * _NEAR * inside) if inside > 0 else 1.0
 
     def _weighted_sum(self, index: int, noise: Sequence[tuple[int, float]]) -> tuple[Tensor, float]:
         """The sum of one weight's draws by their factors, as (sum, factor still to be applied)."""
@@ -390,6 +412,24 @@ def _sum_of_cubes(prepared: _Prepared, norm: Factor) -> Factor:
         eps = 1.0
     cubes = rows.to(working_dtype(grad)).abs().pow_(3).sum(dtype=torch.float64)
     return cubes * (weights_per_row * eps**3)
+
+
+def _near_thresholds(prepared: _Prepared) -> tuple[Factor, Factor]:
+    """Squares of a sample's scaled gradients: of weights near a threshold, and of all inside."""
+    weight, grad, eps, grid = prepared.weight, prepared.grad, prepared.eps, prepared.weight.grid
+    assert grad is not None and grid is not None
+    # Rows of a rotated weight are rotated one by one, if they are its outputs.
+    stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SMALL_SAMPLE)
+    grad, param = grad[::stride].to(prepared.dtype), local(weight.param)[::stride]
+    if not isinstance(eps, float):
+        eps = eps.expand(prepared.weight.param.shape)[::stride]
+    param, grad = _rotated(weight, param.to(prepared.dtype)), _rotated(weight, grad)
+    cells = param * (_inverse(eps) * (weight.surrogate.radius / grid.spacing))
+    cells = cells - grid.thresholds[0] / grid.spacing
+    distance = (cells - cells.round().clamp(0, len(grid.thresholds) - 1)).abs()
+    squares = (grad * eps).square()
+    near = (squares * (distance < _NEAR)).sum(dtype=torch.float64)
+    return near, (squares * (distance <= 0.5)).sum(dtype=torch.float64)
 
 
 def _ratio(a: Factor, b: Factor) -> Factor:

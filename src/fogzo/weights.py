@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import check_placements, full
+from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import Surrogate, identity
 
 StepSize = Callable[[], Tensor]
@@ -33,7 +34,7 @@ class QuantizedWeight:
             so the one in which it is perturbed; None perturbs the weight itself. Of a sharded
             weight it is given this rank's shard.
         codes: Returns the current integer codes, for counting flips.
-        spacing: Distance of neighbouring levels, in steps.
+        grid: The levels, in steps; None stands for evenly spaced ones, one step apart.
         held: True where an entry must not move, such as the row of an embedding's ``padding_idx``;
             broadcastable to the weight. A weight that does not require a gradient is held whole.
         frozen_step: A context in which the quantizer keeps its present step sizes although its
@@ -47,7 +48,7 @@ class QuantizedWeight:
     model: nn.Module | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     codes: Callable[[], Tensor] | None = None
-    spacing: float = 1.0
+    grid: Grid | None = None
     held: Tensor | None = None
     frozen_step: Callable[[], AbstractContextManager[None]] = nullcontext
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fogzo.collectives import compute_device
 from fogzo.directions import Coordinates, Directions, NoiseShape, Probe
-from fogzo.estimators.agreement import agreement_error
+from fogzo.estimators.agreement import agreement_error, is_explained
 from fogzo.estimators.audit import Audit
 from fogzo.estimators.cautions import (
     NO_STEP,
@@ -23,7 +23,7 @@ from fogzo.estimators.cautions import (
     mention_loud_noise,
     name_of,
 )
-from fogzo.estimators.combination import Combination
+from fogzo.estimators.combination import Combination, mean_along_probes
 from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.options import check_choice, check_options, check_seed
 from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
@@ -286,7 +286,7 @@ class GradientEstimator(ABC):
         error = None
         if fallback is None:
             if probes and self.needs_gradient:
-                error = self._agreement_error(share, directions, norm, measured, len(probes))
+                error = self._agreement_error(share, directions, norm, measured, probes)
             refined = self.combine(
                 share,
                 probes,
@@ -380,11 +380,15 @@ class GradientEstimator(ABC):
         directions: Directions,
         norm: float,
         measured: Measurement,
-        num_probes: int,
+        probes: Sequence[Probe],
     ) -> float:
-        return agreement_error(
-            directions.moments(), share, norm, measured.loss_error, num_probes, self.one_sided
+        error = agreement_error(
+            directions.moments(), share, norm, measured.loss_error, len(probes), self.one_sided
         )
+        agreement = mean_along_probes(probes, measured.slopes, norm).guide
+        if is_explained(agreement, error):
+            return error
+        return math.hypot(error, 1 - directions.threshold_density())
 
     def _reason_to_fall_back(
         self, directions: Directions, norm: float, measured: Measurement

@@ -10,9 +10,9 @@ from fogzo.estimators.base import GradientEstimator
 from fogzo.estimators.combination import Combination, mean_along_probes
 from fogzo.estimators.options import EstimatorOptions, check_choice, check_options
 from fogzo.schedules import (
+    DEFAULT_KAPPA,
     ConstantNoiseShare,
     NoiseShare,
-    default_kappa,
     noise_share_from_kappa,
 )
 from fogzo.weights import WeightLike
@@ -34,8 +34,8 @@ class FogzoEstimator(GradientEstimator):
             so that a slope lost in the noise of few roundings changes nothing and never turns the
             gradient round; see `fogzo.estimators.agreement`. ``"measured"`` is the paper's
             estimator to the letter, with ``noise_shape="isotropic"``.
-        **options: See `GradientEstimator`. Without ``noise_share``, a constant one with kappa 1
-            (below about 1e5 weights) or .01.
+        **options: See `GradientEstimator`. Without ``noise_share``, a constant one of kappa
+            1e-3.
     """
 
     def __init__(
@@ -53,9 +53,8 @@ class FogzoEstimator(GradientEstimator):
         self.agreement = agreement
 
     def default_noise_share(self) -> float:
-        """From kappa, chosen by the number of weights."""
-        kappa = default_kappa(self.num_weights)
-        return noise_share_from_kappa(kappa, self.num_weights, self.num_samples)
+        """That of the default kappa."""
+        return noise_share_from_kappa(DEFAULT_KAPPA, self.num_weights, self.num_samples)
 
     def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
         """One direction a sample, or two that differ in the sign of the guide."""

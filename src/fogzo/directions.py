@@ -32,7 +32,7 @@ _NO_STEP = 2 * MIN_STEP
 _SMALLEST_SHARE = 2**-8
 _SAMPLE = 2**14
 _SMALL_SAMPLE = 2**12
-_NEAR = 0.1  # of the distance of levels
+_NEAR = (0.1, 0.01)  # of the distance of levels
 
 
 class Probe(NamedTuple):
@@ -285,23 +285,28 @@ class Directions:
         triples = zip(values[::3], values[1::3], values[2::3], flip_sizes, strict=True)
         return [Moments(*each) for each in triples]
 
-    def threshold_density(self) -> float:
-        """How dense weights lie at thresholds, weighted by their gradient: 1 if spread evenly.
+    def unevenness(self) -> float:
+        """How far the density of weights at thresholds is from that of an even spread, which is 1.
 
-        A gradient predicts a slope as if they were. Weights that crowd on levels (a dequantized
-        checkpoint) hardly round differently however right it is, those that oscillate about
-        thresholds more often. It is estimated from a sample of rows.
+        A gradient predicts a slope as if they were spread evenly. Weights that crowd on levels (a
+        dequantized checkpoint) hardly round differently however right it is, those that cross
+        thresholds together or oscillate about them more often. It is weighted by the gradient's
+        squares and estimated from a sample of rows.
         """
         numbers: list[Factor] = []
         params = []
         for prepared in self._prepared:
             if prepared.weight.grid is not None and prepared.grad is not None:
                 numbers += _near_thresholds(prepared)
-                params += 2 * [prepared.weight.param]
+                params += [prepared.weight.param] * (1 + len(_NEAR))
         if any(map(is_sharded, params)):
             numbers = sum_over_shards(numbers, params)
-        near, inside = (math.fsum(_as_floats(numbers[i::2])) for i in (0, 1))
-        return near / (2 * _NEAR * inside) if inside > 0 else 1.0
+        values = _as_floats(numbers)
+        inside, *near = (math.fsum(values[i :: 1 + len(_NEAR)]) for i in range(1 + len(_NEAR)))
+        if not inside > 0:
+            return 0.0
+        densities = [part / (2 * width * inside) for part, width in zip(near, _NEAR, strict=True)]
+        return max(abs(1 - density) for density in densities)
 
     def _weighted_sum(self, index: int, noise: Sequence[tuple[int, float]]) -> tuple[Tensor, float]:
         """The sum of one weight's draws by their factors, as (sum, factor still to be applied)."""
@@ -414,8 +419,11 @@ def _sum_of_cubes(prepared: _Prepared, norm: Factor) -> Factor:
     return cubes * (weights_per_row * eps**3)
 
 
-def _near_thresholds(prepared: _Prepared) -> tuple[Factor, Factor]:
-    """Squares of a sample's scaled gradients: of weights near a threshold, and of all inside."""
+def _near_thresholds(prepared: _Prepared) -> list[Factor]:
+    """Squares of a sample's scaled gradients: of all weights inside, and of those near thresholds.
+
+    One number for each distance of `_NEAR`.
+    """
     weight, grad, eps, grid = prepared.weight, prepared.grad, prepared.eps, prepared.weight.grid
     assert grad is not None and grid is not None
     # Rows of a rotated weight are rotated one by one, if they are its outputs.
@@ -428,8 +436,7 @@ def _near_thresholds(prepared: _Prepared) -> tuple[Factor, Factor]:
     cells = cells - grid.thresholds[0] / grid.spacing
     distance = (cells - cells.round().clamp(0, len(grid.thresholds) - 1)).abs()
     squares = (grad * eps).square()
-    near = (squares * (distance < _NEAR)).sum(dtype=torch.float64)
-    return near, (squares * (distance <= 0.5)).sum(dtype=torch.float64)
+    return [(squares * (distance <= d)).sum(dtype=torch.float64) for d in (0.5, *_NEAR)]
 
 
 def _ratio(a: Factor, b: Factor) -> Factor:

@@ -388,7 +388,7 @@ class GradientEstimator(ABC):
         agreement = mean_along_probes(probes, measured.slopes, norm).guide
         if is_explained(agreement, error):
             return error
-        return math.hypot(error, 1 - directions.threshold_density())
+        return math.hypot(error, directions.unevenness())
 
     def _reason_to_fall_back(
         self, directions: Directions, norm: float, measured: Measurement

@@ -265,7 +265,8 @@ def test_calibrating_changes_nothing_else():
     with torch.no_grad(), fogzo.calibrate_(model):
         model(_draw(4, 8))
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
-    assert changed == {f"{i}.{name}" for i in (0, 2) for name in ("input_step", "input_state")}
+    measured = ("input_step", "input_step_knee", "input_state")
+    assert changed == {f"{i}.{name}" for i in (0, 2) for name in measured}
     assert not model.training and torch.equal(torch.get_rng_state(), stream)
 
 

@@ -28,7 +28,8 @@ class QuantizedLayer(QuantizedInput):
     ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
     weight tying are untouched. ``layer.weight_step`` holds the step sizes of fixed scales (a
     buffer) and learned ones (a parameter, which an optimizer may move anywhere: `step_size` is
-    positive, by the buffer ``weight_step_knee``).
+    positive, by the buffer ``weight_step_knee``). To begin from steps of your own, load them:
+    ``layer.load_state_dict({"weight_step": steps}, strict=False)`` finds the knee that fits.
     """
 
     quantizer: Quantizer

@@ -4,10 +4,19 @@ import math
 from numbers import Real
 
 
+def is_int(value: object) -> bool:
+    """Whether it is an integer, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, and not a truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def require_positive(name: str, value: object, example: str) -> None:
     """Raise a `ValueError` unless it is a positive, finite number."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
+    if not (is_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(
             f"{name} must be a positive, finite number, got {value!r}: for example {example}"
         )

@@ -177,14 +177,13 @@ class Quantizer:
     def codes(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """Integer codes of the weight's shape, in the rotated basis if there is one.
 
-        They are int8, or uint8 where no level is negative.
+        They are int8, uint8 where no code is negative, or wider where the grid has more codes.
         """
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
             step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
             codes = self.grid.round_to_code(groups / step)
-            codes = codes.to(torch.uint8 if self.grid.low_code >= 0 else torch.int8)
-            return self._arrange(codes, weight, output_dim)
+            return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
 
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
@@ -258,6 +257,14 @@ class Quantizer:
         if self.granularity == "tensor" and self.rotation is None:
             return groups.reshape(like.shape)
         return _like_a_parameter(groups.reshape(like.shape[output_dim], -1), like, output_dim)
+
+
+def _code_dtype(grid: Grid) -> torch.dtype:
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        limits = torch.iinfo(dtype)
+        if limits.min <= grid.low_code and grid.high_code <= limits.max:
+            return dtype
+    return torch.int32
 
 
 def _like_a_parameter(rows: Tensor, like: Tensor, output_dim: int) -> Tensor:

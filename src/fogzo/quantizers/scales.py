@@ -43,11 +43,12 @@ class Scale:
             )
         if self.value is None:
             return
-        require_positive("a step size", self.value, "fixed_scale(0.05), or fixed_scale(), measured")
+        example = "fogzo.fixed(2, step=0.05) or fixed_scale(0.05), or none to measure it"
+        require_positive("step", self.value, example)
         if self.value < MIN_STEP:
             raise ValueError(
-                f"a step size must be {MIN_STEP:g}, the smallest that is used, or more, got "
-                f"{self.value!r}: for example fixed_scale(0.05), or fixed_scale() to measure it"
+                f"step must be {MIN_STEP:g} or more, the smallest that is used, got "
+                f"{self.value!r}: for example {example}"
             )
         if self.kind == "dynamic":
             raise ValueError(

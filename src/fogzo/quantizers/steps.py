@@ -68,9 +68,10 @@ def positive_step(step: Tensor, knee: Tensor) -> Tensor:
 def smallest_step(*dtypes: torch.dtype | None) -> float:
     """The smallest step size that is worth keeping in all of these dtypes.
 
-    A quarter of a dtype's smallest normal number still has 8 significant bits in float16.
+    Twice the minimum, as some rules add the minimum to what they measure. A quarter of a dtype's
+    smallest normal number still has 8 significant bits in float16.
     """
-    return max(MIN_STEP, *(torch.finfo(dtype).smallest_normal / 4 for dtype in dtypes if dtype))
+    return max(2 * MIN_STEP, *(torch.finfo(dtype).smallest_normal / 4 for dtype in dtypes if dtype))
 
 
 def without_a_step(steps: Tensor, smallest: float) -> Tensor:

@@ -32,6 +32,7 @@ PRESETS = {
     "lsq": lambda: fogzo.lsq(2),
     "lsq per channel": lambda: fogzo.lsq(2, granularity="channel"),
     "lsq per group": lambda: fogzo.lsq(3, granularity=4),
+    "lsq past zero": lambda: fogzo.lsq(2, granularity="channel"),
     "fixed": lambda: fogzo.fixed(2),
     "fixed per channel": lambda: fogzo.fixed(2, granularity="channel"),
     "quest": lambda: fogzo.quest(2),
@@ -45,6 +46,10 @@ SCENARIOS = {
         "noise_on_masked": False,
     },
     "lsq per group, one scale": {"preset": "lsq per group", "coordinates": "global"},
+    "lsq per channel, steps that crossed zero, flips": {
+        "preset": "lsq past zero",
+        "track_flips": True,
+    },
     "fixed per channel": {"preset": "fixed per channel"},
     "quest, n=2, paired, flips": {
         "preset": "quest",
@@ -102,6 +107,11 @@ class Net(nn.Module):
             for p in self.parameters():
                 p.copy_(0.5 * torch.randn(p.shape, generator=stream, dtype=torch.float64))
         fogzo.quantize_(self, PRESETS[preset]())
+        if preset == "lsq past zero":
+            with torch.no_grad():
+                for name, p in self.named_parameters():
+                    if name.endswith("weight_step"):
+                        p.mul_(-0.5)
 
     def forward(self, x):
         x = self.stem(x)

@@ -45,7 +45,7 @@ class Grid:
         if self.low_code >= self.high_code:
             raise ValueError(
                 f"a grid needs two levels or more, got codes {self.low_code}..{self.high_code}: "
-                "use low_code < high_code"
+                'use low_code < high_code, for example Grid("ternary", -1, 1)'
             )
         numbers = is_number(self.offset) and is_number(self.spacing)
         if not (numbers and 0 < self.spacing < math.inf and self.offset in (0.0, self.spacing / 2)):

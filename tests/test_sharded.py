@@ -366,6 +366,24 @@ def hand_written(rank):
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def steps_of_a_float_checkpoint():
+    """Steps and knees after loading a sharded checkpoint without them, a row of it zero."""
+    plain = Net("ternary")  # which keeps no steps
+    with torch.no_grad():
+        plain.stem.weight[3] = 0
+    expected = PRESETS["lsq past zero"]().initial_step(plain.stem.weight)
+    model = sharded(Net("lsq past zero"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.load_state_dict(sharded(plain).state_dict())
+    layer = model.stem
+    return {
+        "step": torch.equal(collectives.full(layer.weight_step), expected),
+        "knee": torch.equal(layer.weight_step_knee, expected / 2),
+        "told": ["'stem' (1 of 8 groups)" in str(warning.message) for warning in caught],
+    }
+
+
 def rank_program(rank, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of a transposed layer
@@ -387,6 +405,7 @@ def rank_program(rank, folder):
     results["whole"] = whole_tensors_at_once(rank)
     results["messages"] = messages(rank)
     results["hand-written"] = hand_written(rank)
+    results["float checkpoint"] = steps_of_a_float_checkpoint()
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -455,6 +474,11 @@ def test_shards_and_gradients_come_back_and_no_gathered_weight_stays_perturbed(r
     for result in ranks:
         assert result["given back"]
         assert not {name: wrong for name, wrong in result["given back"].items() if wrong}
+
+
+def test_a_float_checkpoint_in_shards_sets_steps_and_knees(ranks):
+    for result in ranks:
+        assert result["float checkpoint"] == {"step": True, "knee": True, "told": [True]}
 
 
 def test_what_is_not_finite_on_one_rank_makes_all_fall_back(ranks):

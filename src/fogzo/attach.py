@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.activations import Activations, QuantizedInput, activation_quantizers
-from fogzo.collectives import full, is_sharded, reshard, sharded_dims
+from fogzo.collectives import distributed_like, full, is_sharded, reshard, sharded_dims
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step
 from fogzo.selection import FilterFn, check_ties, output_dim, select_layers
@@ -106,7 +106,10 @@ class QuantizedLayer(QuantizedInput):
         weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"
         if self.weight_step is not None and weight is not None and step not in state_dict:
             # A float checkpoint has no step sizes: measure its weights instead of keeping old ones.
-            state_dict[step], empty = self.quantizer.find_step(weight, self.output_dim)
+            own = full(weight).to(self.weight.dtype)
+            measured, empty = self.quantizer.find_step(own, self.output_dim)
+            assert measured is not None
+            state_dict[step] = distributed_like(measured, self.weight_step)
             _warn_of_empty_groups(self.quantizer, {prefix.removesuffix("."): (empty, self)})
         knee = f"{prefix}weight_step_knee"
         if self.weight_step_knee is not None and step in state_dict and knee not in state_dict:
@@ -158,6 +161,11 @@ def quantize_(
 
     Returns:
         The same model.
+
+    Warns:
+        UserWarning: If weights that share a step size are all zero, or next to nothing beside the
+            layer's others: fixed and learned scales then have nothing to measure it from, and take
+            it from the layer's other groups.
 
     Raises:
         ValueError: If nothing is selected, a layer is quantized already or cannot be, or a tied
@@ -319,7 +327,7 @@ def _warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, n
     grid = quantizer.grid.name
     zero = f"stay zero on the grid {grid}"
     if quantizer.grid.offset:
-        zero = f'are rounded to the levels beside it, as {grid} has none at zero (levels="integer")'
+        zero = f'do not stay zero, as {grid} has no level there (levels="integer" has one)'
     warnings.warn(
         "no step size can be measured from weights that are zero, or next to nothing beside the "
         f"layer's others: {', '.join(layers)}. Such groups got the median step size of their "

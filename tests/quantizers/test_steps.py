@@ -242,6 +242,23 @@ def test_a_float_checkpoint_sets_steps_and_knees():
     assert torch.equal(model[0].weight_step_knee, knee_of(model[0].weight_step))
 
 
+def test_a_given_step_is_not_asked_to_fit_a_checkpoint_of_lower_precision():
+    model = _quantized(fogzo.fixed(2, step=1e-5))
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).half()
+    model.load_state_dict(plain.state_dict())
+    assert model[0].step_size().item() == pytest.approx(1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("steps", [0, 10])
+def test_a_traced_model_is_the_same(steps):
+    model = _quantized(inputs=fogzo.lsq(2)).eval()
+    if steps:
+        _push(model, 30)
+    x = torch.randn(4, 8)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
 def test_steps_of_ones_own_are_loaded():
     model = _quantized()
     own = torch.full((16, 1), 1e-3)

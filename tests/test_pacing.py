@@ -11,6 +11,10 @@ import fogzo
 from fogzo import pacing
 
 
+# Twelve weights, of which now and then none flips.
+pytestmark = pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")
+
+
 class Clock:
     """Time that passes when told."""
 

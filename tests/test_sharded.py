@@ -41,10 +41,7 @@ PRESETS = {
 SCENARIOS = {
     "lsq": {"preset": "lsq"},
     "lsq, n=2, flips": {"preset": "lsq", "num_samples": 2, "track_flips": True},
-    "lsq per channel, noise on what has gradient": {
-        "preset": "lsq per channel",
-        "noise_on_masked": False,
-    },
+    "lsq per channel": {"preset": "lsq per channel"},
     "lsq per group, one scale": {"preset": "lsq per group", "coordinates": "global"},
     "lsq per channel, steps that crossed zero, flips": {
         "preset": "lsq past zero",
@@ -66,10 +63,10 @@ SCENARIOS = {
     },
     "spsa": {"estimator": "SpsaEstimator", "num_samples": 2},
     "placebo": {"estimator": "PlaceboEstimator"},
-    "noise by tensor": {"noise_shape": "tensor_rms"},
-    "noise by tensor, n=2, quest": {
+    "isotropic noise": {"noise_shape": "isotropic"},
+    "isotropic noise, n=2, quest": {
         "preset": "quest",
-        "noise_shape": "tensor_rms",
+        "noise_shape": "isotropic",
         "num_samples": 2,
     },
     "3 micro-batches": {"micro_batches": 3},

@@ -379,8 +379,20 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         if quantizer.rotation is None
         else partial(quantizer.rotate, output_dim=layer.output_dim),
         codes=layer.codes,
+        spacing=quantizer.grid.spacing,
+        held=_padding(layer),
         frozen_step=nullcontext if quantizer.scale.has_state else frozen_steps,
     )
+
+
+def _padding(layer: nn.Module) -> Tensor | None:
+    """Which rows of an embedding are padding, and must stay what they are."""
+    index = getattr(layer, "padding_idx", None)
+    if not isinstance(layer, nn.Embedding) or index is None:
+        return None
+    rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
+    rows[index] = True
+    return rows
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

@@ -419,7 +419,7 @@ def findings(found: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for the README."""
+    """Heading, rows and a note for docs/results.md."""
     ranges = [f"range {found['omega']:g}" for found in results["settings"]]
     heading = ("row", *(f"excess risk, {name}" for name in ranges))
     heading += tuple(f"FOGZO minus row, {name}" for name in ranges)

@@ -249,6 +249,8 @@ def rescaled_gradients(preset, power, coordinates, n=2):
         model[0].weight.mul_(factor)
         if model[0].weight_step is not None:
             model[0].weight_step.mul_(factor)
+        if model[0].weight_step_knee is not None:
+            model[0].weight_step_knee.mul_(factor)
     x = torch.randn(16, 8, generator=generator(9)) / factor
     y = torch.randn(16, 4, generator=generator(10))
 

@@ -44,10 +44,10 @@ class QuantizedLayer(QuantizedInput):
     weight_step: Tensor | None
     output_dim: int
     _name: str  # in the model that `quantize_` was given
-    _view: type[nn.Module]
     _frozen_step: Tensor | None
     # Of the weight and its step when that was measured, until the first training forward.
     _versions: tuple[int, int] | None = None
+    _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
     # In which the last forward saw the weight: FSDP gathers it in another. None before the first.
     _forward_dtype: torch.dtype | None = None
@@ -83,10 +83,10 @@ class QuantizedLayer(QuantizedInput):
             finally:
                 del self.__dict__["weight"]
         # Threads may share the layer, so the quantized weight lives on an object of this call's.
-        view = object.__new__(self._view)
+        view = object.__new__(_view_class(type(self)))
         object.__setattr__(view, "__dict__", self.__dict__)
         object.__setattr__(view, "_quantized_weight", weight)
-        return view.forward(*args, **kwargs)
+        return super(QuantizedLayer, view).forward(*args, **kwargs)
 
     def step_size(self) -> Tensor:
         """Step sizes in use, broadcastable to the weight.
@@ -167,14 +167,14 @@ class QuantizedLayer(QuantizedInput):
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """nn.Module's own, which assigning a parameter calls; other values of the weight are refused.
+        """nn.Module's own, also called by ``layer.weight = ...``; refuses a weight of other values.
 
         Raises:
             ValueError: If the weight would be replaced.
         """
         present = self._parameters.get("weight")
-        replaces = name == "weight" and present is not None and not self._loading
-        if replaces and not (param is not None and torch.equal(param, present)):
+        held = name == "weight" and not self._loading and present is not None
+        if held and not _same_values(param, present):
             raise ValueError(
                 f"the weight of {self._name!r} is quantized with step sizes of its own and cannot "
                 "be replaced. Tie, fuse (fuse_conv_bn_eval) or resize before fogzo.quantize_, or "
@@ -210,7 +210,9 @@ class QuantizedLayer(QuantizedInput):
             return
         (then, step_then), self._versions = self._versions, None
         if weight._version != then and step._version == step_then and self.step_mismatch() > 1:
-            warn_of_stale_steps([self._name])
+            self._stale.append(self._name)
+            if len(self._stale) == 1:
+                warn_of_stale_steps(self._stale)
 
     def _step(self) -> Tensor | None:
         return self.weight_step if self._frozen_step is None else self._frozen_step
@@ -339,8 +341,9 @@ def quantize_(
     # And every warning, as it may be turned into an error.
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)
+    stale: list[str] = []
     for name, layer in selected.items():
-        _attach(name, layer, quantizer, steps[id(layer.weight)])
+        _attach(name, layer, quantizer, steps[id(layer.weight)], stale)
         cast(QuantizedLayer, layer).attach_input(inputs[name])
     _leave_fast_path(model)
 
@@ -407,7 +410,8 @@ def dequantize_(model: ModelT) -> ModelT:
             if id(layer.weight) not in baked:
                 baked.add(id(layer.weight))
                 layer.weight.copy_(layer._quantized(training=False))
-        del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step, layer._name
+        del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step
+        del layer._name, layer._stale
         for name in ("_forward_dtype", "_versions"):
             layer.__dict__.pop(name, None)
         layer.detach_input()
@@ -435,7 +439,7 @@ def warn_of_stale_steps(names: list[str]) -> None:
 
 @cache
 def _quantized_class(plain: Any) -> Any:
-    members: dict[str, Any] = {"__module__": __name__, "_view": _view_class(plain)}
+    members: dict[str, Any] = {"__module__": __name__}
     if hasattr(plain, "reset_parameters"):
 
         def reset_parameters(self: QuantizedLayer) -> None:
@@ -447,14 +451,16 @@ def _quantized_class(plain: Any) -> Any:
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), members)
 
 
-def _view_class(plain: Any) -> Any:
-    """The class of objects that share a layer's state, except for their weight."""
-    members = {
-        "__module__": __name__,
-        "__slots__": ("_quantized_weight",),
-        "weight": property(lambda self: self._quantized_weight),
-    }
-    return type(plain.__name__, (plain,), members)
+def _view_class(cls: Any) -> Any:
+    """The class of objects that share the state of a layer of this class, but for its weight."""
+    if "_view" not in cls.__dict__:
+        members = {
+            "__module__": __name__,
+            "__slots__": ("_quantized_weight",),
+            "weight": property(lambda self: self._quantized_weight),
+        }
+        cls._view = type(cls.__name__, (cls,), members)
+    return cls.__dict__["_view"]
 
 
 def _plain_class(layer: nn.Module) -> type:
@@ -468,6 +474,12 @@ def _new_layer(plain: type) -> nn.Module:
     return cast(nn.Module, cls.__new__(cls))
 
 
+def _same_values(new: Tensor | None, old: Tensor | None) -> bool:
+    if new is old or new is None or old is None:
+        return new is old
+    return new.device == old.device and not old.is_meta and torch.equal(new, old)
+
+
 def _describe(quantizer: Quantizer) -> str:
     """A quantizer in the words that a printed model shows."""
     surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
@@ -477,7 +489,9 @@ def _describe(quantizer: Quantizer) -> str:
     )
 
 
-def _attach(name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None:
+def _attach(
+    name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | None, stale: list[str]
+) -> None:
     dim = output_dim(plain)
     cls: Any = type(plain)
     plain.__class__ = _quantized_class(cls)
@@ -485,7 +499,7 @@ def _attach(name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | No
     layer.__dict__.pop("forward", None)  # its class's own, as `check_quantizable` made sure
     layer.quantizer = quantizer
     layer.output_dim = dim or 0
-    layer._name = name or "model"
+    layer._name, layer._stale = name or "model", stale
     layer._frozen_step = None
     if isinstance(step, nn.Parameter):
         layer.register_parameter("weight_step", step)

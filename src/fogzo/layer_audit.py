@@ -39,15 +39,14 @@ class LayerAudit:
             warn_of_stale_steps(stale)
 
     def _warn_of_untrained_steps(self) -> None:
-        """Warn if the weights have changed since the audit was made, and no learned step has."""
-        learning = [(name, layer) for name, layer in _learning(self._model) if name in self._then]
-        now = {name: _fingerprint(layer) for name, layer in learning}
-        weights_changed = any(not torch.equal(now[n][0], self._then[n][0]) for n in now)
-        steps_changed = any(not torch.equal(now[n][1], self._then[n][1]) for n in now)
-        with_gradient = [n for n, layer in learning if _has_gradient(layer)]
-        if weights_changed and not steps_changed and with_gradient:
+        """Warn if all weights have changed since the audit was made, and no learned step has."""
+        learning = {n: layer for n, layer in _learning(self._model) if _has_gradient(layer)}
+        pairs = [(self._then[n], _fingerprint(learning[n])) for n in learning if n in self._then]
+        weights_train = all(not torch.equal(then[0], now[0]) for then, now in pairs)
+        steps_train = any(not torch.equal(then[1], now[1]) for then, now in pairs)
+        if pairs and weights_train and not steps_train:
             warnings.warn(
-                f"the weights train but the learned step sizes of {listed(with_gradient)} do not, "
+                f"the weights train but the learned step sizes of {listed(list(learning))} do not, "
                 "as in an optimizer made before fogzo.quantize_, which does not know them. Make it "
                 "after: optimizer = torch.optim.AdamW(model.parameters())",
                 UserWarning,

@@ -1,5 +1,6 @@
 """Which layers can be quantized, and which are when nobody says so."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, cast
@@ -141,14 +142,10 @@ def warn_of_selection(
     total = quantized + sum(item.size for item in left)
     attention = [item.name for item in left if item.reason == _ATTENTION]
     if default and quantized < total / 2:
-        left.sort(key=lambda item: item.size, reverse=True)
-        shown = "; ".join(
-            f"{item.name!r} ({item.size:,} weights), {item.reason}" for item in left[:3]
-        )
         warnings.warn(
             f"only {quantized / total:.0%} of the matrix weights outside embeddings and heads are "
-            f"quantized. The largest of {len(left)} left in float: {shown}. To say which layers "
-            "you mean: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)",
+            f"quantized. The largest left in float: {_largest(left)}. To say which layers you "
+            "mean: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)",
             UserWarning,
             stacklevel=3,
         )
@@ -163,6 +160,19 @@ class _Left(NamedTuple):
 
 
 _ATTENTION = "nn.MultiheadAttention uses its weights itself, without calling a layer"
+
+
+def _largest(left: list[_Left], most: int = 3) -> str:
+    """The largest of the matrices, those that differ in a number alone together."""
+    alike: dict[tuple[str, str], list[_Left]] = {}
+    for item in left:
+        alike.setdefault((re.sub(r"\d+", "*", item.name), item.reason), []).append(item)
+    groups = sorted(alike.values(), key=lambda group: -sum(item.size for item in group))
+    return "; ".join(
+        f"{group[0].name!r}{f' and {len(group) - 1} like it' if len(group) > 1 else ''} "
+        f"({sum(item.size for item in group):,} weights), {group[0].reason}"
+        for group in groups[:most]
+    )
 
 
 def _left_in_float(
@@ -207,8 +217,9 @@ def _warn_of_heads(layers: Mapping[str, nn.Module], selected: Mapping[str, nn.Mo
     names = [name for name in layers if name in doubtful]
     kept = f"{listed(names)} left in float as output heads, by their name, but " if names else ""
     fate = "quantized" if last in selected else "left in float, too"
+    only = "the only" if names else "an"
     warnings.warn(
-        f"{kept}{last!r}, which comes last, is {fate}. If the output head is {last!r} alone: "
+        f"{kept}{last!r}, which comes last, is {fate}. If it is {only} output head: "
         "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: "
         f"not isinstance(module, torch.nn.Embedding) and name != {last!r})",
         UserWarning,

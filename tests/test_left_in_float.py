@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -244,16 +244,3 @@ def test_nothing_is_said_of_ordinary_models(make):
         warnings.simplefilter("error")
         model = fogzo.quantize_(make(), QUANTIZER)
     assert any(isinstance(module, QuantizedLayer) for module in model.modules())
-
-
-class Linked(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def test_a_parametrized_embedding_makes_no_layer_a_head():
-    """What a parametrization computes is a new tensor each time, whose id others get later."""
-    model = _named(**_linears("a", "b", "c"), tokens=nn.Embedding(8, 8), **_linears("out"))
-    nn.utils.parametrize.register_parametrization(model["tokens"], "weight", Linked())
-    fogzo.quantize_(model, QUANTIZER)
-    assert [n for n, m in model.named_modules() if isinstance(m, QuantizedLayer)] == ["a", "b", "c"]

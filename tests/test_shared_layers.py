@@ -235,7 +235,7 @@ def test_a_forward_put_on_the_layer_before_is_refused(wrap):
 
 def test_offloaded_weights_are_refused_before_and_not_baked_in_after():
     model = accelerate.cpu_offload(_net(), execution_device="cpu")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"'0' has a forward.*remove_hook_from_module"):
         fogzo.quantize_(model, fogzo.lsq(2), everything)
     model = fogzo.quantize_(_net(), fogzo.lsq(2), everything).eval()
     x = _draw(2, 4, 8)

@@ -67,10 +67,10 @@ class QuantizedLayer(QuantizedInput):
             # Wrapped before `dequantize_`, by accelerate's hooks for instance.
             return type(self).forward(self, *args, **kwargs)
         if "weight" not in self._parameters:
-            self.check_own_weight()
+            self._check_own_weight()
         tracing = torch.compiler.is_dynamo_compiling()
-        if self._versions is not None and not tracing:
-            self._check_versions()
+        if not tracing and self._versions is not None:
+            self._check_versions(self._versions)
         self.__dict__["_forward_dtype"] = self.weight.dtype
         if self.activation_quantizer is not None:
             args = self.with_quantized_input(args)
@@ -131,9 +131,10 @@ class QuantizedLayer(QuantizedInput):
                 f"{self._name!r} is sharded, and no rank holds the weights to measure: initialise "
                 "them first, then fogzo.quantize_(model, quantizer), then fully_shard(model)"
             )
+        self._check_step_shape()
         step = self.quantizer.initial_step(self.weight, self.output_dim)
-        self.weight_step.copy_(cast(Tensor, step))
-        self.note_versions()
+        self.load_state_dict({"weight_step": step}, strict=False)
+        self._note_versions()
 
     def step_mismatch(self) -> float:
         """By how many powers of two (the median) the steps differ from what would be measured now.
@@ -145,25 +146,38 @@ class QuantizedLayer(QuantizedInput):
         with torch.no_grad():
             weight = self._whole_weight()
             measured = self.quantizer.initial_step(weight, self.output_dim)
-            in_use = self.quantizer.current_step(weight, full(self.weight_step))
-            assert measured is not None
+            step = self._step()
+            assert measured is not None and step is not None
+            in_use = self.quantizer.current_step(weight, full(step))
             ratios = (measured.double() / in_use.double())[measured > 0]  # zeros say nothing
             return float(ratios.log2().abs().median()) if ratios.numel() else 0.0
 
-    def note_versions(self) -> None:
+    def _note_versions(self) -> None:
         """Remember which weights the step was measured on."""
         self._versions = None
         measured = self.weight_step is not None and self.quantizer.scale.value is None
         if measured and not self.weight.is_inference():
             self._versions = (self.weight._version, self.weight_step._version)
 
-    def check_own_weight(self) -> None:
+    def _check_own_weight(self) -> None:
         """Raise a `ValueError` if a parametrization computes the weight."""
         how = parametrization(self)
         if how is not None:
             raise ValueError(
                 f"{how.name} was put on {self._name!r} after fogzo.quantize_, so its weight is "
                 f"computed and cannot be quantized: {how.way_out}"
+            )
+
+    def _check_step_shape(self) -> None:
+        """Raise a `ValueError` unless there is a step size for each group of weights."""
+        shape, by = self.weight.shape, self.quantizer.granularity
+        groups = shape.numel() // by if isinstance(by, int) else shape[self.output_dim]
+        groups = 1 if by == "tensor" else groups
+        if self.weight_step is not None and len(self.weight_step) != groups:
+            raise ValueError(
+                f"the weight of {self._name!r} has {groups} groups now but {len(self.weight_step)} "
+                "step sizes, as its shape was changed after fogzo.quantize_: change it first "
+                "(model.resize_token_embeddings(...), pruning), then fogzo.quantize_(model, ...)"
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -187,29 +201,23 @@ class QuantizedLayer(QuantizedInput):
     def _quantized(self, training: bool) -> Tensor:
         try:
             return self.quantizer(self.weight, self._step(), self.output_dim, training)
-        except RuntimeError as error:
-            step = self.weight_step
-            measured = self.quantizer.initial_step(self.weight, self.output_dim)
-            if step is None or measured is None or step.shape == measured.shape:
-                raise
-            raise ValueError(
-                f"the weight of {self._name!r} has {len(measured)} groups now but {len(step)} step "
-                "sizes, as its shape was changed after fogzo.quantize_: change it first "
-                "(model.resize_token_embeddings(...), pruning), then fogzo.quantize_(model, ...)"
-            ) from error
+        except RuntimeError:
+            self._check_step_shape()
+            raise
 
-    def _check_versions(self) -> None:
+    def _check_versions(self, measured: tuple[int, int]) -> None:
         """Before the first training forward: warn if the weights are not those that were measured.
 
-        Also of tensors that `torch.func` or FSDP lend nothing is asked, nor while a probe runs.
+        Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
         """
         weight, step = self._parameters.get("weight"), self.weight_step
         if not (self.training and torch.is_grad_enabled() and type(weight) is nn.Parameter):
             return
-        if step is None or self._versions is None or torch.jit.is_tracing():
+        if step is None or torch.jit.is_tracing():
             return
-        (then, step_then), self._versions = self._versions, None
-        if weight._version != then and step._version == step_then and self.step_mismatch() > 1:
+        self._versions = None
+        changed = weight._version != measured[0] and step._version == measured[1]
+        if changed and self.step_mismatch() > 1:
             self._stale.append(self._name)
             if len(self._stale) == 1:
                 warn_of_stale_steps(self._stale)
@@ -369,7 +377,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     shared: dict[int, list[tuple[str, QuantizedLayer]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            module.check_own_weight()
+            module._check_own_weight()
             shared.setdefault(id(module.weight), []).append((name, module))
     return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
 
@@ -397,12 +405,13 @@ def dequantize_(model: ModelT) -> ModelT:
             "alike, and call fogzo.dequantize_ on that one"
         )
     for layer in layers:
-        layer.check_own_weight()
+        layer._check_own_weight()
         if layer.weight.is_meta:
             raise ValueError(
                 f"the weight of {layer._name!r} is on the meta device, offloaded: "
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
             )
+        layer._check_step_shape()
     warn_of_bypassed_layers(model)
     baked: set[int] = set()
     for layer in layers:
@@ -507,7 +516,7 @@ def _attach(
         layer.register_buffer("weight_step", step)
     else:
         layer.weight_step = None
-    layer.note_versions()
+    layer._note_versions()
 
 
 def _leave_fast_path(model: nn.Module) -> None:

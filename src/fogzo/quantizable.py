@@ -82,6 +82,7 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
             f"{name!r} is quantized already, by {quantizing}: start from the float model, or leave "
             "it out with filter_fn"
         )
+    _check_own_forward(name, layer)
     check_parameter(f"{name}.weight", weight)
     weight = cast(Tensor, weight)
     if weight.dtype not in _LATENT_DTYPES:
@@ -105,7 +106,6 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
             "the levels that they were rounded to: build it with nn.Embedding(..., max_norm=None), "
             "or leave it out with filter_fn"
         )
-    _check_own_forward(name, layer)
     if not bool(weight.detach().isfinite().all()):
         raise ValueError(
             f"'{name}.weight' has values that are NaN or infinite, which no level stands for: "

@@ -33,7 +33,9 @@ _QUANTIZING_PACKAGES = (
     "quanto.",
     "transformers.integrations.",
 )
-_QUANTIZING_NAMES = re.compile(r"[Qq]uant(?!um|ile)|QAT|Binar|Ternar|Bit(Linear|Conv)")
+_QUANTIZING_NAMES = re.compile(
+    r"[Qq]uant(?!um|ile)|QAT|(Binar|Ternar)\w*(Linear|Conv|Dense|Layer)|Bit(Linear|Conv)"
+)
 _LATENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,8 +125,9 @@ def warn_of_own_quantization(layers: Mapping[str, nn.Module]) -> None:
     if suspects:
         classes = sorted({type(layers[name]).__name__ for name in suspects})
         warnings.warn(
-            f"{listed(suspects)} ({', '.join(classes)}) may quantize the weight themselves, by the "
-            "name of their class, and would then do so twice: leave them out with filter_fn",
+            f"by the name of its class ({', '.join(classes)}), a layer like {listed(suspects)} may "
+            "quantize its weight itself, which would then be quantized twice: leave it out, "
+            "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)",
             UserWarning,
             stacklevel=3,
         )

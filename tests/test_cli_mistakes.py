@@ -68,7 +68,10 @@ def images(tmp_path):
         (("train", "digits-mlp", "--accumulation", "7"), "--batch-size 63"),
         (("train", "digits-mlp", "--device", "gpu"), "--device cpu"),
         (("train", "digits-mlp", "--data.dataset", "./nowhere"), "no folder"),
-        (("train", "digits-mlp", "--quantizer.surrogate", "identiy"), 'surrogate="identity"'),
+        (
+            ("train", "digits-mlp", "--quantizer.surrogate", "identiy"),
+            "surrogate identity",
+        ),
         (("train", "digits-deit", "--model.patch-size", "3"), "--model.patch-size 1"),
         (("train", "pydoc-llama", "--data.dataset", "./nowhere.txt"), "nowhere.txt"),
         (("train", "pydoc-llama", "--data.tokenizer", "./nowhere"), "nowhere"),

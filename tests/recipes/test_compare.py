@@ -342,12 +342,12 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
         ({"tuning_seeds": 6}, "--tuning-seeds 5"),
         ({"workers": 0}, "--workers"),
         ({"learning_rates": ()}, "empty: --learning-rates"),
-        ({"learning_rates": (0.0,)}, "positive, got 0: --learning-rates"),
+        ({"learning_rates": (0.0,)}, "positive, got 0.0: --learning-rates"),
         ({"learning_rates": (0.1, -0.1)}, "positive, got -0.1"),
-        ({"learning_rates": (math.nan,)}, "positive"),
+        ({"learning_rates": (math.nan,)}, "finite"),
         ({"learning_rates": (0.1, 0.1)}, "--learning-rates 0.1$"),
         ({"kappas": ()}, "empty: --kappas"),
-        ({"kappas": (-0.1,)}, "positive, or zero, got -0.1: --kappas 0.1"),
+        ({"kappas": (-0.1,)}, "0 or more, got -0.1: --kappas 0.01 0.1"),
     ],
 )  # fmt: skip
 def test_a_comparison_that_cannot_work_is_refused(changes, message):

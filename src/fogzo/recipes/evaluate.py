@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from fogzo.recipes.devices import Device
 from fogzo.recipes.model_config import QuantizerConfig
 from fogzo.recipes.models import build_model
+from fogzo.recipes.options import Example, Options, PositiveInt
 from fogzo.recipes.parallel import join_ranks
 from fogzo.recipes.run_folder import Metrics, read_config
 from fogzo.recipes.tasks import load_task
@@ -14,16 +17,16 @@ from fogzo.recipes.training import calibrate_activations, load_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Options):
     """An evaluation of a run's newest checkpoint."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, Example("runs/digits-mlp")]]
     """The --output-dir of the run."""
     json: bool = False
     """Print the numbers as JSON."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto takes a GPU where there is one."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images or blocks of text a forward."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """For a float run: quantize its weights now, without training (PTQ)."""

@@ -17,6 +17,17 @@ from fogzo.recipes.options import (
     ShareBelowOne,
 )
 
+EMBEDDED = ("digits", "pydoc")
+"""Data sets that come with what is installed."""
+
+HUB_IDS = {
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "imagenet-100": "clane9/imagenet-100",
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+}
+"""Hub ids by the short names that a config may give."""
+
 _Magnitude = Annotated[int, Rule(lambda magnitude: 0 <= magnitude < 30, "from 0 to 29")]
 
 
@@ -49,8 +60,9 @@ class ImagesConfig(Options):
 
     kind: tyro.conf.Suppress[Literal["images"]] = "images"
     dataset: PathOrName = "digits"
-    """digits (scikit-learn's, embedded), a preset (mnist, cifar10, imagenet-100, imagenet-1k), or
-    a hub id or local folder that `datasets` reads."""
+    """digits (scikit-learn's, embedded), a preset (mnist, cifar10, imagenet-100, imagenet-1k), a
+    hub id, or a local folder: parquet files, or train/cat/1.png. Hidden files, backups, licences
+    and readmes are no data."""
     validation_fraction: ProperShare = 0.15
     """Share of the training images held out to choose learning rates."""
     image_size: Annotated[PositiveInt | None, Example(224)] = None
@@ -71,8 +83,9 @@ class TextConfig(Options):
 
     kind: tyro.conf.Suppress[Literal["text"]] = "text"
     dataset: PathOrName = "pydoc"
-    """pydoc (the prose of Python's own help topics, embedded), a local text file or folder of
-    .txt files, or a hub id or local folder that `datasets` reads."""
+    """pydoc (the prose of Python's own help topics, embedded), a local text file, a folder of .txt
+    files, a file or folder of parquet, arrow, csv or json, or a hub id. Hidden files, backups,
+    licences and readmes are no data."""
     subset: Annotated[str | None, Example("en")] = None
     """Configuration of a hub data set, such as en of allenai/c4."""
     column: str = "text"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fogzo.recipes.data_config import ImagesConfig
+from fogzo.recipes.data_record import stamp
 from fogzo.recipes.image_files import LazyPixels, Read, read_files, stored_side, to_tensor
 
 # As ImageNet's papers have them: measuring a split that is too large for memory would mean to
@@ -60,7 +61,6 @@ class Images:
     std: tuple[float, ...]
 
 
-@lru_cache(maxsize=2)
 def load_images(config: ImagesConfig) -> Images:
     """Load a data set, the same split every time.
 
@@ -69,11 +69,18 @@ def load_images(config: ImagesConfig) -> Images:
     (256 pixels for 224); crops are drawn from that square, and its centre is evaluated.
 
     The images to choose with are always part of the training split. A set whose test split is
-    missing or has no labels is tested on its validation split.
+    missing or has no labels is tested on its validation split. They are in grey if all of them are,
+    of every split, and else in RGB. A set whose files did not change since the last time is not
+    read again.
 
     Raises:
         ValueError: If the set cannot be found or read, or is not made of labelled images.
     """
+    return _load(config, stamp(config))
+
+
+@lru_cache(maxsize=2)
+def _load(config: ImagesConfig, stamp: object) -> Images:
     read = _digits if config.dataset == "digits" else read_files
     pixels, labels, test_pixels, test_labels, num_classes = read(config)
     held_out = round(len(labels) * config.validation_fraction)

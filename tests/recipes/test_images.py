@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from fogzo.recipes import image_files, images
+from fogzo.recipes import image_files
+from fogzo.recipes import images as module
 from fogzo.recipes.augment import Augmentation
 from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig
 from fogzo.recipes.images import load_images
@@ -23,7 +24,7 @@ CROPS = AugmentationConfig(crop="resized")
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    images._load.cache_clear()
+    module._load.cache_clear()
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def lazy(folder, monkeypatch):
 
 
 def test_what_does_not_fit_into_memory_is_decoded_lazily_to_the_same_images(folder, lazy):
-    images._load.cache_clear()
+    module._load.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_files, "MEMORY_LIMIT", 2**20)
         eager = load_images(ImagesConfig(dataset=str(folder)))

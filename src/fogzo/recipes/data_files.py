@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ def local_path(dataset: str) -> Path | None:
 def meant_files(root: Path) -> list[Path]:
     """The files of a folder that may be data, in the order of their paths; or the file itself.
 
-    Hidden files and folders, backups, caches, licences and readmes never are.
+    Hidden files and folders, backups, caches and licences never are; a README is a part of them
+    where it says which others are.
     """
-    return [root] if root.is_file() else [f for f in _walk(root) if not _is_description(f)]
+    if root.is_file():
+        return [root]
+    readme = root / "README.md" if declares_its_files(root) else None
+    return [file for file in _walk(root) if not _is_description(file) or file == readme]
 
 
 def find_data_files(root: Path, kinds: Mapping[str, str]) -> DataFiles | None:
@@ -127,10 +132,16 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if _LEFT_BEHIND.fullmatch(path.name) or _BOOKKEEPING.fullmatch(path.name):
             continue
-        if path.is_dir():
+        if path.is_dir() and not _is_cache(path):
             yield from _walk(path, (*above, real))
         elif path.is_file():
             yield path
+
+
+def _is_cache(folder: Path) -> bool:
+    """Whether `datasets` keeps here what it has read before."""
+    library = sys.modules.get("datasets")
+    return library is not None and folder.resolve() == Path(library.config.HF_DATASETS_CACHE)
 
 
 def _is_description(file: Path) -> bool:

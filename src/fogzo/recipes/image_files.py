@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,10 +170,8 @@ def _has_colour(table: Any, column: str, what: str) -> bool:
     from PIL import Image
 
     for row, value in enumerate(example[column] for example in table):
-        source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
         try:
-            with Image.open(source) as image:
-                mode = image.mode
+            mode = Image.open(io.BytesIO(_content(value))).mode
         except Exception as error:  # PIL raises whatever its decoders do
             raise _undecodable(value, what, row, error) from error
         if mode not in _GREY_MODES and mode[0] not in "IF":
@@ -185,7 +184,7 @@ def _decode(value: Any, what: str, row: int) -> Any:
     import datasets
 
     try:
-        image = datasets.Image().decode_example(value)
+        image = datasets.Image().decode_example({"bytes": _content(value), "path": None})
     except Exception as error:  # PIL raises whatever its decoders do
         raise _undecodable(value, what, row, error) from error
     if image.mode[0] in "IF":  # 16 or 32 bits, which conversion would cut off at 255
@@ -195,6 +194,12 @@ def _decode(value: Any, what: str, row: int) -> Any:
             'image.point(lambda level: level / 257).convert("L") from 16 bits'
         )
     return image
+
+
+def _content(value: Any) -> bytes:
+    """The encoded image, read whole: decoders leave a file open that they cannot decode."""
+    content: bytes | None = value["bytes"]
+    return Path(value["path"]).read_bytes() if content is None else content
 
 
 def _undecodable(value: Any, what: str, row: int, error: Exception) -> ValueError:

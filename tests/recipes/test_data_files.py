@@ -153,6 +153,20 @@ def test_files_that_name_no_split_are_for_training(tmp_path):
     assert "more" not in decode(text.test)
 
 
+def test_files_that_name_no_split_are_left_where_others_are_for_training(tmp_path, caplog):
+    write_jsonl(tmp_path / "train.jsonl", rows([f"train {n}" for n in range(90)]))
+    add(tmp_path, "vocab.json", "stats.json")
+    assert "SECRET" not in said(load_text(config(tmp_path)))
+    assert "reading 1 .jsonl and leaving 2 .json" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/x.json", ".lock"])
+def test_run_folders_among_the_data_are_no_data(tmp_path, file):
+    add(tmp_path, "a.jsonl", "runs/first/config.json", "runs/first/result.json")
+    add(tmp_path, f"runs/first/{file}")
+    assert meant_files(tmp_path) == [tmp_path / "a.jsonl"]
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     add(tmp_path / "elsewhere", "train.txt")
     (tmp_path / "set").mkdir()

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -81,6 +81,9 @@ def meant_files(root: Path) -> list[Path]:
 def find_data_files(root: Path, kinds: Mapping[str, str]) -> DataFiles | None:
     """The files of one kind in a folder, or a file by its own path; None where there are none.
 
+    Splits are named by folders and files. Where some are for training by name, others that name no
+    split are left out, but for prose, which is called what it likes.
+
     Args:
         root: The file or folder.
         kinds: What `datasets` calls a format, by the suffix of its files.
@@ -96,14 +99,17 @@ def find_data_files(root: Path, kinds: Mapping[str, str]) -> DataFiles | None:
     kind = _only_kind(root, by_kind)
     if kind is None:
         return None
-    meant = by_kind[kind]
-    rest = [file for file in files if file not in set(meant)]
-    if rest:
+    splits: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
+    for file in by_kind[kind]:
+        splits[_named_split(file, root, kind)].append(file)
+    unnamed = splits.pop("")
+    if kind == "text" or not splits["train"]:
+        splits["train"] = sorted([*splits["train"], *unnamed])
+    splits = {name: group for name, group in splits.items() if group}
+    meant = {*chain(*splits.values())}
+    if rest := [file for file in files if file not in meant]:
         _LOG.warning("%s: reading %s and leaving %s", root, suffixes(meant), suffixes(rest))
-    splits: dict[str, list[Path]] = {name: [] for name in _SPLITS}
-    for file in meant:
-        splits[_split_of(file, root, kind)].append(file)
-    return DataFiles(kind, {name: group for name, group in splits.items() if group})
+    return DataFiles(kind, splits)
 
 
 def declares_its_files(root: Path) -> bool:
@@ -116,7 +122,7 @@ def declares_its_files(root: Path) -> bool:
     return head.startswith("---") and re.search(r"^configs:", head, re.MULTILINE) is not None
 
 
-def suffixes(files: list[Path]) -> str:
+def suffixes(files: Collection[Path]) -> str:
     """How many files there are of each suffix, in words."""
     counts = Counter(file.suffix.lower() or file.name for file in files)
     shown = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
@@ -132,14 +138,17 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if _LEFT_BEHIND.fullmatch(path.name) or _BOOKKEEPING.fullmatch(path.name):
             continue
-        if path.is_dir() and not _is_cache(path):
-            yield from _walk(path, (*above, real))
+        if path.is_dir():
+            if not _is_output(path):
+                yield from _walk(path, (*above, real))
         elif path.is_file():
             yield path
 
 
-def _is_cache(folder: Path) -> bool:
-    """Whether `datasets` keeps here what it has read before."""
+def _is_output(folder: Path) -> bool:
+    """Whether a folder holds a run or comparison of ours, or what `datasets` has read before."""
+    if (folder / "config.json").exists():
+        return any((folder / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
     library = sys.modules.get("datasets")
     return library is not None and folder.resolve() == Path(library.config.HF_DATASETS_CACHE)
 
@@ -161,13 +170,13 @@ def _only_kind(root: Path, by_kind: Mapping[str, list[Path]]) -> str | None:
     return next(iter(kinds), None)
 
 
-def _split_of(file: Path, root: Path, kind: str) -> str:
-    """The split that a path names: the first of its folders to do so, or else the file."""
+def _named_split(file: Path, root: Path, kind: str) -> str:
+    """The split that a path names, the first of its folders to do so or else the file; or none."""
     parts = file.relative_to(root).parts if file != root else ()
     for part in parts[:1] if kind == "text" else parts:
-        # Documents are called what they like, so prose goes by how its first name begins.
+        # Prose goes by how its first name begins, tables and images by any word of a name.
         found = (_SPLIT_NAME.match if kind == "text" else _SPLIT_NAME.search)(part)
         if found:
             word = found[1].lower()
             return next(split for split, words in _SPLITS.items() if word in words)
-    return "train"
+    return ""

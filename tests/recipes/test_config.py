@@ -59,6 +59,14 @@ def test_a_config_of_another_version_is_refused():
             },
             "--quantizer.preset lsq",
         ),
+        (
+            {"quantizer": QuantizerConfig(preset="lsq", granularity="token")},
+            "no tokens.*--quantizer.granularity channel",
+        ),
+        (
+            {"activations": QuantizerConfig(preset="lsq", granularity="token")},
+            "--activations.granularity tensor, or --activations.preset abs_max",
+        ),
     ],
 )
 def test_options_that_cannot_work_name_the_option(changes, message):

@@ -13,6 +13,7 @@ from fogzo.cli.main import main
 from fogzo.recipes import RECIPES, data_record, train
 from fogzo.recipes.data_config import ImagesConfig, TextConfig
 from fogzo.recipes.data_record import check_unchanged, digest_data, stamp
+from fogzo.recipes.evaluate import EvalConfig, evaluate_run
 from fogzo.recipes.images import load_images
 from fogzo.recipes.model_config import LlamaConfig
 
@@ -78,6 +79,15 @@ def test_resume_refuses_other_images(tmp_path, capsys):
         main([*command, "--resume"])
     assert end.value.code == 2
     assert "test-00000-of-00001.parquet is changed" in capsys.readouterr().err
+
+
+def test_an_evaluation_on_other_data_says_so(llama, tmp_path, caplog):
+    train(llama)
+    evaluate_run(EvalConfig(run=llama.output_dir))
+    assert "not those" not in caplog.text
+    (tmp_path / "set" / "b.txt").write_text(PROSE + PROSE, "utf-8")
+    evaluate_run(EvalConfig(run=llama.output_dir))
+    assert "not those that" in caplog.text and "b.txt is changed" in caplog.text
 
 
 def test_a_run_of_before_there_were_records_goes_on(llama):

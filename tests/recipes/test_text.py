@@ -173,6 +173,14 @@ def test_plain_text_is_not_streamed(tmp_path):
             load_text(config(dataset, streaming=True))
 
 
+@pytest.mark.parametrize("options", [{"subset": "en"}, {"column": "body"}])
+def test_plain_text_has_no_subsets_and_columns(tmp_path, options):
+    (tmp_path / "a.txt").write_text(PROSE, "utf-8")
+    for dataset in ("pydoc", tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError, match=r"plain text, without .*leave --data.subset and"):
+            load_text(config(dataset, **options))
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "no.txt", "no.csv"])
 def test_nothing_there(name):
     with pytest.raises(ValueError, match=r"there is no file or folder.*--data.dataset pydoc"):

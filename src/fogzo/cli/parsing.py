@@ -1,7 +1,7 @@
 """From arguments to a checked config, the same way for every command."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -23,9 +23,11 @@ def parse(
         ValueError: If an option has a value that cannot be meant.
     """
     _refuse_empty(arguments)
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     with deferred_checks():
-        config = tyro.cli(cls, args=arguments, prog=prog, description=description, **given)
+        config: OptionsT = tyro.cli(
+            cls, args=arguments, prog=prog, description=description, **given
+        )
     config.check()
     return config
 

@@ -10,7 +10,7 @@ import tyro
 
 from fogzo.recipes.data_config import DataConfig
 from fogzo.recipes.devices import Device
-from fogzo.recipes.model_config import ModelConfig, QuantizerConfig
+from fogzo.recipes.model_config import ModelConfig, QuantizerConfig, check_quantizers
 from fogzo.recipes.options import (
     Example,
     NonNegativeFloat,
@@ -35,6 +35,7 @@ ScheduleName = Literal["cosine", "linear", "onecycle", "wsd", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Perturbation = Literal["auto", "uniform", "triangular", "normal", "logistic", "rademacher"]
+_Radius = Annotated[float, Rule(lambda radius: 0 < radius <= 1000, "in (0, 1000]")]
 _CheckpointEvery = Annotated[int, Rule(lambda steps: steps >= -1, "-1 or more")]
 
 
@@ -76,7 +77,7 @@ class TrainConfig(Options):
     """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
     perturbation: Perturbation = "auto"
     """Law of the noise; auto is the one that the surrogate follows from. Others get its radius."""
-    radius: PositiveFloat = 1.0
+    radius: _Radius = 1.0
     """Radius of the perturbations, as a multiple of the surrogate's own."""
     one_sided: bool = False
     """Take differences from the step's own loss: half the forwards, more variance."""
@@ -164,11 +165,7 @@ class TrainConfig(Options):
                 f"a constant learning rate ends at its peak, got final_fraction "
                 f"{self.final_fraction}: --final-fraction 0, or --schedule linear"
             )
-        if self.activations.preset != "none" and self.quantizer.preset == "none":
-            raise ValueError(
-                "activations are quantized only where weights are: add --quantizer.preset lsq, or "
-                "--activations.preset none"
-            )
+        check_quantizers(self.quantizer, self.activations)
 
 
 def to_json(config: Any) -> str:

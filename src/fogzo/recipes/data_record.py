@@ -52,9 +52,22 @@ def check_unchanged(folder: Path, digests: Digests) -> None:
     Raises:
         ValueError: If a file was changed, added or removed; it is named.
     """
+    if changes := changed_data(folder, digests):
+        raise ValueError(
+            f"the data of the run in {folder} are no longer what it began with: {changes}. Restore "
+            "them to go on, or choose another --output-dir"
+        )
+
+
+def changed_data(folder: Path, digests: Digests) -> str:
+    """Which files are no longer those of a run, in words; empty where all are, or nobody knows.
+
+    Raises:
+        ValueError: If the record is damaged.
+    """
     path = folder / RECORD
     if not path.exists():
-        return
+        return ""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -64,22 +77,13 @@ def check_unchanged(folder: Path, digests: Digests) -> None:
             f"{path} is damaged: restore it, or delete it if the data are those that the run "
             "began with"
         )
-    differing = [name for name in sorted({*stored, *digests}) if _differs(name, stored, digests)]
-    if differing:
-        states = [f"{name} is {_state(name, stored, digests)}" for name in differing[:3]]
-        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(
-            f"the data of the run in {folder} are no longer what it began with: "
-            f"{', '.join(states)}{more}. Restore them to go on, or choose another --output-dir"
-        )
-
-
-def _differs(name: str, stored: Digests, digests: Digests) -> bool:
-    return stored.get(name) != digests.get(name)
-
-
-def _state(name: str, stored: Digests, digests: Digests) -> str:
-    return "changed" if name in stored and name in digests else "new" if name in digests else "gone"
+    changes = [
+        f"{name} is {'gone' if name not in digests else 'changed' if name in stored else 'new'}"
+        for name in sorted({*stored, *digests})
+        if stored.get(name) != digests.get(name)
+    ]
+    more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return ", ".join(changes[:3]) + more
 
 
 def _files(data: DataConfig) -> dict[str, Path]:

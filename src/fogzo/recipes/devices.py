@@ -27,7 +27,9 @@ def available_devices() -> list[str]:
     """The names of this machine's devices, the CPU first."""
     if not torch.accelerator.is_available():
         return ["cpu"]
-    kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "an accelerator is available"
+    kind = accelerator.type
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 

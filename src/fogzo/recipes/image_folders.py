@@ -14,8 +14,8 @@ from fogzo.recipes.data_files import (
     meant_files,
 )
 
-_PICTURES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm")
-_PICTURES += (".ppm", ".tif", ".tiff", ".webp")
+_PICTURES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"}
+_PICTURES |= {".ppm", ".tif", ".tiff", ".webp"}
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(_PICTURES, "imagefolder")}
 # What says of pictures what they are, instead of their folders.
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.data_record import stamp
-from fogzo.recipes.image_files import LazyPixels, Read, read_files, stored_side, to_tensor
+from fogzo.recipes.image_files import (
+    MEMORY_LIMIT,
+    LazyPixels,
+    Read,
+    read_files,
+    stored_side,
+    to_tensor,
+)
 
 # As ImageNet's papers have them: measuring a split that is too large for memory would mean to
 # decode all of it once more.
@@ -115,6 +122,11 @@ def _digits(config: ImagesConfig) -> Read:
     x = torch.tensor(images * 8, dtype=torch.uint8).view(-1, 1, 8, 8)
     y = torch.tensor(labels, dtype=torch.int64)
     side = stored_side(config, 8)
+    if len(x) * side**2 > MEMORY_LIMIT:
+        raise ValueError(
+            f"digits of {side}x{side} pixels take {len(x) * side**2 / 2**30:.0f} GiB, more than "
+            f"the {MEMORY_LIMIT / 2**30:.0f} that a data set may: --data.image-size 32"
+        )
     if side != 8:
         from PIL import Image
 

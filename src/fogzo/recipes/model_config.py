@@ -76,6 +76,26 @@ class QuantizerConfig(Options):
         return replace(quantizer, stochastic=self.stochastic)
 
 
+def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:
+    """Raise a `ValueError` unless weights and inputs of layers can be quantized so together."""
+    if activations.preset != "none" and weights.preset == "none":
+        raise ValueError(
+            "activations are quantized only where weights are: add --quantizer.preset lsq, or "
+            "--activations.preset none"
+        )
+    if weights.granularity == "token":
+        raise ValueError(
+            "weights have no tokens, but channels: --quantizer.granularity channel, or tensor"
+        )
+    kept = activations.preset in ("fixed", "lsq")
+    if kept and activations.granularity not in (None, "tensor"):
+        raise ValueError(
+            f"{activations.preset} keeps the step sizes of activations, whose tokens vary in "
+            f"number, got {activations.granularity}: --activations.granularity tensor, or "
+            "--activations.preset abs_max"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlpConfig(Options):
     """A multilayer perceptron with ReLU."""

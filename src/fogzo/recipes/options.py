@@ -1,7 +1,6 @@
 """Options: fields of configs that say which values they take, and one check for all of them."""
 
 import dataclasses
-import math
 import os
 import types
 import typing
@@ -61,6 +60,8 @@ def at_least_one(kind: str) -> Rule:
     return Rule(bool, f"one {kind} or more")
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which networks compute
+
 _DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
 
 
@@ -102,7 +103,7 @@ class Options:
             prefix: What the command line writes before the names, if not ``PREFIX``.
         """
         prefix = self.PREFIX if prefix is None else prefix
-        for name, hint in _hints(type(self)).items():
+        for name, hint in _hints(typing.cast(Any, type(self))).items():
             given = getattr(self, name)
             try:
                 value = _conform(hint, given)
@@ -123,7 +124,7 @@ class Options:
     @classmethod
     def _correction(cls, name: str, misfit: "_Misfit", prefix: str) -> str:
         """The option with a value that it takes, as one writes it."""
-        hint = _hints(cls)[name]
+        hint = _hints(typing.cast(Any, cls))[name]
         value = misfit.nearest if misfit.nearest is not None else _example(cls, name)
         marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
         if tyro.conf.Suppress in marks or isinstance(value, Options):
@@ -221,11 +222,11 @@ def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
             return _conform(hint, value)
         except _Misfit as misfit:
             misfits.append(misfit)
-    for misfit in misfits:
-        if misfit.right_type:
-            raise misfit
-    nearest = next((misfit.nearest for misfit in misfits if misfit.nearest), None)
-    words = " or ".join(misfit.words for misfit in misfits)
+    for found in misfits:
+        if found.right_type:
+            raise found
+    nearest = next((found.nearest for found in misfits if found.nearest), None)
+    words = " or ".join(found.words for found in misfits)
     raise _Misfit(words, value, nearest=nearest)
 
 
@@ -257,17 +258,18 @@ def _bool(value: Any) -> bool:
 def _int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise _Misfit("an integer", value)
-    if not -(2**63) <= value < 2**63:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
         raise _Misfit("an integer of 64 bits", value, right_type=True)
-    return int(value)
+    return number
 
 
 def _float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _Misfit("a number", value)
     number = _int(value) if isinstance(value, Integral) else float(value)
-    if not math.isfinite(number):
-        raise _Misfit("finite", value, right_type=True)
+    if not abs(number) <= _LARGEST:
+        raise _Misfit("finite in 32 bits", value, right_type=True)
     return number
 
 
@@ -316,17 +318,17 @@ _PLAIN: dict[Any, Callable[[Any], Any]] = {
 
 
 @cache
-def _hints(cls: type[Options]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _example(cls: type[Options], name: str) -> Any:
+def _example(cls: Any, name: str) -> Any:
     """A value that the option takes."""
     for mark in typing.get_args(_hints(cls)[name])[1:]:
         if isinstance(mark, Example):
             return mark.value
-    field = next(f for f in dataclasses.fields(typing.cast(Any, cls)) if f.name == name)
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
     if field.default is not dataclasses.MISSING:
         return field.default
     if field.default_factory is not dataclasses.MISSING:

@@ -189,12 +189,20 @@ def _read(config: TextConfig) -> dict[str, list[str]]:
     if config.dataset == "pydoc":
         from pydoc_data.topics import topics
 
-        return {"train": ["\n\n".join(topics[name] for name in sorted(topics))]}
-    documents = plain_text(config.dataset)
-    if documents is not None:
-        return {"train": [], **documents}
+        plain: dict[str, list[str]] | None = {
+            "train": ["\n\n".join(topics[name] for name in sorted(topics))]
+        }
+    else:
+        plain = plain_text(config.dataset)
+    if plain is not None:
+        if (config.subset, config.column) != (None, "text"):
+            raise ValueError(
+                f"{config.dataset!r} is plain text, without subsets and columns: leave "
+                "--data.subset and --data.column out"
+            )
+        return {"train": [], **plain}
     tables = load_tables(config)
-    documents = {}
+    documents: dict[str, list[str]] = {}
     for name in ("train", "validation", "test"):
         if name in tables.splits:
             documents[name] = texts = list(tables.texts(name))

@@ -265,11 +265,13 @@ def _fault(file: Path) -> str | None:
     lines = text.split("\n")
     by_line = file.suffix == ".jsonl" or (whole is not None and _not_json(lines[0]) is None)
     if not by_line:
-        return whole and f"{file}, line {whole.lineno}: {whole.msg} at column {whole.colno}"
+        return (
+            f"{file}, line {whole.lineno}: {whole.msg} at column {whole.colno}" if whole else None
+        )
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            if error := _not_json(line):
-                return f"{file}, line {number}: {error.msg} at column {error.colno}"
+            if fault := _not_json(line):
+                return f"{file}, line {number}: {fault.msg} at column {fault.colno}"
             if not isinstance(json.loads(line), dict):
                 return f"{file}, line {number}: no JSON object, but {line.strip()[:40]}"
     return None

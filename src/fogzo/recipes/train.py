@@ -13,7 +13,7 @@ from fogzo.recipes.data_record import RECORD, check_unchanged, digest_data
 from fogzo.recipes.parallel import Ranks, join_ranks, without_sync
 from fogzo.recipes.run_folder import Metrics, RunFolder, dumps, write_text
 from fogzo.recipes.tasks import Batch
-from fogzo.recipes.trackers import tracking
+from fogzo.recipes.trackers import check_trackers, tracking
 from fogzo.recipes.training import Training, own_random_streams
 
 OnStep = Callable[[Metrics], None]
@@ -46,6 +46,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
 
 def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
     # In a function of its own, so that what it trained is gone before the ranks part.
+    check_trackers(config)
     folder = RunFolder(config, writes=ranks.rank == 0)
     digests = digest_data(config.data)
     if folder.checkpoint is not None:

@@ -7,6 +7,7 @@ import pytest
 from pictures import everything, pictures, write_set
 from texts import PROSE, config, decode, rows, write_jsonl
 
+from fogzo.recipes import images, text
 from fogzo.recipes.data_config import ImagesConfig
 from fogzo.recipes.data_files import find_data_files, meant_files
 from fogzo.recipes.images import load_images
@@ -57,8 +58,8 @@ def add(root, *names, content="SECRET junk, nobody's data.\n" * 200):
         (root / name).write_text(content, "utf-8")
 
 
-def said(text):
-    return decode(text.train) + decode(text.validation) + decode(text.test)
+def said(found):
+    return decode(found.train) + decode(found.validation) + decode(found.test)
 
 
 @pytest.mark.parametrize("junk", JUNK)
@@ -83,6 +84,7 @@ def test_text_is_read_without_what_lies_beside_it(tmp_path, kind):
     alone = said(load_text(config(root)))
     assert alone.replace("\n\n", "") == "".join(texts)
     add(root, *(name for name in JUNK if not (root / name).exists()))
+    text._load.cache_clear()
     assert said(load_text(config(root))) == alone
 
 
@@ -117,8 +119,8 @@ def test_a_readme_that_names_the_data_is_believed(tmp_path):
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: en\n  data_files: meant/*.jsonl\n---\nWords.\n"
     )
-    text = said(load_text(config(tmp_path, subset="en")))
-    assert "meant" in text and "other" not in text
+    prose = said(load_text(config(tmp_path, subset="en")))
+    assert "meant" in prose and "other" not in prose
     (tmp_path / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no subsets.*leave --data.subset en out"):
         load_text(config(tmp_path, subset="en"))
@@ -148,9 +150,9 @@ def test_a_path_names_its_split(tmp_path, name, kind, split):
 def test_files_that_name_no_split_are_for_training(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", rows([f"test {n}" for n in range(90)]))
     write_jsonl(tmp_path / "more.jsonl", rows([f"more {n}" for n in range(90)]))
-    text = load_text(config(tmp_path))
-    assert "more" in decode(text.train) and "test" not in decode(text.train)
-    assert "more" not in decode(text.test)
+    found = load_text(config(tmp_path))
+    assert "more" in decode(found.train) and "test" not in decode(found.train)
+    assert "more" not in decode(found.test)
 
 
 def test_files_that_name_no_split_are_left_where_others_are_for_training(tmp_path, caplog):
@@ -202,6 +204,7 @@ def test_images_are_read_without_what_lies_beside_them(tmp_path, layout):
     hidden = root / "train" / "cat" / ".ipynb_checkpoints"
     hidden.mkdir(parents=True)
     pictures(1)[0].save(hidden / "0-checkpoint.png")
+    images._load.cache_clear()
     after = images_of(root)
     assert (after.num_classes, len(after.test)) == (before.num_classes, len(before.test))
     for name in ("train", "validation", "test"):
@@ -322,8 +325,8 @@ def test_a_broken_line_of_json_is_named(tmp_path, name, broken, says, streaming)
     (tmp_path / "a.jsonl").write_text(good * 100)
     (tmp_path / name).write_text(good * 3 + broken + "\n" + good * 3)
     with pytest.raises(ValueError, match=rf"{says}.*mend"):
-        text = load_text(config(tmp_path, streaming=streaming, context=8, max_eval_blocks=2))
-        text.train.stream().next_blocks(100)
+        found = load_text(config(tmp_path, streaming=streaming, context=8, max_eval_blocks=2))
+        found.train.stream().next_blocks(100)
 
 
 def test_a_broken_file_of_json_is_named(tmp_path):
@@ -350,6 +353,12 @@ def test_the_column_to_use_is_one_of_text(tmp_path):
         load_text(config(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", [{"id": 3}] * 50)
     with pytest.raises(ValueError, match=r"no column holds text"):
+        load_text(config(tmp_path))
+
+
+def test_a_row_that_is_no_text_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*rows(["words"] * 9), {"text": 5}, *rows(["words"] * 9)])
+    with pytest.raises(ValueError, match=r"row 9 of the column 'text' holds int, where others"):
         load_text(config(tmp_path))
 
 

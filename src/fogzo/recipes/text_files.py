@@ -140,14 +140,18 @@ def column_texts(
     Raises:
         ValueError: If something else than text is found, or a row cannot be read.
     """
-    for row in _readable(rows, files):
+    for number, row in enumerate(_readable(rows, files)):
         value = row[column]
         if value is not None and not isinstance(value, str):
-            advice = _about_chats({column: value}) or (
-                "give the name of a column of text, as in --data.column text"
-            )
+            kind, chats = type(value).__name__, _about_chats({column: value})
+            if number and not chats:
+                raise ValueError(
+                    f"row {number} of the column {column!r} holds {kind}, where others hold text: "
+                    "mend or remove it"
+                )
             raise ValueError(
-                f"the column {column!r} holds {type(value).__name__}, not text: {advice}"
+                f"the column {column!r} holds {kind}, not text: "
+                + (chats or "give the name of a column of text, as in --data.column text")
             )
         yield value or ""
 

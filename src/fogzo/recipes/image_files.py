@@ -46,9 +46,9 @@ class LazyPixels:
         image = _decode(value, self._what, row)
         if image.size != (self._side, self._side) and not self._resize:
             raise ValueError(
-                f"image {row} of {self._what}{_name(value)} has {image.width}x{image.height} pixels, and the "
-                f"first training image {self._side}x{self._side}: give all one size, with "
-                "--data.image-size 224 for instance"
+                f"image {row} of {self._what}{_name(value)} has {image.width}x{image.height} "
+                f"pixels, and the first training image {self._side}x{self._side}: give all one "
+                "size, with --data.image-size 224 for instance"
             )
         return to_tensor(image, self._mode, self._side)
 

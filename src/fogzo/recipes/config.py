@@ -83,7 +83,7 @@ class TrainConfig(Options):
     """Take differences from the step's own loss: half the forwards, more variance."""
     probe_every: PositiveInt = 1
     """Steps from one probed step to the next, with plain STE between them."""
-    probe_fraction: PositiveShare = 1.0
+    probe_fraction: Annotated[PositiveShare, Example(0.125)] = 1.0
     """Share of the batch that probes see."""
     probe_precision: Annotated[Precision | None, Example("bf16")] = None
     """Precision of the probes' forwards; by default that of training."""

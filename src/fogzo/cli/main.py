@@ -128,7 +128,5 @@ def _fail(message: str) -> int:
     return 2
 
 
-__all__ = ["TrainConfig", "main"]
-
 if __name__ == "__main__":
     main()

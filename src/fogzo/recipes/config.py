@@ -73,6 +73,9 @@ class TrainConfig(Options):
     noise_shape: Literal["isotropic", "tensor_rms"] = "isotropic"
     """isotropic is the paper's; tensor_rms gives each weight noise in proportion to its gradient,
     so that layers of small gradients do not wander under Adam."""
+    agreement: Literal["shrunk", "measured"] = "shrunk"
+    """What fogzo multiplies the gradient by: the measured agreement, drawn towards 1 by its
+    standard error, or, as in the paper, as it was measured."""
     start: ShareBelowOne = 0.0
     """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
     perturbation: Perturbation = "auto"
@@ -83,7 +86,7 @@ class TrainConfig(Options):
     """Take differences from the step's own loss: half the forwards, more variance."""
     probe_every: PositiveInt = 1
     """Steps from one probed step to the next, with plain STE between them."""
-    probe_fraction: Annotated[PositiveShare, Example(0.125)] = 1.0
+    probe_fraction: Annotated[PositiveShare, Example(0.125)] = 1
     """Share of the batch that probes see."""
     probe_precision: Annotated[Precision | None, Example("bf16")] = None
     """Precision of the probes' forwards; by default that of training."""

@@ -84,7 +84,7 @@ class TrainConfig(Options):
     """Radius of the perturbations, as a multiple of the surrogate's own."""
     one_sided: bool = False
     """Take differences from the step's own loss: half the forwards, more variance."""
-    probe_every: PositiveInt = 1
+    probe_every: Annotated[PositiveInt, Example(4)] = 1
     """Steps from one probed step to the next, with plain STE between them."""
     probe_fraction: Annotated[PositiveShare, Example(0.125)] = 1
     """Share of the batch that probes see."""

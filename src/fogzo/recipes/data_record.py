@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fogzo.recipes.data_config import DataConfig, TextConfig
 from fogzo.recipes.data_files import local_path, meant_files
+from fogzo.recipes.run_folder import dumps, write_text
 
 RECORD = "data.json"
 """The record's name in a run folder."""
@@ -44,6 +45,11 @@ def stamp(data: DataConfig) -> tuple[tuple[str, int, int], ...]:
     """Name, size and time of change of those files: what has the same need not be read again."""
     states = [(name, file.stat()) for name, file in _files(data).items()]
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def record_data(folder: Path, digests: Digests) -> None:
+    """Write down in a run folder what the data of its run hold."""
+    write_text(folder / RECORD, dumps(digests, indent=1) + "\n")
 
 
 def check_unchanged(folder: Path, digests: Digests) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fogzo.estimators import RefineStats
 from fogzo.recipes.config import TrainConfig
-from fogzo.recipes.data_record import RECORD, check_unchanged, digest_data
+from fogzo.recipes.data_record import check_unchanged, digest_data, record_data
 from fogzo.recipes.parallel import Ranks, join_ranks, without_sync
-from fogzo.recipes.run_folder import Metrics, RunFolder, dumps, write_text
+from fogzo.recipes.run_folder import Metrics, RunFolder
 from fogzo.recipes.tasks import Batch
 from fogzo.recipes.trackers import check_trackers, tracking
 from fogzo.recipes.training import Training, own_random_streams
@@ -54,7 +54,7 @@ def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics
     training = Training(config, ranks, folder.checkpoint)
     with folder.open(training.step), tracking(config, ranks) as track:
         if ranks.rank == 0:
-            write_text(folder.path / RECORD, dumps(digests, indent=1) + "\n")
+            record_data(folder.path, digests)
         if training.step == 0 and config.checkpoint_every > 0:
             folder.save_checkpoint(training.state_dict())
         while training.step < config.max_steps:

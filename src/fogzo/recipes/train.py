@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fogzo.estimators import RefineStats
 from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.data_record import check_unchanged, digest_data, record_data
 from fogzo.recipes.parallel import Ranks, join_ranks, without_sync
 from fogzo.recipes.run_folder import Metrics, RunFolder
 from fogzo.recipes.tasks import Batch
-from fogzo.recipes.trackers import tracking
+from fogzo.recipes.trackers import check_trackers, tracking
 from fogzo.recipes.training import Training, own_random_streams
 
 OnStep = Callable[[Metrics], None]
@@ -45,9 +46,15 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
 
 def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
     # In a function of its own, so that what it trained is gone before the ranks part.
+    check_trackers(config)
     folder = RunFolder(config, writes=ranks.rank == 0)
+    digests = digest_data(config.data)
+    if folder.checkpoint is not None:
+        check_unchanged(folder.path, digests)
     training = Training(config, ranks, folder.checkpoint)
     with folder.open(training.step), tracking(config, ranks) as track:
+        if ranks.rank == 0:
+            record_data(folder.path, digests)
         if training.step == 0 and config.checkpoint_every > 0:
             folder.save_checkpoint(training.state_dict())
         while training.step < config.max_steps:

@@ -5,6 +5,7 @@ Estimators never perturb an activation. Its quantizer runs in every forward, pro
 
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded
 from fogzo.quantizers import Quantizer, unsigned
+from fogzo.quantizers.grids import TIE_MARGIN
+from fogzo.quantizers.reading import can_be_read, has_a_value
 
 logger = logging.getLogger(__name__)
 
 Activations = Quantizer | Callable[[nn.Module, str], Quantizer | None] | None
 
-# What the buffer `input_state` holds.
+# What the buffer `input_state` holds, as a float: averages of models (AveragedModel, EMA) round
+# integers down, and so turn a 2 into a 1.
 UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
 
 
@@ -41,39 +45,55 @@ class _Tally:
         # Zeros alone (a layer behind one that starts at zero) and overflows say nothing.
         if bool((steps.isfinite() & (steps > 0)).all()):
             self.count += 1
-            self.negative |= bool((x < 0).any())
+            # Below zero by more than the round-off of a sum that is zero in exact arithmetic.
+            self.negative |= bool((x < -TIE_MARGIN * steps[0]).any())
             self.steps = self.steps + steps
 
 
 class QuantizedInput(nn.Module):
     """Mixed into a layer's class by `quantize_`: quantizes the layer's first positional input.
 
+    The two tensors below decide, whoever wrote to them: a copy that follows the model (EMA, SWA,
+    ``load_state_dict``, ``torch.func.functional_call``) quantizes as the model does.
+
     Attributes:
-        activation_quantizer: The quantizer in use, or None. Once measured, its grid is the
-            unsigned one if a step is kept and no input was negative.
         input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
+            Infinite until it is measured, so that no average with such a step passes for one.
         input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
             2 measured for the unsigned grid of as many bits.
     """
 
     weight: nn.Parameter
-    activation_quantizer: Quantizer | None
     input_step: Tensor | None
     input_state: Tensor | None
     _given: Quantizer | None
-    # Mirrors input_state, together with activation_quantizer: reading a buffer would make every
-    # forward wait for the device, and break the compiler's graph.
-    _measured: bool
+    _without_negatives: Quantizer | None
+    # Whether input_state was once seen to say that it is measured. Where it cannot be read for
+    # nothing (on an accelerator, in a compiled graph) that is not asked again: an infinite step
+    # makes the output NaN or infinite.
+    _was_measured: bool
     _tally: _Tally | None
+
+    @property
+    def activation_quantizer(self) -> Quantizer | None:
+        """The quantizer in use, or None.
+
+        Once measured, its grid is the unsigned one if a step is kept and no input was negative.
+        """
+        state = self.input_state
+        if state is None or not has_a_value(state) or round(state.item()) != UNSIGNED:
+            return self._given
+        return self._without_negatives
 
     def attach_input(self, quantizer: Quantizer | None) -> None:
         """Begin to quantize inputs; None leaves them alone."""
-        self.activation_quantizer = self._given = quantizer
-        self._measured, self._tally = True, None
+        self._given = self._without_negatives = quantizer
+        self._was_measured, self._tally = False, None
         if quantizer is None or not quantizer.scale.has_state:
             self.register_buffer("input_step", None)
             self.register_buffer("input_state", None)
             return
+        self._without_negatives = _for_unsigned(quantizer)
         value, state = _initial(quantizer)
         weight = self.weight
         step = torch.full((1, 1), value, dtype=weight.dtype, device=weight.device)
@@ -81,18 +101,19 @@ class QuantizedInput(nn.Module):
             self.register_parameter("input_step", nn.Parameter(step))
         else:
             self.register_buffer("input_step", step)
-        self.register_buffer(
-            "input_state", torch.tensor(state, dtype=torch.int8, device=weight.device)
-        )
-        self._mirror(state)
+        self.register_buffer("input_state", torch.tensor(float(state), device=weight.device))
+        self._was_measured = state != UNMEASURED
 
     def detach_input(self) -> None:
         """Leave nothing of `attach_input` behind."""
-        del self.activation_quantizer, self.input_step, self.input_state
-        del self._given, self._measured, self._tally
+        del self.input_step, self.input_state
+        del self._given, self._without_negatives, self._was_measured, self._tally
 
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a forward, the first of them quantized."""
+        """The positional arguments of a forward, the first of them quantized if it is to be."""
+        given = self._given
+        if given is None:
+            return args
         if not args:
             raise ValueError(
                 f"{type(self).__name__} quantizes its first positional input but was called with "
@@ -103,31 +124,61 @@ class QuantizedInput(nn.Module):
             return args
         # Features are last, before the kernel positions of a convolution; the batch is optional.
         feature_dim = 1 - self.weight.dim()
-        if self._tally is not None or not self._measured:
-            self._measure(x, feature_dim)
-            if not self._measured:
+        if self.input_step is None or self.input_state is None:
+            return given.quantize_input(x, None, feature_dim, self.training), *args[1:]
+        state = self._read_state()
+        if self._tally is not None or state == UNMEASURED:
+            state = self._measure(x, feature_dim)
+            if state == UNMEASURED:
                 return args
-        assert self.activation_quantizer is not None
-        quantize = self.activation_quantizer.quantize_input
-        return quantize(x, self.input_step, feature_dim, self.training), *args[1:]
+        quantizer, is_unsigned = given, None
+        if state == UNSIGNED:
+            assert self._without_negatives is not None
+            quantizer = self._without_negatives
+        elif state is None and self._without_negatives is not given:
+            is_unsigned = self.input_state > (AS_GIVEN + UNSIGNED) / 2
+        step = self.input_step
+        if state is None and given.scale_dtype is not None:  # rounding would make it finite
+            step = torch.where(step.isfinite(), step, math.nan)
+        quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
+        return quantized, *args[1:]
 
-    def _measure(self, x: Tensor, feature_dim: int) -> None:
-        assert self._given is not None
+    def _read_state(self) -> int | None:
+        """What `input_state` says; None where to read it would cost something or is impossible."""
+        assert self.input_step is not None and self.input_state is not None
+
+        def is_readable(tensor: Tensor) -> bool:
+            return can_be_read(tensor) or (not self._was_measured and has_a_value(tensor))
+
+        if not is_readable(self.input_state):
+            return None
+        state = round(self.input_state.item())
+        # In training it is what divergence looks like, and shows in the loss.
+        calibrating = self.training or self._tally is not None
+        if state != UNMEASURED and not calibrating and is_readable(self.input_step):
+            self._check_step(self.input_step.item())
+        if self._was_measured != (state != UNMEASURED):
+            self._was_measured = state != UNMEASURED
+        return state
+
+    def _measure(self, x: Tensor, feature_dim: int) -> int:
+        """Take an input in; the state that follows."""
+        assert self._given is not None and self._without_negatives is not None
         assert self.input_step is not None and self.input_state is not None
         tally = self._tally
         if tally is None:
             self._check_may_measure()
             tally = _Tally()
-        without_negatives = _for_unsigned(self._given)
-        tally.add(x, (self._given, without_negatives), feature_dim)
+        tally.add(x, (self._given, self._without_negatives), feature_dim)
         if not tally.count:
-            return
-        as_given = tally.negative or without_negatives is self._given
+            return UNMEASURED
+        as_given = tally.negative or self._without_negatives is self._given
         assert isinstance(tally.steps, Tensor)
         with torch.no_grad():  # in place, as an optimizer may hold the parameter already
             self.input_step.copy_(tally.steps[0 if as_given else 1] / tally.count)
             self.input_state.fill_(AS_GIVEN if as_given else UNSIGNED)
-        self._mirror(AS_GIVEN if as_given else UNSIGNED)
+        self._was_measured = True
+        return AS_GIVEN if as_given else UNSIGNED
 
     def _check_may_measure(self) -> None:
         # Not without gradient: a probe would put the buffers back that say it was measured.
@@ -145,10 +196,14 @@ class QuantizedInput(nn.Module):
                 "with fogzo.calibrate_(model): model(x)"
             )
 
-    def _mirror(self, state: int) -> None:
-        assert self._given is not None
-        self._measured = state != UNMEASURED
-        self.activation_quantizer = _for_unsigned(self._given) if state == UNSIGNED else self._given
+    def _check_step(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the step size of this {type(self).__name__}'s input is {value}: it is an average "
+                "that began before the model had measured it, or training diverged. Measure the "
+                "model first, with fogzo.calibrate_(model): model(x), and then begin the average; "
+                "or measure the averaged model itself: with fogzo.calibrate_(averaged): averaged(x)"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._given is None or self.input_step is None or self.input_state is None:
@@ -161,7 +216,7 @@ class QuantizedInput(nn.Module):
             state_dict[step] = torch.full_like(self.input_step, values[0])
             state_dict[state] = torch.full_like(self.input_state, values[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._mirror(int(self.input_state))
+        self._was_measured = has_a_value(self.input_state) and bool(round(self.input_state.item()))
 
 
 @contextmanager
@@ -190,7 +245,7 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedInput) and module.activation_quantizer is not None
+        if isinstance(module, QuantizedInput) and module._given is not None
     }
     if not layers:
         raise ValueError(
@@ -282,7 +337,7 @@ def _is_measured_from_inputs(quantizer: Quantizer | None) -> bool:
 def _initial(quantizer: Quantizer) -> tuple[float, int]:
     """The step and state of a layer that has seen no input: a step that was given needs none."""
     value = quantizer.scale.value
-    return (0.0, UNMEASURED) if value is None else (value, AS_GIVEN)
+    return (math.inf, UNMEASURED) if value is None else (value, AS_GIVEN)
 
 
 def _may_be_distributed() -> bool:

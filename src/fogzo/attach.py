@@ -42,8 +42,7 @@ class QuantizedLayer(QuantizedInput):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on quantized weights."""
         self.__dict__["_forward_dtype"] = self.weight.dtype
-        if self.activation_quantizer is not None:
-            args = self.with_quantized_input(args)
+        args = self.with_quantized_input(args)
         # An instance attribute hides the parameter of that name, whatever the class's forward is.
         self.__dict__["weight"] = self.quantized_weight()
         try:

@@ -128,7 +128,10 @@ class QuantizedInput(nn.Module):
             return given.quantize_input(x, None, feature_dim, self.training), *args[1:]
         state = self._read_state()
         if self._tally is not None or state == UNMEASURED:
-            state = self._measure(x, feature_dim)
+            measure = self._measure
+            if torch.compiler.is_compiling():
+                measure = torch._dynamo.disable(measure)
+            state = measure(x, feature_dim)
             if state == UNMEASURED:
                 return args
         quantizer, is_unsigned = given, None
@@ -146,6 +149,8 @@ class QuantizedInput(nn.Module):
     def _read_state(self) -> int | None:
         """What `input_state` says; None where to read it would cost something or is impossible."""
         assert self.input_step is not None and self.input_state is not None
+        if torch.compiler.is_compiling():
+            return None if self._was_measured or self._is_measured() else UNMEASURED
 
         def is_readable(tensor: Tensor) -> bool:
             return can_be_read(tensor) or (not self._was_measured and has_a_value(tensor))
@@ -160,6 +165,13 @@ class QuantizedInput(nn.Module):
         if self._was_measured != (state != UNMEASURED):
             self._was_measured = state != UNMEASURED
         return state
+
+    def _is_measured(self) -> bool:
+        return self.input_state is None or round(self.input_state.item()) != UNMEASURED
+
+    # torch.compiler.assume_constant_result, less its import of a second: the compiler reads the
+    # buffer once instead of breaking the graph. `_was_measured`, which it guards, notes a change.
+    _is_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _measure(self, x: Tensor, feature_dim: int) -> int:
         """Take an input in; the state that follows."""

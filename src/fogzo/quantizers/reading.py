@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether a tensor's value is to be had without waiting for a device or leaving a graph."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and has_a_value(tensor)
+    return not torch.compiler.is_compiling() and tensor.is_cpu and has_a_value(tensor)
 
 
 def has_a_value(tensor: Tensor) -> bool:

@@ -124,9 +124,10 @@ class QuantizedInput(nn.Module):
             return args
         # Features are last, before the kernel positions of a convolution; the batch is optional.
         feature_dim = 1 - self.weight.dim()
-        if self.input_step is None or self.input_state is None:
+        step, buffer = self.input_step, self.input_state
+        if step is None or buffer is None:
             return given.quantize_input(x, None, feature_dim, self.training), *args[1:]
-        state = self._read_state()
+        state = self._read_state(step, buffer)
         if self._tally is not None or state == UNMEASURED:
             measure = self._measure
             if torch.compiler.is_compiling():
@@ -139,29 +140,21 @@ class QuantizedInput(nn.Module):
             assert self._without_negatives is not None
             quantizer = self._without_negatives
         elif state is None and self._without_negatives is not given:
-            is_unsigned = self.input_state > (AS_GIVEN + UNSIGNED) / 2
-        step = self.input_step
+            is_unsigned = buffer > (AS_GIVEN + UNSIGNED) / 2
         if state is None and given.scale_dtype is not None:  # rounding would make it finite
             step = torch.where(step.isfinite(), step, math.nan)
         quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
         return quantized, *args[1:]
 
-    def _read_state(self) -> int | None:
+    def _read_state(self, step: Tensor, buffer: Tensor) -> int | None:
         """What `input_state` says; None where to read it would cost something or is impossible."""
-        assert self.input_step is not None and self.input_state is not None
         if torch.compiler.is_compiling():
             return None if self._was_measured or self._is_measured() else UNMEASURED
-
-        def is_readable(tensor: Tensor) -> bool:
-            return can_be_read(tensor) or (not self._was_measured and has_a_value(tensor))
-
-        if not is_readable(self.input_state):
+        if not (can_be_read(buffer) or (not self._was_measured and has_a_value(buffer))):
             return None
-        state = round(self.input_state.item())
-        # In training it is what divergence looks like, and shows in the loss.
-        calibrating = self.training or self._tally is not None
-        if state != UNMEASURED and not calibrating and is_readable(self.input_step):
-            self._check_step(self.input_step.item())
+        state = round(buffer.item())
+        if state != UNMEASURED and not self.training and self._tally is None:
+            self._check_step(step)
         if self._was_measured != (state != UNMEASURED):
             self._was_measured = state != UNMEASURED
         return state
@@ -208,7 +201,11 @@ class QuantizedInput(nn.Module):
                 "with fogzo.calibrate_(model): model(x)"
             )
 
-    def _check_step(self, value: float) -> None:
+    def _check_step(self, step: Tensor) -> None:
+        # Not in training, where it is what divergence looks like, and shows in the loss.
+        if not (can_be_read(step) or (not self._was_measured and has_a_value(step))):
+            return
+        value = step.item()
         if not math.isfinite(value):
             raise ValueError(
                 f"the step size of this {type(self).__name__}'s input is {value}: it is an average "

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import fogzo
 from fogzo.quantizers import SURROGATE_NAMES, TERNARY, Quantizer, learned_scale
 
 # torch's own, when it first makes a dual tensor
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)
 
 PRESETS = {
     "fixed": fogzo.fixed(2),
@@ -66,7 +68,9 @@ def test_forward_mode_is_the_transpose_of_the_backward_pass(preset, surrogate, o
 @pytest.mark.parametrize("pick", [False, True])
 def test_levels_that_a_tensor_chooses_have_their_own_derivatives(surrogate, pick):
     quantizer = fogzo.lsq(2, surrogate=surrogate)
-    chosen = replace(quantizer, grid=fogzo.quantizers.unsigned(quantizer.grid)) if pick else quantizer
+    chosen = (
+        replace(quantizer, grid=fogzo.quantizers.unsigned(quantizer.grid)) if pick else quantizer
+    )
     inputs = _inputs(quantizer)
     tangents = tuple(_draw(*x.shape, seed=i) for i, x in enumerate(inputs, 1))
 
@@ -76,8 +80,9 @@ def test_levels_that_a_tensor_chooses_have_their_own_derivatives(surrogate, pick
     torch.testing.assert_close(
         jvp(by_tensor, inputs, tangents), jvp(chosen.quantize_input, inputs, tangents)
     )
-    (output, pull_back), (expected, expected_back) = vjp(by_tensor, *inputs), vjp(
-        chosen.quantize_input, *inputs
+    (output, pull_back), (expected, expected_back) = (
+        vjp(by_tensor, *inputs),
+        vjp(chosen.quantize_input, *inputs),
     )
     assert torch.equal(output, expected)
     torch.testing.assert_close(pull_back(output), expected_back(output))
@@ -210,7 +215,7 @@ def test_jacobians_agree_by_either_mode(surrogate):
 
 @EVERY_SURROGATE
 def test_second_derivatives_agree_by_every_route(surrogate):
-    """The Hessian of a network whose slope is the surrogate's, by which it need not be symmetric."""
+    """The derivative of the surrogate's gradient, a matrix that need not be symmetric."""
     model, params = _network(surrogate)
     loss, tangents = _loss_of(model), _tangents(params)
     _, forward_over_reverse = jvp(grad(loss), (params,), (tangents,))
@@ -221,7 +226,7 @@ def test_second_derivatives_agree_by_every_route(surrogate):
         sum((g * t).sum() for g, t in zip(grads, others.values(), strict=True)),
         model_params.values(),
     )
-    pairs = {name: h for name, h in zip(params, by_double_backward, strict=True)}
+    pairs = dict(zip(params, by_double_backward, strict=True))
     assert _dot(forward_over_reverse, others) == pytest.approx(
         _dot(pairs, tangents), rel=1e-6, abs=1e-9
     )

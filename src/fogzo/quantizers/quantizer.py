@@ -70,7 +70,9 @@ class Quantizer:
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
         object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))
-        if self.stochastic and surrogate.range_slack not in (None, math.inf):
+        masks = surrogate.range_slack not in (None, math.inf)
+        # Only inputs have unsigned levels, and no input is stuck.
+        if self.stochastic and masks and self.grid.low < 0:
             logger.warning(
                 "stochastic rounding with surrogate %r, which masks gradients beyond the range, "
                 "keeps weights that are stuck there stuck, and gains nothing over rounding to "

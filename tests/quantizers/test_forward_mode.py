@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fogzo
 from fogzo.quantizers import SURROGATE_NAMES, TERNARY, Quantizer, learned_scale
@@ -50,18 +50,17 @@ def _inner(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
 
 @EVERY_PRESET
 @EVERY_SURROGATE
-@pytest.mark.parametrize("of_input", [False, True], ids=["weight", "input"])
-def test_forward_mode_is_the_transpose_of_the_backward_pass(preset, surrogate, of_input):
+def test_forward_mode_is_the_transpose_of_the_backward_pass(preset, surrogate):
     quantizer = replace(preset, surrogate=surrogate)
-    quantize = quantizer.quantize_input if of_input else quantizer
     inputs = _inputs(quantizer)
     tangents = tuple(_draw(*x.shape, seed=i) for i, x in enumerate(inputs, 1))
-    output, tangent = jvp(quantize, inputs, tangents)
-    cotangent = _draw(*output.shape, seed=9)
-    expected, pull_back = vjp(quantize, *inputs)
-    assert torch.equal(output, expected) and torch.equal(output, quantize(*inputs))
-    forward, backward = _inner((tangent,), (cotangent,)), _inner(pull_back(cotangent), tangents)
-    assert forward == pytest.approx(backward, rel=1e-9, abs=1e-9)
+    for quantize in (quantizer, quantizer.quantize_input):
+        output, tangent = jvp(quantize, inputs, tangents)
+        cotangent = _draw(*output.shape, seed=9)
+        expected, pull_back = vjp(quantize, *inputs)
+        assert torch.equal(output, expected) and torch.equal(output, quantize(*inputs))
+        forward, backward = _inner((tangent,), (cotangent,)), _inner(pull_back(cotangent), tangents)
+        assert forward == pytest.approx(backward, rel=1e-9, abs=1e-9)
 
 
 @EVERY_SURROGATE
@@ -111,16 +110,17 @@ def test_stochastic_rounding_has_the_derivatives_of_its_own_draw(surrogate):
 # --- networks ----------------------------------------------------------------------------------
 
 
-def _network(surrogate="tanh", activations=True) -> tuple[nn.Module, dict[str, Tensor]]:
+PRESET_OF_NETWORK = pytest.mark.parametrize("preset", [fogzo.lsq, fogzo.fixed])
+
+
+def _network(surrogate="tanh", preset=fogzo.lsq) -> tuple[nn.Module, dict[str, Tensor]]:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     generator = Generator().manual_seed(0)
     with torch.no_grad():
         for param in model.parameters():
             param.normal_(0, 0.4, generator=generator)
-    quantizer = fogzo.lsq(2, surrogate=surrogate)
-    fogzo.quantize_(
-        model.double(), quantizer, lambda *_: True, activations=quantizer if activations else None
-    )
+    quantizer = preset(2, surrogate=surrogate)
+    fogzo.quantize_(model.double(), quantizer, lambda *_: True, activations=quantizer)
     model(_draw(16, 6))
     return model, {name: param.detach() for name, param in model.named_parameters()}
 
@@ -167,8 +167,9 @@ def test_the_fully_recorded_gradient_is_the_plain_one():
         torch.testing.assert_close(found[name], param.grad)
 
 
-def test_gradients_of_samples_by_vmap_inside_and_outside():
-    model, params = _network()
+@PRESET_OF_NETWORK
+def test_gradients_of_samples_by_vmap_inside_and_outside(preset):
+    model, params = _network(preset=preset)
     x = _draw(5, 6, seed=4)
 
     def of_one(params, row):
@@ -183,24 +184,27 @@ def test_gradients_of_samples_by_vmap_inside_and_outside():
         torch.testing.assert_close(inside[name], rows.sum(0))
 
 
-def test_gradients_of_an_ensemble_by_vmap():
-    models = [_network()[0] for _ in range(3)]
+@PRESET_OF_NETWORK
+def test_gradients_of_an_ensemble_by_vmap_inside_and_outside(preset):
+    models = [_network(preset=preset)[0] for _ in range(3)]
     with torch.no_grad():
         for i, model in enumerate(models):
             for param in model.parameters():
                 param.mul_(1 + 0.1 * i)
         models[1][2].input_state.fill_(1)
     params, buffers = torch.func.stack_module_state(models)
-    skeleton, x = _network()[0].to("meta"), _draw(16, 6, seed=3)
+    skeleton, x = _network(preset=preset)[0].to("meta"), _draw(16, 6, seed=3)
 
     def loss(params, buffers):
         return functional_call(skeleton, (params, buffers), (x,)).square().mean()
 
-    found = vmap(grad(loss))(params, buffers)
+    outside = vmap(grad(loss))(params, buffers)
+    inside = grad(lambda p: vmap(loss)(p, buffers).sum())(params)
     for i, model in enumerate(models):
         model(x).square().mean().backward()
         for name, param in model.named_parameters():
-            torch.testing.assert_close(found[name][i], param.grad)
+            torch.testing.assert_close(outside[name][i], param.grad)
+            torch.testing.assert_close(inside[name][i], param.grad)
 
 
 @EVERY_SURROGATE
@@ -227,6 +231,51 @@ def test_second_derivatives_agree_by_every_route(surrogate):
         model_params.values(),
     )
     pairs = dict(zip(params, by_double_backward, strict=True))
+    reverse_over_forward = grad(lambda p: jvp(loss, (p,), (others,))[1])(params)
+    assert _dot(reverse_over_forward, tangents) == pytest.approx(
+        _dot(forward_over_reverse, others), rel=1e-6, abs=1e-9
+    )
     assert _dot(forward_over_reverse, others) == pytest.approx(
         _dot(pairs, tangents), rel=1e-6, abs=1e-9
     )
+
+
+def test_forward_mode_of_forward_mode_is_refused():
+    """torch would drop the outer one."""
+    model, params = _network()
+    loss, tangents = _loss_of(model), _tangents(params)
+    with pytest.raises(ValueError, match=r"torch\.func\.jvp\(torch\.func\.grad\(f\)"):
+        jvp(lambda p: jvp(loss, (p,), (tangents,))[1], (params,), (tangents,))
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("surrogate", ["identity", "tanh"])
+def test_a_linearized_network_keeps_its_slopes(surrogate):
+    model, params = _network(surrogate)
+    loss, tangents = _loss_of(model), _tangents(params)
+    value, along = linearize(loss, params)
+    expected, slope = jvp(loss, (params,), (tangents,))
+    torch.testing.assert_close((value, along(tangents)), (expected, slope))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_forward_mode_and_the_compiler_go_together_or_are_refused(inside):
+    torch.compiler.reset()
+    quantizer = fogzo.lsq(2, surrogate="tanh")
+    inputs = _inputs(quantizer)
+    tangents = tuple(_draw(*x.shape, seed=i) for i, x in enumerate(inputs, 1))
+    expected = jvp(quantizer, inputs, tangents)
+
+    def along(inputs, tangents):
+        return jvp(quantizer, inputs, tangents)
+
+    if inside:
+        found = torch.compile(along, backend="eager")(inputs, tangents)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="graph_break"):
+            torch.compile(along, backend="eager", fullgraph=True)(inputs, tangents)
+    else:
+        compiled = torch.compile(quantizer.__call__, backend="eager")
+        assert torch.equal(compiled(*inputs), expected[0])  # this graph has no derivatives
+        found = jvp(compiled, inputs, tangents)
+    torch.testing.assert_close(found, expected)

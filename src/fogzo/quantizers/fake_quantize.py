@@ -55,14 +55,25 @@ def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _call(
     function: Any, with_jvp: Any, differentiable: tuple[Tensor, ...], arguments: tuple[Any, ...]
 ) -> Tensor:
-    # Inside jvp no tensor says that it requires a gradient. Only there is `with_jvp` used, as
-    # torch.compile refuses functions that have one.
-    if forward_ad._current_level >= 0:
-        return cast(Tensor, with_jvp.apply(*arguments))
+    if forward_ad._current_level >= 0:  # where no tensor says that it requires a gradient
+        return _call_in_forward_mode(with_jvp, arguments)
     # Applying an autograd function costs more than the arithmetic of a small layer, so the
     # probes, which run without gradient, go around it.
     if not torch.is_grad_enabled() or not _needs_grad(differentiable):
         return cast(Tensor, function.forward(*arguments))
+    return cast(Tensor, function.apply(*arguments))
+
+
+def _call_in_forward_mode(function: Any, arguments: tuple[Any, ...]) -> Tensor:
+    if torch.compiler.is_compiling():
+        # The compiler would leave the function's derivative out and say nothing.
+        torch._dynamo.graph_break("fogzo's quantizers have no compiled forward-mode derivatives")
+    if torch._functorch.eager_transforms.JVP_NESTING > 1:
+        raise ValueError(
+            "torch drops the outer of two forward-mode derivatives of a quantizer: for second "
+            "derivatives take a forward-mode one of a gradient, "
+            "torch.func.jvp(torch.func.grad(f), (params,), (tangents,)) or torch.func.hessian(f)"
+        )
     return cast(Tensor, function.apply(*arguments))
 
 

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether a tensor's value is to be had without waiting for a device or leaving a graph."""
-    return not torch.compiler.is_compiling() and tensor.is_cpu and has_a_value(tensor)
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.is_cpu
+        and has_a_value(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0  # nobody records operations (make_fx)
+    )
 
 
 def has_a_value(tensor: Tensor) -> bool:

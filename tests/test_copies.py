@@ -179,6 +179,22 @@ def test_an_average_of_half_a_step_is_refused():
     assert not average.train()(X).isfinite().any()
 
 
+def test_an_average_of_signed_and_unsigned_levels_is_refused_and_can_be_measured():
+    model = _model()
+    average = AveragedModel(model, use_buffers=True)
+    _train(model)
+    average.update_parameters(model)
+    with torch.no_grad(), fogzo.calibrate_(model):
+        model(X)
+        model[2](-X.repeat(1, 2))
+    average.update_parameters(model)
+    with pytest.raises(ValueError, match=r"input_state is 1\.50.*fogzo\.calibrate_\(averaged\)"):
+        average.eval()(X)
+    with torch.no_grad(), fogzo.calibrate_(average):
+        average(X)
+    assert average(X).isfinite().all() and average.module[2].input_state.item() == 2
+
+
 def test_equal_state_dicts_give_equal_outputs():
     models = [_model() for _ in range(3)]
     _train(models[0])

@@ -140,7 +140,7 @@ class QuantizedInput(nn.Module):
             assert self._without_negatives is not None
             quantizer = self._without_negatives
         elif state is None and self._without_negatives is not given:
-            is_unsigned = buffer > (AS_GIVEN + UNSIGNED) / 2
+            is_unsigned = buffer >= (AS_GIVEN + UNSIGNED) / 2
         if state is None and given.scale_dtype is not None:  # rounding would make it finite
             step = torch.where(step.isfinite(), step, math.nan)
         quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
@@ -152,9 +152,12 @@ class QuantizedInput(nn.Module):
             return None if self._was_measured or self._is_measured() else UNMEASURED
         if not (can_be_read(buffer) or (not self._was_measured and has_a_value(buffer))):
             return None
-        state = round(buffer.item())
-        if state != UNMEASURED and not self.training and self._tally is None:
-            self._check_step(step)
+        value = buffer.item()
+        state = round(value)
+        if self._tally is None:
+            self._check_levels(value)
+            if state != UNMEASURED and not self.training:
+                self._check_step(step)
         if self._was_measured != (state != UNMEASURED):
             self._was_measured = state != UNMEASURED
         return state
@@ -199,6 +202,17 @@ class QuantizedInput(nn.Module):
                 "would measure its own batch (and FSDP forget it). Measure it before wrapping the "
                 "model in DDP or fully_shard, with the same x on every rank: "
                 "with fogzo.calibrate_(model): model(x)"
+            )
+
+    def _check_levels(self, state: float) -> None:
+        # A tenth is what the last models of a long moving average have left of the first ones.
+        if abs(state - round(state)) > 0.1:
+            raise ValueError(
+                f"this {type(self).__name__} is an average of models whose inputs had different "
+                f"levels (input_state is {state:.2f}, between 0 not measured, 1 as given and 2 "
+                "unsigned), so its step size means nothing. Begin the average anew after "
+                "fogzo.calibrate_(model), or measure the averaged model itself: "
+                "with fogzo.calibrate_(averaged): averaged(x)"
             )
 
     def _check_step(self, step: Tensor) -> None:

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fogzo.collectives import is_sharded
+from fogzo.collectives import full, is_sharded
 from fogzo.quantizers import Quantizer, unsigned
 from fogzo.quantizers.grids import TIE_MARGIN
 from fogzo.quantizers.reading import can_be_read, has_a_value
+from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class _Tally:
         """Measure an input for both grids, as a later input may rule one out."""
         steps = torch.stack([quantizer.measure_input(x, feature_dim) for quantizer in candidates])
         # Zeros alone (a layer behind one that starts at zero) and overflows say nothing.
-        if bool((steps.isfinite() & (steps > 0)).all()):
+        smallest = smallest_step(x.dtype, candidates[0].scale_dtype)
+        if bool((steps.isfinite() & (steps >= smallest)).all()):
             self.count += 1
             # Below zero by more than the round-off of a sum that is zero in exact arithmetic.
             self.negative |= bool((x < -TIE_MARGIN * steps[0]).any())
@@ -59,12 +61,14 @@ class QuantizedInput(nn.Module):
     Attributes:
         input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
             Infinite until it is measured, so that no average with such a step passes for one.
+        input_step_knee: A buffer beside a learned step, which keeps the step in use positive.
         input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
             2 measured for the unsigned grid of as many bits.
     """
 
     weight: nn.Parameter
     input_step: Tensor | None
+    input_step_knee: Tensor | None
     input_state: Tensor | None
     _given: Quantizer | None
     _without_negatives: Quantizer | None
@@ -89,6 +93,7 @@ class QuantizedInput(nn.Module):
         """Begin to quantize inputs; None leaves them alone."""
         self._given = self._without_negatives = quantizer
         self._was_measured, self._tally = False, None
+        self.register_buffer("input_step_knee", None)
         if quantizer is None or not quantizer.scale.has_state:
             self.register_buffer("input_step", None)
             self.register_buffer("input_state", None)
@@ -99,6 +104,7 @@ class QuantizedInput(nn.Module):
         step = torch.full((1, 1), value, dtype=weight.dtype, device=weight.device)
         if quantizer.scale.kind == "learned":
             self.register_parameter("input_step", nn.Parameter(step))
+            self.input_step_knee = knee_of(step)
         else:
             self.register_buffer("input_step", step)
         self.register_buffer("input_state", torch.tensor(float(state), device=weight.device))
@@ -106,7 +112,7 @@ class QuantizedInput(nn.Module):
 
     def detach_input(self) -> None:
         """Leave nothing of `attach_input` behind."""
-        del self.input_step, self.input_state
+        del self.input_step, self.input_step_knee, self.input_state
         del self._given, self._without_negatives, self._was_measured, self._tally
 
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,6 +147,8 @@ class QuantizedInput(nn.Module):
             quantizer = self._without_negatives
         elif state is None and self._without_negatives is not given:
             is_unsigned = buffer >= (AS_GIVEN + UNSIGNED) / 2
+        if (knee := self.input_step_knee) is not None:
+            step = positive_step(step, knee)
         if state is None and given.scale_dtype is not None:  # rounding would make it finite
             step = torch.where(step.isfinite(), step, math.nan)
         quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
@@ -184,6 +192,8 @@ class QuantizedInput(nn.Module):
         assert isinstance(tally.steps, Tensor)
         with torch.no_grad():  # in place, as an optimizer may hold the parameter already
             self.input_step.copy_(tally.steps[0 if as_given else 1] / tally.count)
+            if self.input_step_knee is not None:
+                self.input_step_knee.copy_(knee_of(self.input_step))
             self.input_state.fill_(AS_GIVEN if as_given else UNSIGNED)
         self._was_measured = True
         return AS_GIVEN if as_given else UNSIGNED
@@ -238,6 +248,10 @@ class QuantizedInput(nn.Module):
             values = _initial(self._given)
             state_dict[step] = torch.full_like(self.input_step, values[0])
             state_dict[state] = torch.full_like(self.input_state, values[1])
+        knee = f"{prefix}input_step_knee"
+        if self.input_step_knee is not None and step in state_dict and knee not in state_dict:
+            loaded = state_dict[step].abs()  # had it crossed zero, no better measure is left
+            state_dict[knee] = loaded_knee(full(loaded), self.input_step_knee)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._was_measured = has_a_value(self.input_state) and bool(round(self.input_state.item()))
 
@@ -339,6 +353,7 @@ def _check(name: str, layer: nn.Module, quantizer: object) -> None:
     weight: Any = layer.weight
     features = getattr(layer, "in_channels", weight.shape[1 if isinstance(layer, nn.Linear) else 0])
     try:
+        quantizer.check_dtype(weight.dtype)
         quantizer.quantize_input(torch.ones(1, features), torch.ones(1, 1))
     except ValueError as error:
         raise ValueError(f"cannot quantize the input of {name!r}: {error}") from None

@@ -12,7 +12,7 @@ try:
     import tyro
 
     from fogzo.cli import bench, display, report
-    from fogzo.recipes import RECIPES, TrainConfig, train
+    from fogzo.recipes import RECIPES, train
     from fogzo.recipes.compare import CompareConfig, compare, plan
     from fogzo.recipes.evaluate import EvalConfig, evaluate_run
     from fogzo.recipes.rows import ROWS
@@ -134,8 +134,6 @@ def _fail(message: str) -> int:
     print(f"fogzo: {message}", file=sys.stderr)
     return 2
 
-
-__all__ = ["TrainConfig", "main"]
 
 if __name__ == "__main__":
     main()

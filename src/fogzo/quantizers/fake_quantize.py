@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fogzo.quantizers.grids import Grid
-from fogzo.quantizers.scales import MIN_STEP
+from fogzo.quantizers.reading import needs_grad
 from fogzo.quantizers.surrogates import Surrogate
 
 
@@ -40,31 +40,16 @@ def fake_quantize(
             of the arithmetic, so nothing waits for a device to read it.
     """
     arguments = (weight, step, grids, surrogate, grad_scales, dither, second)
-    return _call(_FakeQuantize, _ForwardModeFakeQuantize, (weight, step), arguments)
-
-
-def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The step size that the forward uses: positive, and rounded to ``dtype`` if one is given.
-
-    The gradient passes straight through, so a learned step that has strayed below the minimum
-    can come back.
-    """
-    return _call(_EffectiveStep, _ForwardModeEffectiveStep, (step,), (step, dtype))
-
-
-def _call(
-    function: Any, with_jvp: Any, differentiable: tuple[Tensor, ...], arguments: tuple[Any, ...]
-) -> Tensor:
     if forward_ad._current_level >= 0:  # where no tensor says that it requires a gradient
-        return _call_in_forward_mode(with_jvp, arguments)
+        return _fake_quantize_in_forward_mode(arguments)
     # Applying an autograd function costs more than the arithmetic of a small layer, so the
     # probes, which run without gradient, go around it.
-    if not torch.is_grad_enabled() or not _needs_grad(differentiable):
-        return cast(Tensor, function.forward(*arguments))
-    return cast(Tensor, function.apply(*arguments))
+    if not needs_grad(weight, step):
+        return _FakeQuantize.forward(*arguments)
+    return cast(Tensor, _FakeQuantize.apply(*arguments))
 
 
-def _call_in_forward_mode(function: Any, arguments: tuple[Any, ...]) -> Tensor:
+def _fake_quantize_in_forward_mode(arguments: tuple[Any, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler would leave the function's derivative out and say nothing.
         torch._dynamo.graph_break("fogzo's quantizers have no compiled forward-mode derivatives")
@@ -74,14 +59,7 @@ def _call_in_forward_mode(function: Any, arguments: tuple[Any, ...]) -> Tensor:
             "derivatives take a forward-mode one of a gradient, "
             "torch.func.jvp(torch.func.grad(f), (params,), (tangents,)) or torch.func.hessian(f)"
         )
-    return cast(Tensor, function.apply(*arguments))
-
-
-def _needs_grad(tensors: tuple[Tensor, ...]) -> bool:
-    if any(tensor.requires_grad for tensor in tensors):
-        return True
-    # What torch.func.vmap wraps does not say what a torch.func.grad around it asks for.
-    return torch._C._functorch.maybe_current_level() is not None
+    return cast(Tensor, _ForwardModeFakeQuantize.apply(*arguments))
 
 
 def _of_chosen(
@@ -197,36 +175,7 @@ def _sum_to(step: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum_to_size(step.shape)
 
 
-class _EffectiveStep(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-        own = torch.finfo(step.dtype)
-        if dtype is None:
-            # float16 has no MIN_STEP: there, its smallest number (subnormal) is the minimum.
-            return step.clamp(min=max(own.tiny * own.eps, MIN_STEP))
-        limits = torch.finfo(dtype)
-        smallest = max(limits.smallest_normal, MIN_STEP)
-        # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
-        largest = limits.max * (1 - own.eps)
-        return step.clamp(smallest, largest).to(dtype).to(step.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None
-
-
-class _ForwardModeEffectiveStep(_EffectiveStep):
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        return tangents[0]
-
-
-for _function in (_FakeQuantize, _EffectiveStep):
-    # apply() binds this signature at every call; looking it up is most of what a call costs.
-    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
+# apply() binds this signature at every call; looking it up is most of what a call costs.
+setattr(  # noqa: B010
+    _FakeQuantize.forward, "__signature__", inspect.signature(_FakeQuantize.forward)
+)

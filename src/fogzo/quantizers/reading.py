@@ -1,4 +1,4 @@
-"""Reading one number out of a tensor, where that is possible and costs nothing."""
+"""What may be asked of a tensor: for its value at no cost, and whether a gradient is wanted."""
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ def can_be_read(tensor: Tensor) -> bool:
     """Whether a tensor's value is to be had without waiting for a device or leaving a graph."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and tensor.is_cpu
         and has_a_value(tensor)
         and torch._C._len_torch_dispatch_stack() == 0  # nobody records operations (make_fx)
@@ -24,3 +25,13 @@ def has_a_value(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether the backward pass may ask for the gradient of one of these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor.requires_grad for tensor in tensors):
+        return True
+    # What torch.func.vmap wraps does not say what a torch.func.grad around it asks for.
+    return torch._C._functorch.maybe_current_level() is not None

@@ -195,7 +195,7 @@ def test_inputs_become_levels_at_most_half_a_step_away(
 @EVERY_KEPT
 def test_the_first_training_forward_measures_and_later_ones_do_not(activations):
     model = _mlp(activations)
-    assert model[0].input_step.item() == 0 and model[0].input_state.item() == 0
+    assert model[0].input_step.item() == math.inf and model[0].input_state.item() == 0
     optimized = list(model.parameters())
     model(_draw(4, 8))
     state = _state(model)

@@ -5,6 +5,7 @@ Estimators never perturb an activation. Its quantizer runs in every forward, pro
 
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from fogzo.bypasses import warn_of_bypassed_layers
 from fogzo.collectives import full, is_sharded
 from fogzo.quantizers import Quantizer, unsigned
+from fogzo.quantizers.grids import TIE_MARGIN
+from fogzo.quantizers.reading import can_be_read, has_a_value
 from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
 
 logger = logging.getLogger(__name__)
 
 Activations = Quantizer | Callable[[nn.Module, str], Quantizer | None] | None
 
-# What the buffer `input_state` holds.
+# What the buffer `input_state` holds, as a float: averages of models (AveragedModel, EMA) round
+# integers down, and so turn a 2 into a 1.
 UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
 
 
@@ -44,42 +48,58 @@ class _Tally:
         smallest = smallest_step(x.dtype, candidates[0].scale_dtype)
         if bool((steps.isfinite() & (steps >= smallest)).all()):
             self.count += 1
-            self.negative |= bool((x < 0).any())
+            # Below zero by more than the round-off of a sum that is zero in exact arithmetic.
+            self.negative |= bool((x < -TIE_MARGIN * steps[0]).any())
             self.steps = self.steps + steps
 
 
 class QuantizedInput(nn.Module):
     """Mixed into a layer's class by `quantize_`: quantizes the layer's first positional input.
 
+    The two tensors below decide, whoever wrote to them: a copy that follows the model (EMA, SWA,
+    ``load_state_dict``, ``torch.func.functional_call``) quantizes as the model does.
+
     Attributes:
-        activation_quantizer: The quantizer in use, or None. Once measured, its grid is the
-            unsigned one if a step is kept and no input was negative.
         input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
+            Infinite until it is measured, so that no average with such a step passes for one.
         input_step_knee: A buffer beside a learned step, which keeps the step in use positive.
         input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
             2 measured for the unsigned grid of as many bits.
     """
 
     weight: nn.Parameter
-    activation_quantizer: Quantizer | None
     input_step: Tensor | None
     input_step_knee: Tensor | None
     input_state: Tensor | None
     _given: Quantizer | None
-    # Mirrors input_state, together with activation_quantizer: reading a buffer would make every
-    # forward wait for the device, and break the compiler's graph.
-    _measured: bool
+    _without_negatives: Quantizer | None
+    # Whether input_state was once seen to say that it is measured. Where it cannot be read for
+    # nothing (on an accelerator, in a compiled graph) that is not asked again: an infinite step
+    # makes the output NaN or infinite.
+    _was_measured: bool
     _tally: _Tally | None
+
+    @property
+    def activation_quantizer(self) -> Quantizer | None:
+        """The quantizer in use, or None.
+
+        Once measured, its grid is the unsigned one if a step is kept and no input was negative.
+        """
+        state = self.input_state
+        if state is None or not has_a_value(state) or round(state.item()) != UNSIGNED:
+            return self._given
+        return self._without_negatives
 
     def attach_input(self, quantizer: Quantizer | None) -> None:
         """Begin to quantize inputs; None leaves them alone."""
-        self.activation_quantizer = self._given = quantizer
-        self._measured, self._tally = True, None
+        self._given = self._without_negatives = quantizer
+        self._was_measured, self._tally = False, None
         self.register_buffer("input_step_knee", None)
         if quantizer is None or not quantizer.scale.has_state:
             self.register_buffer("input_step", None)
             self.register_buffer("input_state", None)
             return
+        self._without_negatives = _for_unsigned(quantizer)
         value, state = _initial(quantizer)
         weight = self.weight
         step = torch.full((1, 1), value, dtype=weight.dtype, device=weight.device)
@@ -88,18 +108,19 @@ class QuantizedInput(nn.Module):
             self.input_step_knee = knee_of(step)
         else:
             self.register_buffer("input_step", step)
-        self.register_buffer(
-            "input_state", torch.tensor(state, dtype=torch.int8, device=weight.device)
-        )
-        self._mirror(state)
+        self.register_buffer("input_state", torch.tensor(float(state), device=weight.device))
+        self._was_measured = state != UNMEASURED
 
     def detach_input(self) -> None:
         """Leave nothing of `attach_input` behind."""
-        del self.activation_quantizer, self.input_step, self.input_step_knee, self.input_state
-        del self._given, self._measured, self._tally
+        del self.input_step, self.input_step_knee, self.input_state
+        del self._given, self._without_negatives, self._was_measured, self._tally
 
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a forward, the first of them quantized."""
+        """The positional arguments of a forward, the first of them quantized if it is to be."""
+        given = self._given
+        if given is None:
+            return args
         if not args:
             raise ValueError(
                 f"{type(self).__name__} quantizes its first positional input but was called with "
@@ -110,36 +131,73 @@ class QuantizedInput(nn.Module):
             return args
         # Features are last, before the kernel positions of a convolution; the batch is optional.
         feature_dim = 1 - self.weight.dim()
-        if self._tally is not None or not self._measured:
-            self._measure(x, feature_dim)
-            if not self._measured:
+        step, buffer = self.input_step, self.input_state
+        if step is None or buffer is None:
+            return given.quantize_input(x, None, feature_dim, self.training), *args[1:]
+        state = self._read_state(step, buffer)
+        if self._tally is not None or state == UNMEASURED:
+            measure = self._measure
+            if torch.compiler.is_compiling():
+                measure = torch._dynamo.disable(measure)
+            state = measure(x, feature_dim)
+            if state == UNMEASURED:
                 return args
-        assert self.activation_quantizer is not None
-        quantize = self.activation_quantizer.quantize_input
-        step, knee = self.input_step, self.input_step_knee
-        if step is not None and knee is not None:
+        quantizer, is_unsigned = given, None
+        if state == UNSIGNED:
+            assert self._without_negatives is not None
+            quantizer = self._without_negatives
+        elif state is None and self._without_negatives is not given:
+            is_unsigned = buffer >= (AS_GIVEN + UNSIGNED) / 2
+        if (knee := self.input_step_knee) is not None:
             step = positive_step(step, knee)
-        return quantize(x, step, feature_dim, self.training), *args[1:]
+        if state is None and given.scale_dtype is not None:  # rounding would make it finite
+            step = torch.where(step.isfinite(), step, math.nan)
+        quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
+        return quantized, *args[1:]
 
-    def _measure(self, x: Tensor, feature_dim: int) -> None:
-        assert self._given is not None
+    def _read_state(self, step: Tensor, buffer: Tensor) -> int | None:
+        """What `input_state` says; None where to read it would cost something or is impossible."""
+        if torch.compiler.is_compiling():
+            return None if self._was_measured or self._is_measured() else UNMEASURED
+        if not (can_be_read(buffer) or (not self._was_measured and has_a_value(buffer))):
+            return None
+        value = buffer.item()
+        state = round(value)
+        if self._tally is None:
+            self._check_levels(value)
+            if state != UNMEASURED and not self.training:
+                self._check_step(step)
+        if self._was_measured != (state != UNMEASURED):
+            self._was_measured = state != UNMEASURED
+        return state
+
+    def _is_measured(self) -> bool:
+        return self.input_state is None or round(self.input_state.item()) != UNMEASURED
+
+    # torch.compiler.assume_constant_result, less its import of a second: the compiler reads the
+    # buffer once instead of breaking the graph. `_was_measured`, which it guards, notes a change.
+    _is_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _measure(self, x: Tensor, feature_dim: int) -> int:
+        """Take an input in; the state that follows."""
+        assert self._given is not None and self._without_negatives is not None
         assert self.input_step is not None and self.input_state is not None
         tally = self._tally
         if tally is None:
             self._check_may_measure()
             tally = _Tally()
-        without_negatives = _for_unsigned(self._given)
-        tally.add(x, (self._given, without_negatives), feature_dim)
+        tally.add(x, (self._given, self._without_negatives), feature_dim)
         if not tally.count:
-            return
-        as_given = tally.negative or without_negatives is self._given
+            return UNMEASURED
+        as_given = tally.negative or self._without_negatives is self._given
         assert isinstance(tally.steps, Tensor)
         with torch.no_grad():  # in place, as an optimizer may hold the parameter already
             self.input_step.copy_(tally.steps[0 if as_given else 1] / tally.count)
             if self.input_step_knee is not None:
                 self.input_step_knee.copy_(knee_of(self.input_step))
             self.input_state.fill_(AS_GIVEN if as_given else UNSIGNED)
-        self._mirror(AS_GIVEN if as_given else UNSIGNED)
+        self._was_measured = True
+        return AS_GIVEN if as_given else UNSIGNED
 
     def _check_may_measure(self) -> None:
         # Not without gradient: a probe would put the buffers back that say it was measured.
@@ -157,10 +215,29 @@ class QuantizedInput(nn.Module):
                 "with fogzo.calibrate_(model): model(x)"
             )
 
-    def _mirror(self, state: int) -> None:
-        assert self._given is not None
-        self._measured = state != UNMEASURED
-        self.activation_quantizer = _for_unsigned(self._given) if state == UNSIGNED else self._given
+    def _check_levels(self, state: float) -> None:
+        # A tenth is what the last models of a long moving average have left of the first ones.
+        if abs(state - round(state)) > 0.1:
+            raise ValueError(
+                f"this {type(self).__name__} is an average of models whose inputs had different "
+                f"levels (input_state is {state:.2f}, between 0 not measured, 1 as given and 2 "
+                "unsigned), so its step size means nothing. Begin the average anew after "
+                "fogzo.calibrate_(model), or measure the averaged model itself: "
+                "with fogzo.calibrate_(averaged): averaged(x)"
+            )
+
+    def _check_step(self, step: Tensor) -> None:
+        # Not in training, where it is what divergence looks like, and shows in the loss.
+        if not (can_be_read(step) or (not self._was_measured and has_a_value(step))):
+            return
+        value = step.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the step size of this {type(self).__name__}'s input is {value}: it is an average "
+                "that began before the model had measured it, or training diverged. Measure the "
+                "model first, with fogzo.calibrate_(model): model(x), and then begin the average; "
+                "or measure the averaged model itself: with fogzo.calibrate_(averaged): averaged(x)"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._given is None or self.input_step is None or self.input_state is None:
@@ -177,7 +254,7 @@ class QuantizedInput(nn.Module):
             loaded = state_dict[step].abs()  # had it crossed zero, no better measure is left
             state_dict[knee] = loaded_knee(full(loaded), self.input_step_knee)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._mirror(int(self.input_state))
+        self._was_measured = has_a_value(self.input_state) and bool(round(self.input_state.item()))
 
 
 @contextmanager
@@ -206,7 +283,7 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedInput) and module.activation_quantizer is not None
+        if isinstance(module, QuantizedInput) and module._given is not None
     }
     if not layers:
         raise ValueError(
@@ -300,7 +377,7 @@ def _is_measured_from_inputs(quantizer: Quantizer | None) -> bool:
 def _initial(quantizer: Quantizer) -> tuple[float, int]:
     """The step and state of a layer that has seen no input: a step that was given needs none."""
     value = quantizer.scale.value
-    return (0.0, UNMEASURED) if value is None else (value, AS_GIVEN)
+    return (math.inf, UNMEASURED) if value is None else (value, AS_GIVEN)
 
 
 def _may_be_distributed() -> bool:

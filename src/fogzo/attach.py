@@ -76,8 +76,7 @@ class QuantizedLayer(QuantizedInput):
         if not tracing and self._versions is not None:
             self._check_versions(self._versions)
         self.__dict__["_forward_dtype"] = self.weight.dtype
-        if self.activation_quantizer is not None:
-            args = self.with_quantized_input(args)
+        args = self.with_quantized_input(args)
         weight = self.quantized_weight()
         if tracing:
             # Only the trace sees this attribute, and unlike a view's it knows whose it is.

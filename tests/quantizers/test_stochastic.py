@@ -1,12 +1,26 @@
 """Stochastic rounding: smooth in expectation, and the same draw for every probe of a step."""
 
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
 import fogzo
-from fogzo.quantizers import SIGN, Quantizer, fixed_scale
+from fogzo.quantizers import (
+    SIGN,
+    SURROGATE_NAMES,
+    TERNARY,
+    Quantizer,
+    Surrogate,
+    fixed_scale,
+    resolve_surrogate,
+    uniform,
+)
+from fogzo.quantizers.smoothing import BSpline, Rademacher
+
+GRIDS = [SIGN, TERNARY, uniform(2, "half"), uniform(3, "integer")]
+EVERY_GRID = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 
 
 def linear(quantizer, generator):
@@ -28,6 +42,98 @@ def test_the_mean_is_the_clipped_weight_and_the_slope_its_mask(levels):
     assert set(draws.unique().tolist()) <= {quantizer.grid.low + k for k in range(8)}
     draws[0].sum().backward()
     assert torch.equal(w.grad, (w.detach() == clipped).float())
+
+
+@EVERY_GRID
+@pytest.mark.parametrize("name", SURROGATE_NAMES)
+@pytest.mark.parametrize("of_input", [False, True], ids=["weight", "input"])
+def test_the_mean_forward_is_the_smooth_function_of_the_surrogate(grid, name, of_input):
+    surrogate = resolve_surrogate(name, grid)
+    # Of those that no law explains, by the law that they perturb with where they are identities.
+    laws = {"identity_unmasked": "identity", "trust": "identity"}
+    expected = resolve_surrogate(laws.get(name, name), grid)
+    if expected.law is None:
+        expected = resolve_surrogate("identity", grid)
+    quantizer = Quantizer(grid, fixed_scale(1.0), surrogate, stochastic=True)
+    quantize = quantizer.quantize_input if of_input else quantizer
+    x = torch.linspace(-5, 5, 41)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = quantize(x.expand(20_000, -1), torch.ones(1, 1), training=True)
+    # Five standard errors of a value that is one of two neighbouring levels, or a few more.
+    error = (draws.mean(0) - expected.smooth(x, grid)).abs()
+    assert error.max() < 5 * grid.spacing * (0.5 + surrogate.radius) / 20_000**0.5
+
+
+def test_half_precision_rounds_up_as_often_as_it_should():
+    quantizer = Quantizer(uniform(2, "half"), fixed_scale(1.0), "tanh", stochastic=True)
+    x = torch.tensor([0.01, 0.3, 0.99], dtype=torch.bfloat16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = quantizer(x.expand(100_000, -1), torch.ones(1, 1), training=True)
+    assert draws.dtype == torch.bfloat16
+    expected = resolve_surrogate("tanh", quantizer.grid).smooth(x.float(), quantizer.grid)
+    assert (draws.float().mean(0) - expected).abs().max() < 0.02
+
+
+def _rounds_at_random(name):
+    quantizer = replace(fogzo.fixed(2, step=1.0, surrogate=name), stochastic=True)
+    return lambda w: quantizer(w, torch.ones(1, 1), training=True)
+
+
+def _seeded(call):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return call()
+
+
+@pytest.mark.parametrize("name", SURROGATE_NAMES)
+@pytest.mark.parametrize("size", [8, 4096])
+def test_vmap_draws_what_a_plain_call_draws_for_all_samples_or_for_each(name, size):
+    quantize = _rounds_at_random(name)
+    w = torch.zeros(3, 1, size)
+    same = _seeded(lambda: torch.vmap(quantize, randomness="same")(w))
+    each = _seeded(lambda: torch.vmap(quantize, randomness="different")(w))
+    plain = _seeded(lambda: quantize(w[0]))
+    assert torch.equal(same, plain.expand_as(same))
+    assert not torch.equal(each[0], each[1])
+
+
+@pytest.mark.parametrize("name", ["identity", "tanh", "bspline"])
+def test_the_compiler_draws_what_a_plain_call_draws(name):
+    torch.compiler.reset()
+    quantize, w = _rounds_at_random(name), torch.zeros(1, 4096)
+    compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
+    assert torch.equal(_seeded(lambda: compiled(w)), _seeded(lambda: quantize(w)))
+
+
+@pytest.mark.parametrize("law", [Rademacher(), BSpline(order=2)], ids=str)
+def test_a_law_of_ones_own_is_what_dithers(law):
+    surrogate = Surrogate("own", law, law)
+    quantizer = Quantizer(uniform(4, "integer"), fixed_scale(1.0), surrogate, stochastic=True)
+    x = torch.full((1, 4000), 0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = quantizer(x, torch.ones(1, 1), training=True)
+    assert set(draws.unique().tolist()) == {-1.0, 1.0} | ({0.0} if law != Rademacher() else set())
+
+
+@pytest.mark.parametrize(
+    "surrogate, masks",
+    [("identity", True), ("trust", True), ("identity_unmasked", False), ("tanh", False)],
+)
+def test_a_mask_that_stays_is_said_once(surrogate, masks, caplog):
+    with caplog.at_level(logging.WARNING, logger="fogzo"):
+        quantizer = replace(fogzo.fixed(2, surrogate=surrogate), stochastic=True)
+        quantizer(torch.ones(2, 2), torch.ones(1, 1), training=True)
+    assert caplog.text.count('surrogate="identity_unmasked" has no mask') == masks
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="fogzo"):
+        layer = fogzo.quantize_(
+            torch.nn.Linear(4, 4), fogzo.lsq(2), lambda *_: True, activations=quantizer
+        )
+        layer(torch.rand(3, 4))
+    assert not caplog.text and layer.activation_quantizer.grid.low == 0
 
 
 def test_sign_is_plus_one_as_often_as_the_weight_is_near_it():

@@ -23,7 +23,9 @@ def normal(out: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def own_law(out: Tensor, weight: QuantizedWeight) -> Tensor:
     """The noise that `SpsaEstimator` draws for this weight, from the global generator."""
-    return weight.surrogate.perturbation.sample_(out)
+    # By name, as it is then drawn 16 bits a number: by the same code that `SpsaEstimator` uses.
+    generator = torch.default_generator if out.is_cpu else None
+    return weight.surrogate.perturbation.sample_(out, generator)
 
 
 @torch.no_grad()

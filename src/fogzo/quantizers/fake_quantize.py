@@ -1,95 +1,169 @@
 """Fake quantization: the exact staircase forward, the surrogate's slope backward."""
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.reading import needs_grad
 from fogzo.quantizers.surrogates import Surrogate
 
 
 def fake_quantize(
     weight: Tensor,
     step: Tensor,
-    grid: Grid,
+    grids: Sequence[Grid],
     surrogate: Surrogate,
-    grad_scale: float = 1.0,
+    grad_scales: Sequence[float] = (1.0, 1.0),
     dither: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Tensor:
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
     For the clipped identity the second is LSQ's scale gradient, and so it is for rules that pass
     gradients beyond the range (`Surrogate.pull_back_for_step`). The backward pass keeps the inputs
-    and, for a learned step, the result, all of which the layer itself holds on to.
+    and, for a learned step, the result, all of which the layer itself holds on to. Forward-mode
+    derivatives (`torch.func.jvp`) are the same ones.
 
     Args:
         weight: The latent weight.
         step: Step sizes that broadcast against it.
-        grid: The levels Q rounds to.
+        grids: The levels Q rounds to: one grid, or two to choose from.
         surrogate: Whose slope is h'.
-        grad_scale: Multiplies the gradient of the step sizes.
+        grad_scales: Multiplies the gradient of the step sizes, for each grid.
         dither: Added to x before rounding, for stochastic rounding; the slope stays that at x.
+        second: A bool tensor of one element, true for the second of two grids. Its value is part
+            of the arithmetic, so nothing waits for a device to read it.
     """
-    arguments = (weight, step, grid, surrogate, grad_scale, dither)
-    if not _needs_grad(weight, step):
+    arguments = (weight, step, grids, surrogate, grad_scales, dither, second)
+    if forward_ad._current_level >= 0:  # where no tensor says that it requires a gradient
+        return _fake_quantize_in_forward_mode(arguments)
+    # Applying an autograd function costs more than the arithmetic of a small layer, so the
+    # probes, which run without gradient, go around it.
+    if not needs_grad(weight, step):
         return _FakeQuantize.forward(*arguments)
     return cast(Tensor, _FakeQuantize.apply(*arguments))
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    # Applying an autograd function costs more than the arithmetic of a small layer, so the
-    # probes, which run without gradient, go around it.
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _fake_quantize_in_forward_mode(arguments: tuple[Any, ...]) -> Tensor:
+    if torch.compiler.is_compiling():
+        # The compiler would leave the function's derivative out and say nothing.
+        torch._dynamo.graph_break("fogzo's quantizers have no compiled forward-mode derivatives")
+    if torch._functorch.eager_transforms.JVP_NESTING > 1:
+        raise ValueError(
+            "torch drops the outer of two forward-mode derivatives of a quantizer: for second "
+            "derivatives take a forward-mode one of a gradient, "
+            "torch.func.jvp(torch.func.grad(f), (params,), (tangents,)) or torch.func.hessian(f)"
+        )
+    return cast(Tensor, _ForwardModeFakeQuantize.apply(*arguments))
 
 
-class _FakeQuantize(torch.autograd.Function):
+def _of_chosen(
+    second: Tensor | None, grids: Sequence[Grid], make: Callable[[Grid], Tensor]
+) -> Tensor:
+    """What `make` makes of the grid in use."""
+    first = make(grids[0])
+    return first if second is None else torch.where(second, make(grids[1]), first)
+
+
+class _FakeQuantize(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         weight: Tensor,
         step: Tensor,
-        grid: Grid,
+        grids: Sequence[Grid],
         surrogate: Surrogate,
-        grad_scale: float,
+        grad_scales: Sequence[float],
         dither: Tensor | None,
+        second: Tensor | None,
     ) -> Tensor:
         x = weight / step
-        return grid.round_(x if dither is None else x.add_(dither)).mul_(step)
+        if dither is not None:
+            x.add_(dither)
+        rounded = grids[0].round_(x) if second is None else _of_chosen(second, grids, _round(x))
+        return rounded.mul_(step)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, step, ctx.grid, ctx.surrogate, ctx.grad_scale, dither = inputs
+        weight, step, ctx.grids, ctx.surrogate, ctx.grad_scales, dither, second = inputs
         if ctx.needs_input_grad[1]:
             # Under autocast the layer keeps a copy of lower precision, and only that.
             half = torch.is_autocast_enabled(weight.device.type)
-            ctx.save_for_backward(weight, step, dither, None if half else output)
+            ctx.save_for_backward(weight, step, dither, second, None if half else output)
         elif ctx.surrogate.passes_all:
-            ctx.save_for_backward(None, None, None, None)  # the gradient passes as it is
+            # The gradient passes as it is.
+            ctx.save_for_backward(None, None, None, None, None)
         else:
-            ctx.save_for_backward(weight, step, None, None)
+            ctx.save_for_backward(weight, step, None, second, None)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        weight, step, dither, output = ctx.saved_tensors
+        weight, step, dither, second, output = ctx.saved_tensors
         if weight is None:
-            return grad, None, None, None, None, None
-        grid, surrogate = ctx.grid, ctx.surrogate
-        grad_weight, grad_step = surrogate.pull_back(grad, weight, step, grid), None
+            return grad, None, None, None, None, None, None
+        grids, surrogate, grad_scales = ctx.grids, ctx.surrogate, ctx.grad_scales
+        grad_weight = _of_chosen(
+            second, grids, lambda grid: surrogate.pull_back(grad, weight, step, grid)
+        )
+        grad_step = None
         if ctx.needs_input_grad[1]:
-            shared = surrogate.range_slack in (None, 0.0)
             masked = grad_weight
-            if not shared:
-                masked = surrogate.pull_back_for_step(grad, weight, step, grid)
+            if surrogate.range_slack not in (None, 0.0):
+                masked = _of_chosen(
+                    second,
+                    grids,
+                    lambda grid: surrogate.pull_back_for_step(grad, weight, step, grid),
+                )
             if output is None:
-                output = _FakeQuantize.forward(weight, step, grid, surrogate, 1.0, dither)
+                output = fake_quantize(weight, step, grids, surrogate, grad_scales, dither, second)
             # Both parts of Q(x) - x h'(x), times the step size, are at hand.
             total = _sum_to(step, grad, output) - _sum_to(step, masked, weight)
-            grad_step = (total / step * ctx.grad_scale).to(step.dtype)
-        return grad_weight, grad_step, None, None, None, None
+            grad_step = (total / step * _chosen_scale(second, grad_scales)).to(step.dtype)
+        return grad_weight, grad_step, None, None, None, None, None
+
+
+class _ForwardModeFakeQuantize(_FakeQuantize):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _FakeQuantize.setup_context(ctx, inputs, output)
+        weight, step, *_, second = inputs
+        ctx.save_for_forward(weight, step, second, output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        along_weight, along_step, *_ = tangents
+        weight, step, second, output = ctx.saved_tensors
+        grids, surrogate = ctx.grids, ctx.surrogate
+        # A slope acts on each element alone, so what it does to a gradient it does to a tangent.
+        tangent = torch.zeros_like(output)
+        if along_weight is not None:
+            tangent = tangent + _of_chosen(
+                second, grids, lambda grid: surrogate.pull_back(along_weight, weight, step, grid)
+            )
+        if along_step is not None:
+            masked = _of_chosen(
+                second, grids, lambda grid: surrogate.pull_back_for_step(weight, weight, step, grid)
+            )
+            scale = _chosen_scale(second, ctx.grad_scales)
+            tangent = tangent + (output - masked) / step * (scale * along_step).to(output.dtype)
+        return tangent
+
+
+def _round(x: Tensor) -> Callable[[Grid], Tensor]:
+    return lambda grid: grid.round(x)
+
+
+def _chosen_scale(second: Tensor | None, grad_scales: Sequence[float]) -> float | Tensor:
+    if second is None:
+        return grad_scales[0]
+    return torch.where(second, grad_scales[1], grad_scales[0])
 
 
 def _sum_to(step: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The quantizer: grid x scale x surrogate x rotation, a pure function from tensor to tensor."""
 
-from dataclasses import dataclass
+import logging
+import math
+from dataclasses import dataclass, field
 from types import NoneType
 
 import torch
@@ -16,11 +18,14 @@ from fogzo.quantizers.granularity import (
     to_groups,
     to_rows,
 )
-from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.grids import Grid, for_inputs, unsigned
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
+from fogzo.quantizers.smoothing import SmoothingLaw, Uniform
 from fogzo.quantizers.steps import effective_step, smallest_step
 from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,10 @@ class Quantizer:
             as ``"channel"`` there: one step for all the features at one position.
         scale_dtype: Round step sizes to this dtype in the forward (``torch.float16``, say), so
             that what is trained is exactly what a low-bit file can hold.
-        stochastic: In training, round up or down at random, up the more often the nearer: the
-            mean of the rounded weight is then the weight, inside the range. Draws from torch's
+        stochastic: In training, add noise of the surrogate's smoothing law before rounding, so that
+            the mean forward is the smooth function whose slope the backward pass takes: for the
+            identity the clipped weight itself, rounded up the more often the nearer. Surrogates
+            without a law take uniform noise as wide as the grid's spacing. Draws from torch's
             global stream, which FOGZO's probes replay. Codes are those of rounding to nearest.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
@@ -58,6 +65,8 @@ class Quantizer:
     granularity: Granularity = "tensor"
     scale_dtype: torch.dtype | None = None
     stochastic: bool = False
+    # Here and not when they are needed, as the compiler cannot follow how grids are made.
+    _input_grids: tuple[Grid, Grid] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_type("grid", self.grid, Grid, "grid=fogzo.quantizers.uniform(2)")
@@ -65,7 +74,18 @@ class Quantizer:
         require_type("rotation", self.rotation, (Hadamard, NoneType), "rotation=Hadamard(128)")
         require_type("stochastic", self.stochastic, bool, "stochastic=True")
         check_granularity(self.granularity)
-        object.__setattr__(self, "surrogate", resolve_surrogate(self.surrogate, self.grid))
+        surrogate = resolve_surrogate(self.surrogate, self.grid)
+        object.__setattr__(self, "surrogate", surrogate)
+        object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))
+        masks = surrogate.range_slack not in (None, math.inf)
+        # Only inputs have unsigned levels, and no input is stuck.
+        if self.stochastic and masks and self.grid.low < 0:
+            logger.warning(
+                "stochastic rounding with surrogate %r, which masks gradients beyond the range, "
+                "keeps weights that are stuck there stuck, and gains nothing over rounding to "
+                'nearest: surrogate="identity_unmasked" has no mask',
+                surrogate.name,
+            )
         if self.scale_dtype is None:
             return
         if not (isinstance(self.scale_dtype, torch.dtype) and self.scale_dtype.is_floating_point):
@@ -127,7 +147,7 @@ class Quantizer:
             output_dim: Which dimension holds the output channels.
             training: Whether a stochastic quantizer rounds at random or to nearest.
         """
-        return self._quantize(weight, step, output_dim, training)
+        return self._quantize(weight, step, output_dim, training, (self.grid,))
 
     def quantize_input(
         self,
@@ -135,8 +155,11 @@ class Quantizer:
         step: Tensor | None = None,
         feature_dim: int = -1,
         training: bool = False,
+        is_unsigned: Tensor | None = None,
     ) -> Tensor:
         """The quantized input of a layer, of the input's shape and dtype.
+
+        It may differ from what a weight of these values would become: see `grids.for_inputs`.
 
         Args:
             x: The input; all its features at one position are a token.
@@ -145,10 +168,14 @@ class Quantizer:
             feature_dim: Which dimension holds the features: those that rotate, share the step of
                 a token or group, and count in LSQ's gradient scale.
             training: Whether a stochastic quantizer rounds at random or to nearest.
+            is_unsigned: A bool tensor of one element, true for the unsigned levels of as many bits
+                in place of the grid's, chosen without reading the tensor.
         """
         tokens = self._features_last(x, feature_dim)
         rows = tokens.reshape(-1, tokens.shape[-1])  # one row a token, as one an output of weights
-        quantized = self._quantize(rows, step, 0, training, features=x.shape[feature_dim])
+        grids = self._input_grids if is_unsigned is not None else self._input_grids[:1]
+        features = x.shape[feature_dim]
+        quantized = self._quantize(rows, step, 0, training, grids, features, is_unsigned)
         quantized = quantized.reshape(tokens.shape)
         return quantized if tokens is x else quantized.movedim(-1, feature_dim)
 
@@ -213,17 +240,25 @@ class Quantizer:
         step: Tensor | None,
         output_dim: int,
         training: bool,
+        grids: tuple[Grid, ...],
         features: int | None = None,
+        second: Tensor | None = None,
     ) -> Tensor:
         groups = self._groups(tensor, output_dim)
         step = self._effective(self._measure(groups) if step is None else step, tensor.dtype)
-        grad_scale = self.scale.grad_scale(features or groups.shape[1], self.grid)
+        size = features or groups.shape[1]
+        grad_scales = [self.scale.grad_scale(size, grid) for grid in grids]
         surrogate = resolve_surrogate(self.surrogate, self.grid)
-        dither = None
-        if self.stochastic and training:
-            dither = (torch.rand_like(groups) - 0.5) * self.grid.spacing
-        quantized = fake_quantize(groups, step, self.grid, surrogate, grad_scale, dither)
+        dither = self._dither(groups, surrogate) if self.stochastic and training else None
+        quantized = fake_quantize(groups, step, grids, surrogate, grad_scales, dither, second)
         return self._ungroup(quantized, tensor, output_dim)
+
+    def _dither(self, groups: Tensor, surrogate: Surrogate) -> Tensor:
+        law: SmoothingLaw = surrogate.law or Uniform(self.grid.spacing)
+        # In half precision the noise itself would be too coarse for its mean to be right.
+        wide = torch.promote_types(groups.dtype, torch.float32)
+        noise = torch.empty_like(groups, dtype=wide, requires_grad=False)
+        return law.sample_(noise).mul_(law.radius)
 
     def _features_last(self, x: Tensor, feature_dim: int) -> Tensor:
         # Where all values share one step, any order will do and none is copied.

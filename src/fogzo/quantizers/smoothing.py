@@ -38,7 +38,11 @@ class SmoothingLaw(ABC):
 
     @abstractmethod
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
-        """Fill ``out`` with independent u of zero mean and unit variance, and return it."""
+        """Fill ``out`` with independent u of zero mean and unit variance, and return it.
+
+        Without a generator they come from torch's global stream, by operations that `torch.vmap`
+        and `torch.compile` know.
+        """
 
     @property
     def code_unit(self) -> float | None:
@@ -138,7 +142,7 @@ class Logistic(SmoothingLaw):
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         # atanh(±1) is infinite, and uniform_ may return its lower bound.
         edge = 1 - 1e-7
-        _fill_uniform_(out, 1.0, generator).clamp_(-edge, edge)
+        torch.nn.functional.hardtanh_(_fill_uniform_(out, 1.0, generator), -edge, edge)
         return out.atanh_().mul_(math.sqrt(12) / math.pi)
 
 
@@ -318,7 +322,8 @@ def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
 def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Tensor:
     """Fill with independent values of U(-edge, edge)."""
     if (
-        out.device.type != "cpu"
+        generator is None
+        or out.device.type != "cpu"
         or out.dtype != torch.float32
         or out.numel() < 4096
         or not out.is_contiguous()

@@ -1,7 +1,9 @@
 """Step sizes: the smallest that can be used, and how a learned one stays positive."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fogzo.quantizers.reading import can_be_read, needs_grad
 
 MIN_STEP = 1e-8
 # A group whose step is this much smaller than the layer's mean adds 1e-8 of a typical group's
@@ -59,7 +61,7 @@ def positive_step(step: Tensor, knee: Tensor) -> Tensor:
     tensor([0.2000, 0.1000, 0.0667, 0.0500, 0.0083])
     """
     knee = knee.to(step)
-    if _is_readable(step) and _is_readable(knee) and _all_above(step, knee):
+    if can_be_read(step) and can_be_read(knee) and _all_above(step, knee):
         return step
     value = step.detach()
     return _straight_through(step, torch.maximum(value, knee / (2 - value / knee).clamp(min=1)))
@@ -89,22 +91,9 @@ def _minimum(dtype: torch.dtype) -> float:
 
 def _straight_through(step: Tensor, value: Tensor) -> Tensor:
     """``value`` with the gradient of ``step``."""
-    backward = torch.is_grad_enabled() and step.requires_grad
     forward = torch.autograd.forward_ad._current_level >= 0
     # The difference is exactly zero, and differentiable in either mode and by any transform.
-    return value + (step - step.detach()) if backward or forward else value
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether its values may decide what runs: at hand, and not those of a trace or a batch."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0  # nobody records operations (make_fx)
-    )
+    return value + (step - step.detach()) if forward or needs_grad(step) else value
 
 
 def _all_above(step: Tensor, knee: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fogzo.quantizers.checks import is_number, require_positive, require_type
 from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.reading import can_be_read
 from fogzo.quantizers.smoothing import (
     BSpline,
     Logistic,
@@ -130,8 +131,8 @@ def _masked(grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, slack: float
     # One pass instead of four. This kernel drops the ends of its range, so it gets a wider one.
     eps = 4 * torch.finfo(weight.dtype).eps
     below, above = low - eps * max(abs(low), eps), high + eps * max(abs(high), eps)
-    if step.numel() == 1 and step.is_cpu and not torch.compiler.is_compiling():
-        scale = step.item()  # nothing to wait for
+    if step.numel() == 1 and can_be_read(step):
+        scale = step.item()
         return torch.ops.aten.hardtanh_backward(grad, weight, below * scale, above * scale)
     return torch.ops.aten.hardtanh_backward(grad, weight / step, below, above)
 

@@ -141,6 +141,7 @@ def called(ste, fogzo):
     return comparison.findings({"rows": rows, "differences": differences(rows)})[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*(the probes|bfloat16):RuntimeWarning")
 def test_the_toy_whose_ste_is_wrong_has_the_right_winner():
     ste = [quadratic("ste", seed) for seed in range(10)]
     fogzo = [quadratic("fogzo", seed) for seed in range(10)]
@@ -148,6 +149,7 @@ def test_the_toy_whose_ste_is_wrong_has_the_right_winner():
     assert called(fogzo, ste) == "FOGZO's test loss is worse than that of STE."
 
 
+@pytest.mark.filterwarnings("ignore:.*(the probes|bfloat16):RuntimeWarning")
 def test_identical_estimators_have_no_winner_but_for_the_promised_errors():
     calls = 0
     for trial in range(60):

@@ -40,15 +40,9 @@ def test_blocks_say_the_text_and_drop_less_than_a_block(length, context):
         assert split.batch(torch.arange(0)).shape == (0, context + 1)
 
 
-def test_blocks_in_any_order_and_through_a_loader():
+def test_blocks_in_any_order():
     split = TextSplit(torch.arange(41, dtype=torch.uint8), 4)
     assert split.batch(torch.tensor([3, 0, 3]))[:, 0].tolist() == [12, 0, 12]
-    loader = torch.utils.data.DataLoader(
-        split, batch_sampler=[[1, 5], [0]], collate_fn=lambda blocks: blocks
-    )
-    first, second = loader
-    assert torch.equal(first, split.batch(torch.tensor([1, 5])))
-    assert second.tolist() == [[0, 1, 2, 3, 4]]
 
 
 # --- tokenizers

@@ -16,6 +16,7 @@ LEVELS = {
     "": 2,
     "quantizers": 0,
     "buffers": 0,
+    "processes": 0,
     "collectives": 0,
     "rng": 0,
     "schedules": 0,

@@ -22,7 +22,7 @@ def progress(total: int, description: str, speaks: bool = True) -> Iterator[Adva
     if not speaks:
         yield lambda done, total, text: None
         return
-    console = Console()
+    console = _Console()
     if not console.is_terminal:
         tenths = -1
 
@@ -108,12 +108,18 @@ def compare_plan(plan: Results) -> None:
 
 def print_table(table: comparison.Table, title: str) -> None:
     """A table of text, names to the left and the rest to the right."""
-    printed = Table(title=title)
+    console = _console()
+    # Where rich draws its boxes in ASCII, the text in them must do without the rest too.
+    shown = _IN_ASCII if console.options.ascii_only else {}
+    printed = Table(title=title.translate(shown))
     for number, heading in enumerate(table.heading):
-        printed.add_column(heading, justify="right" if number else "left")
+        printed.add_column(heading.translate(shown), justify="right" if number else "left")
     for row in table.rows:
-        printed.add_row(*row)
-    _console().print(printed)
+        printed.add_row(*(cell.translate(shown) for cell in row))
+    console.print(printed)
+
+
+_IN_ASCII = str.maketrans({"±": "+-", "–": "-"})
 
 
 def _duration(seconds: float) -> str:
@@ -122,7 +128,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as `print` does; rich itself would exit with 1
+
+
 def _console() -> Console:
-    console = Console()
+    console = _Console()
     # rich wraps at 80 columns where there is no terminal to ask, which breaks tables in logs
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else _Console(width=160)

@@ -27,6 +27,7 @@ class Terminated(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
+        self.code: int = 128 + number
         self.name = signal.Signals(number).name
 
 
@@ -77,6 +78,13 @@ def held_back() -> Iterator[None]:
             handlers.close()
             if arrived:
                 signal.raise_signal(arrived[0])
+
+
+def ignore() -> None:
+    """Let no signal disturb an end that has begun."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from fogzo.processes.workers import Call, Workers
 from fogzo.recipes.checkpoint import newest_checkpoint
 from fogzo.recipes.config import TrainConfig
 from fogzo.recipes.evaluate import EvalConfig, evaluate_run
@@ -72,34 +71,25 @@ class Run:
         return cache.path(self.label, self.key)
 
 
-def start_pool(workers: int) -> ProcessPoolExecutor:
+def start_pool(workers: int) -> Workers:
     """Processes of one thread each."""
-    return ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_use_one_thread
-    )
+    return Workers(workers, _use_one_thread)
 
 
 def execute(
-    pool: ProcessPoolExecutor,
-    cache: RunCache,
-    runs: Iterable[Run],
-    on_run: Callable[[], None],
+    pool: Workers, cache: RunCache, runs: Iterable[Run], on_run: Callable[[], None]
 ) -> None:
     """Run what is not finished; what trains comes before what is quantized from it."""
     runs = list(runs)
     trainings = [run.trained for run in runs]
     for wave in (trainings, [run for run in runs if run.trained is not run]):
         waiting = {run.path(cache): run for run in wave if cache.result(run.path(cache)) is None}
-        futures = [
-            pool.submit(_run, run, path, run.trained.path(cache)) for path, run in waiting.items()
+        calls = [
+            Call(run.label, _run, (run, path, run.trained.path(cache)))
+            for path, run in waiting.items()
         ]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                on_run()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is running may finish
-            raise
+        for _ in pool.results(calls):
+            on_run()
 
 
 def missing(cache: RunCache, runs: Sequence[Run]) -> list[Run]:

@@ -1,10 +1,5 @@
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,38 +292,6 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
     assert len(hashes) == 3
     file.write_text("four")
     assert run_cache.config_hash(config) in hashes  # a process reads them once
-
-
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, "-m", "fogzo.cli.main", "compare", "digits-mlp", "--output-dir"]
-    command += [str(tmp_path), "--rows", "ste", "fogzo", "--learning-rates", "0.003", "0.01"]
-    command += ["--num-seeds", "2", "--max-steps", "100", "--workers", "1", "--no-equal-time"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-    def finished():
-        found = tmp_path.glob("runs/*/result.json")
-        return {path: path.stat().st_mtime_ns for path in found if '"run"' in path.read_text()}
-
-    while len(before := finished()) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # its worker too
-    process.wait()
-    assert not (tmp_path / "results.json").exists()
-    config = from_dict(CompareConfig, json.loads((tmp_path / "config.json").read_text()))
-    results = compare(config)
-    after = finished()
-    assert len(after) == 8
-    assert all(after[path] == mtime for path, mtime in before.items())
-    assert compare(config) == results
-    # As if it had never been killed, but for the seconds.
-    whole = compare(replace(config, base=replace(config.base, output_dir=tmp_path / "whole")))
-    for killed, uninterrupted in zip(results["rows"], whole["rows"], strict=True):
-        for key in killed.keys() - {"seeds", "curve", "seconds"}:
-            assert killed[key] == uninterrupted[key]
-    assert results["differences"] == whole["differences"]
 
 
 @pytest.mark.parametrize(

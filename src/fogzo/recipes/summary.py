@@ -1,5 +1,6 @@
 """From the runs of a comparison to its rows: the tuning, the chosen candidate, the differences."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ def summarise(
         ],
         "seeds": seeds,
         **_means(seeds),
+        **_fallbacks(seeds),
         "steps": steps,
         "extra_forwards": extra,
         "forwards": forwards,
@@ -105,6 +107,15 @@ def _means(seeds: Sequence[Results]) -> Results:
         if any(value is not None for value in values):
             found[key] = {"mean": mean(values), "sd": spread(values)}
     return found
+
+
+def _fallbacks(seeds: Sequence[Results]) -> Results:
+    """The refined steps of all seeds and those that fell back, by reason; nothing if none did."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        counts.update(seed.get("fallbacks", {}))
+    refined = sum(seed.get("refined_steps", 0) for seed in seeds)
+    return {"refined_steps": refined, "fallbacks": dict(counts)} if counts else {}
 
 
 def _gap(a: float | None, b: float | None) -> float:

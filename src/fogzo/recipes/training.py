@@ -1,5 +1,6 @@
 """The parts of a run, put together from its config, and what a checkpoint holds of them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from fogzo import (
     quantized_weights,
 )
 from fogzo.collectives import local
-from fogzo.estimators import GradientEstimator
+from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
     load_checkpoint,
@@ -62,6 +63,8 @@ class Training:
         step: Optimizer steps taken.
         seconds: Time they took.
         extra_forwards: Forwards of the probes, in whole batches.
+        refined_steps: Steps in which the estimator was to measure.
+        fallbacks: How many of them kept the gradient of backward, by reason.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
@@ -85,6 +88,7 @@ class Training:
         self._learning_rate = learning_rate_factor(config)
         self.step, self.seconds = 0, 0.0
         self.extra_forwards: float = 0
+        self.refined_steps, self.fallbacks = 0, Counter[str]()
         if checkpoint is not None:
             self._resume(checkpoint)
         self.model.train()
@@ -123,6 +127,14 @@ class Training:
         bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
         return not self.ranks.sum(bad)
 
+    def count(self, stats: RefineStats) -> None:
+        """Keep count of what the estimator has done in a step."""
+        self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+        if stats.probe_losses or stats.fallback is not None:
+            self.refined_steps += 1
+        if stats.fallback is not None:
+            self.fallbacks[stats.fallback] += 1
+
     def state_dict(self) -> dict[str, Any]:
         """All that the run needs to go on as if nothing had happened."""
         share_buffers(self.model, self.ranks)
@@ -130,6 +142,8 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "extra_forwards": self.extra_forwards,
+            "refined_steps": self.refined_steps,
+            "fallbacks": dict(self.fallbacks),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict() if self.estimator else None,
@@ -149,6 +163,8 @@ class Training:
         state = load_checkpoint(checkpoint, like)
         self.step, self.seconds = state["step"], state["seconds"]
         self.extra_forwards = state["extra_forwards"]
+        self.refined_steps = state.get("refined_steps", 0)  # not in checkpoints of before
+        self.fallbacks.update(state.get("fallbacks", {}))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.estimator is not None:

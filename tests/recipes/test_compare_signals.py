@@ -11,16 +11,17 @@ import time
 import psutil
 import pytest
 
+from fogzo.cli import commands
 from fogzo.cli.main import main
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = ("--rows", "ste", "fogzo", "--learning-rates", "0.003", "--num-seeds", "2")
-OPTIONS += ("--max-steps", "200", "--log-every", "5", "--no-equal-time")
+OPTIONS += ("--max-steps", "200", "--log-every", "5", "--no-equal-time", "--workers", "1")
 
 
 def start(*arguments, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "fogzo.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "fogzo.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -29,9 +30,8 @@ def start(*arguments, **environment):
     )
 
 
-def command(folder, workers=1):
-    options = (*OPTIONS, "--workers", workers)
-    return [*map(str, ("compare", "digits-mlp", "--output-dir", folder, *options))]
+def command(folder):
+    return ["compare", "digits-mlp", "--output-dir", str(folder), *OPTIONS]
 
 
 def times_of(folder, name):
@@ -75,14 +75,13 @@ def undisturbed(tmp_path_factory):
 
 
 def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed, tmp_path):
-    for number, to_group, finished, code, says in (
-        (signal.SIGTERM, False, -1, 143, "fogzo: ended by SIGTERM; finished runs are kept"),
-        (signal.SIGINT, True, -1, 130, "fogzo: interrupted; finished runs are kept"),
-        (signal.SIGKILL, False, 0, -signal.SIGKILL, ""),
+    for number, finished, code, says in (
+        (signal.SIGTERM, -1, 143, "fogzo: ended by SIGTERM; finished runs are kept"),
+        (signal.SIGKILL, 0, -signal.SIGKILL, ""),
     ):
         process = start(*command(tmp_path))
         workers = wait_for_a_run(process, tmp_path, finished)
-        (os.killpg if to_group else os.kill)(process.pid, number)
+        process.send_signal(number)
         began = time.monotonic()
         _, err = process.communicate(timeout=20)
         assert process.returncode == code
@@ -98,7 +97,7 @@ def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed,
 
     marked = {p for p in times_of(tmp_path, "result.json") if '"run"' in p.read_text()}
     before = times_of(tmp_path, "result.json")
-    process = start(*command(tmp_path, workers=2))
+    process = start(*command(tmp_path))
     workers = wait_for_a_run(process, tmp_path)
     trainer = next(worker for worker in workers if worker.cmdline()[-1].endswith("fork"))
     trainer.kill()  # as the system does where memory runs out
@@ -108,6 +107,25 @@ def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed,
     assert len(err.splitlines()) == 1
     assert all(times_of(tmp_path, "result.json")[path] == before[path] for path in marked)
     assert results_of(tmp_path) == results_of(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGINT, "fogzo: interrupted"), (signal.SIGTERM, "fogzo: ended by SIGTERM")],
+)
+def test_what_an_interrupted_command_adds_is_in_its_one_line(number, line, monkeypatch, capsys):
+    def interrupted(*_):
+        try:
+            signal.raise_signal(number)
+        except (KeyboardInterrupt, SystemExit) as error:
+            error.add_note("there is a checkpoint")
+            raise
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "digits-mlp", "--max-steps", "1"])
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err == f"{line}; there is a checkpoint\n"
 
 
 def test_a_terminal_that_cannot_show_everything_is_told_what_it_can(undisturbed, monkeypatch):
@@ -135,7 +153,7 @@ def test_output_that_nobody_reads_ends_a_command_quietly(undisturbed, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_torch_is_imported_is_one_line(number, tmp_path):
-    process = start("train", "digits-mlp", "--output-dir", tmp_path)
+    process = start("train", "digits-mlp", "--output-dir", str(tmp_path))
     watched = psutil.Process(process.pid)
     while not any("libtorch" in mapped.path for mapped in watched.memory_maps()):
         assert process.poll() is None

@@ -1,1 +1,1 @@
-"""The commands: fogzo train and fogzo compare."""
+"""The commands of `fogzo`, and what they print."""

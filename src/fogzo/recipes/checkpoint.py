@@ -53,7 +53,7 @@ from fogzo.recipes.checkpoint_format import (
     write_file,
     write_json,
 )
-from fogzo.recipes.json_files import restore
+from fogzo.recipes.json_files import checked
 from fogzo.rng import RngState
 
 _LOG = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def restore_rng(state: dict[str, Any]) -> None:
         ValueError: If they are no streams.
     """
     rank, _ = _rank_and_world()
-    ranks = restore(_RngState, state)["ranks"]
+    ranks = checked(_RngState, state)["ranks"]
     if rank >= len(ranks):
         return
     streams = ranks[rank]

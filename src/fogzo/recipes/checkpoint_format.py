@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fogzo.collectives import is_sharded, local
-from fogzo.recipes.json_files import LARGEST, check_regular, parse_json, read_regular, restore
+from fogzo.recipes.json_files import LARGEST, check_regular, checked, parse_json, read_regular
 
 FORMAT = 1
 
@@ -224,12 +224,12 @@ class Reader(contextlib.ExitStack):
     def _tensor_node(self, node: Any, place: tuple[str | int, ...]) -> dict[str, Any]:
         """The same node, if it is one of a tensor."""
         try:
-            restore(_TensorNode, node)
+            checked(_TensorNode, node)
             boxes = [node["shape"]]
             for name, *box in node["pieces"]:
                 if name not in self._manifest:
                     raise ValueError(f"the manifest names no {name!r}")
-                low, size = restore(list[list[int]], box)
+                low, size = checked(list[list[int]], box)
                 boxes += low, size
             if any(len(box) != len(boxes[0]) or min(box, default=0) < 0 for box in boxes):
                 raise ValueError("the shapes of its pieces do not fit")
@@ -421,10 +421,10 @@ def read_manifest(path: Path) -> Manifest:
         raise invalid(file, str(error)) from error
     try:
         manifest = parse_json(data, dict[str, Any])
-        version = restore(int, manifest.get("format"), "format")
+        version = checked(int, manifest.get("format"), "format")
         if version == FORMAT:
-            records = restore(dict[str, FileRecord], manifest.get("files"), "files")
-            step = restore(int | None, manifest.get("step"), "step")
+            records = checked(dict[str, FileRecord], manifest.get("files"), "files")
+            step = checked(int | None, manifest.get("step"), "step")
             if step is not None and step < 0:
                 raise ValueError(f"step must be 0 or more, got {step}")
     except ValueError as error:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,6 @@ from typing import Any, Literal
 import tyro
 
 from fogzo.recipes.data_config import DataConfig
-from fogzo.recipes.json_files import restore
 from fogzo.recipes.model_config import ModelConfig, QuantizerConfig
 
 EstimatorName = Literal[
@@ -201,10 +202,44 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_dict(cls: type[Any], values: Any) -> Any:
-    """A config from what `to_json` wrote. Fields that are not there take their defaults.
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
+    """A config from what `to_json` wrote.
 
     Raises:
-        ValueError: If a key is not a field of the config, or a value is not of its type.
+        ValueError: If a key is not a field of the config.
     """
-    return restore(cls, values)
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: it has {', '.join(hints)}"
+        )
+    return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        if value is not None and any(map(dataclasses.is_dataclass, options)):
+            return from_dict(_member(options, value), value)
+        return value if value is None or len(options) > 1 else _restore(options[0], value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    if hint is Path:
+        return Path(value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    assert not isinstance(hint, types.GenericAlias), f"no rule to restore {hint}"
+    return value
+
+
+def _member(options: list[Any], values: dict[str, Any]) -> Any:
+    """The dataclass of a union whose tag (its first field) the values carry."""
+    for option in options:
+        tag = dataclasses.fields(option)[0]
+        if values.get(tag.name) == tag.default:
+            return option
+    raise ValueError(
+        f"none of {', '.join(option.__name__ for option in options)} is tagged like "
+        f"{json.dumps(values)[:80]}"
+    )

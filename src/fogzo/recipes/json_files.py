@@ -1,21 +1,22 @@
 """The one door through which JSON comes in: of a regular file, of a known size, of a known shape.
 
-A shape is a type hint: dataclasses and TypedDicts for objects, and what they are made of.
+A shape is a type hint, of TypedDicts and what they are made of.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import stat
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # Far more than any run writes, and little enough to be read at once.
 LARGEST = 2**28
 
+_PLAIN = str | float | bool | None
 _NAMES = {
     int: "an integer",
     float: "a number",
@@ -23,9 +24,7 @@ _NAMES = {
     bool: "true or false",
     types.NoneType: "null",
     list: "a list",
-    tuple: "a list",
     dict: "an object",
-    Path: "a path",
 }
 
 
@@ -34,7 +33,7 @@ def read_json(path: Path, hint: Any, way_out: str) -> Any:
 
     Args:
         path: The file.
-        hint: See `restore`.
+        hint: See `checked`.
         way_out: What to do if the file is damaged, for the error.
 
     Raises:
@@ -99,17 +98,17 @@ def parse_json(text: bytes, hint: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from error
     try:
-        return restore(hint, value)
+        return checked(hint, value)
     except ValueError as error:
         raise ValueError(f"cannot be used ({error})") from error
 
 
-def restore(hint: Any, value: Any, where: str = "") -> Any:
-    """A value that JSON can hold, checked and turned into the type it was before.
+def checked(hint: Any, value: Any, where: str = "") -> Any:
+    """The value itself, if it is of the expected type.
 
     Args:
-        hint: A dataclass, a TypedDict (what it has beyond the hinted keys must be plain values),
-            dict[str, X], list[X], tuple[X, ...], a union, a Literal, Path, Any, or any class.
+        hint: A TypedDict (what it has beyond the hinted keys must be plain values), dict[str, X],
+            list[X], a union, Any, or any class.
         value: From `json.loads`, or a nesting of the kind.
         where: Name of the place, for the error.
 
@@ -120,29 +119,28 @@ def restore(hint: Any, value: Any, where: str = "") -> Any:
     if hint is Any:
         return value
     if origin is types.UnionType or origin is typing.Union:
-        return _restore_union(inner, value, where)
-    if origin is typing.Literal:
-        if not any(value == choice and type(value) is type(choice) for choice in inner):
+        return _union(inner, value, where)
+    if origin is list:
+        if not isinstance(value, list):
             _refuse(hint, value, where)
-        return value
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            _refuse(hint, value, where)
-        return origin(restore(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        return {
-            restore(inner[0], key, where): restore(inner[1], item, _inside(where, key))
-            for key, item in _as_object(hint, value, where).items()
-        }
-    if typing.is_typeddict(hint):
-        return _restore_typed_dict(hint, value, where)
-    if dataclasses.is_dataclass(hint):
-        return _restore_dataclass(hint, value, where)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if not _fits(hint, value):
+        for index, item in enumerate(value):
+            checked(inner[0], item, f"{where}[{index}]")
+    elif origin is dict:
+        for key, item in _as_object(hint, value, where).items():
+            checked(inner[0], key, where)
+            checked(inner[1], item, _inside(where, key))
+    elif typing.is_typeddict(hint):
+        hints, values = _hints(hint), _as_object(hint, value, where)
+        for name in sorted(hint.__required_keys__ - set(values)):
+            raise ValueError(f"{_inside(where, name)} is missing")
+        for name, item in values.items():
+            checked(hints.get(name, _PLAIN), item, _inside(where, name))
+    elif not _fits(hint, value):
         _refuse(hint, value, where)
     return value
+
+
+_hints = cache(typing.get_type_hints)
 
 
 def _fits(cls: Any, value: Any) -> bool:
@@ -154,64 +152,17 @@ def _fits(cls: Any, value: Any) -> bool:
     return isinstance(value, cls)
 
 
-def _restore_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in options:
-        return None
+def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    plain = [option for option in options if isinstance(option, type)]
+    if any(_fits(option, value) for option in plain if not typing.is_typeddict(option)):
+        return value
     others = [option for option in options if option is not types.NoneType]
-    classes = [option for option in others if dataclasses.is_dataclass(option)]
-    if classes:
-        others = [_tagged(classes, value, where)]
     if len(others) == 1:
-        return restore(others[0], value, where)
+        return checked(others[0], value, where)
     for option in others:
-        if isinstance(option, type):
-            if _fits(option, value):
-                return value
-            continue
         with contextlib.suppress(ValueError):
-            return restore(option, value, where)
+            return checked(option, value, where)
     return _refuse(typing.Union[options], value, where)  # noqa: UP007 -- made of a tuple
-
-
-def _tagged(classes: list[Any], value: Any, where: str) -> Any:
-    """The dataclass of a union whose tag (its first field) a value carries."""
-    if len(classes) == 1:
-        return classes[0]
-    for cls in classes:
-        tag = dataclasses.fields(cls)[0]
-        if isinstance(value, dict) and value.get(tag.name) == tag.default:
-            return cls
-    names = ", ".join(cls.__name__ for cls in classes)
-    raise ValueError(f"none of {names} is like {where or 'this'}, {_shown(value)}")
-
-
-def _restore_dataclass(cls: Any, value: Any, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = _as_object(cls, value, where)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__} has no field {', '.join(unknown)}: it has {', '.join(hints)}"
-        )
-    empty = dataclasses.MISSING
-    for field in dataclasses.fields(cls):
-        required = field.default is empty and field.default_factory is empty
-        if required and field.name not in values:
-            raise ValueError(f"{_inside(where, field.name)} is missing")
-    fields = {name: restore(hints[name], v, _inside(where, name)) for name, v in values.items()}
-    return cls(**fields)
-
-
-def _restore_typed_dict(cls: Any, value: Any, where: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    values = _as_object(cls, value, where)
-    for name in sorted(cls.__required_keys__ - set(values)):
-        raise ValueError(f"{_inside(where, name)} is missing")
-    plain = str | float | bool | None
-    return {
-        name: restore(hints.get(name, plain), item, _inside(where, name))
-        for name, item in values.items()
-    }
 
 
 def _as_object(hint: Any, value: Any, where: str) -> dict[Any, Any]:
@@ -226,11 +177,9 @@ def _refuse(hint: Any, value: Any, where: str) -> typing.NoReturn:
 
 def _described(hint: Any) -> str:
     origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if origin is types.UnionType or origin is typing.Union:
         return " or ".join(_described(option) for option in typing.get_args(hint))
-    if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
+    if typing.is_typeddict(hint):
         return "an object"
     return _NAMES.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
 
@@ -245,11 +194,11 @@ def _inside(where: str, key: Any) -> str:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} is there twice")
+        values[name] = value
     return values
 
 

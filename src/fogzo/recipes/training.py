@@ -32,7 +32,7 @@ from fogzo.recipes.checkpoint import (
 from fogzo.recipes.checkpoint_format import invalid, step_of
 from fogzo.recipes.config import TrainConfig
 from fogzo.recipes.ema import Ema, EmaState
-from fogzo.recipes.json_files import restore
+from fogzo.recipes.json_files import checked
 from fogzo.recipes.learning_rates import learning_rate_factor
 from fogzo.recipes.models import build_model, calibrate, checkpoint_blocks_
 from fogzo.recipes.optimizers import OptimizerState, build_optimizer, load_optimizer
@@ -196,7 +196,7 @@ class Training:
         }
         state = load_checkpoint(checkpoint, like)
         try:
-            self._load(restore(TrainingState, state), checkpoint)
+            self._load(checked(TrainingState, state), checkpoint)
         except torch.OutOfMemoryError:
             raise
         # Whatever a loader says of a state that is not its own.
@@ -292,7 +292,7 @@ def load_weights(model: nn.Module, run: Path) -> int:
         )
     state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
     try:
-        found = restore(_Weights, state)
+        found = checked(_Weights, state)
         weights = found["model"]
         if found["ema"] is not None:
             average = found["ema"]["average"]

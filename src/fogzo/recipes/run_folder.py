@@ -18,7 +18,7 @@ from fogzo.recipes.checkpoint import (
     save_checkpoint,
     whole_checkpoints,
 )
-from fogzo.recipes.checkpoint_format import DamagedCheckpoint
+from fogzo.recipes.checkpoint_format import DamagedCheckpoint, step_of
 from fogzo.recipes.config import TrainConfig, from_dict, to_json
 from fogzo.recipes.folder_lock import locked
 from fogzo.recipes.json_files import check_regular, parse_json, read_json
@@ -56,6 +56,7 @@ class RunFolder(ExitStack):
         self.path = config.output_dir
         self._config = config
         self._writes = writes
+        self._resumed = False
         self._log: BinaryIO | None = None
         self._written = hashlib.sha256()
 
@@ -102,7 +103,9 @@ class RunFolder(ExitStack):
         if self._config.resume:
             for checkpoint in whole_checkpoints(self.path, damaged):
                 try:
-                    return build(checkpoint)
+                    built = build(checkpoint)
+                    self._resumed = True
+                    return built
                 except DamagedCheckpoint as error:
                     damaged.append(error.reason)
                     if self._writes:
@@ -119,11 +122,11 @@ class RunFolder(ExitStack):
         held += [name for name in ("result.json",) if (self.path / name).exists()]
         held += [name for name in ("metrics.jsonl",) if _read_log(self.path / name)]
         if held or damaged:
+            found = "; ".join(damaged) or f"it holds {', '.join(held)}"
             raise ValueError(
-                f"{self.path} holds a run ({', '.join(held)}), but no checkpoint to go on from"
-                + "".join(f"; {reason}" for reason in damaged)
-                + ". Nothing was changed: restore a checkpoint, add --overwrite to begin anew, or "
-                "choose another --output-dir"
+                f"there is no checkpoint in {self.path} to go on from ({found}). Nothing was "
+                "changed: restore a checkpoint, add --overwrite to begin anew, or choose another "
+                "--output-dir"
             )
 
     @contextmanager
@@ -131,7 +134,7 @@ class RunFolder(ExitStack):
         """Let `log` write after what was logged up to a step.
 
         Args:
-            step: 0 for a new run, which replaces what is there.
+            step: The one of the checkpoint; a new run replaces what is there.
             position: From the checkpoint.
         """
         if not self._writes:
@@ -142,7 +145,7 @@ class RunFolder(ExitStack):
             (self.path / f"{name}.partial").unlink(missing_ok=True)
         (self.path / "result.json").unlink(missing_ok=True)
         path = self.path / "metrics.jsonl"
-        if step:
+        if self._resumed:
             kept = _recovered(path, step, position)
         else:
             kept = b""
@@ -177,7 +180,8 @@ class RunFolder(ExitStack):
         if not self._writes:
             return
         for path in (self.path / "checkpoints").glob("step-*"):
-            if path.suffix == "" and int(path.name.removeprefix("step-")) >= first:
+            step = step_of(path)
+            if step is not None and step >= first:
                 aside = path.with_suffix(".diverged")
                 if aside.exists():  # it was resumed, and has diverged again
                     delete(aside)

@@ -1,5 +1,6 @@
 """The parts of a run, put together from its config, and what a checkpoint holds of them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -222,6 +223,8 @@ class Training:
             raise ValueError("one has an estimator, and the other none")
         if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
+        if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
+            raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])

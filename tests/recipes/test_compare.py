@@ -271,7 +271,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
     cache = run_cache.RunCache(tmp_path / "runs", code="0" * 12)
     with (
         cache.lock(),
-        pytest.raises(ValueError, match=r"another comparison is at work.*--output-dir .*runs-2"),
+        pytest.raises(ValueError, match=r"another process is at work.*--output-dir .*runs-2"),
     ):
         compare(config)
     with cache.lock():  # given back

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from types import ModuleType
 from typing import NoReturn
 
@@ -26,10 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands = _import_commands()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends nothing
-    # A rank that waits for others, in C++, would see no exception: there SIGTERM ends it at once.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
-        with signals.raised() if alone else nullcontext():
+        with signals.raised():
             commands.run(sys.argv[1:] if arguments is None else arguments)
             print(end="", flush=True)  # what is still buffered may also find nobody
     except KeyboardInterrupt as error:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -15,6 +16,9 @@ ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 """Ctrl-C; a scheduler, a container or `timeout`; a terminal that closes."""
+
+# Within so many seconds a launcher passes on to its ranks the Ctrl-C that reached them already.
+_PASSED_ON = 0.5
 
 
 class Terminated(SystemExit):
@@ -58,26 +62,31 @@ def ending_at_once(line: str) -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back() -> Iterator[Callable[[], int]]:
     """Let a signal take effect only at the end of the block, so that the block is done whole.
 
-    A training step, say: in the middle of one there is no state to save. A second signal takes
-    effect at once.
+    A training step, say: in the middle of one there is no state to save. What is yielded says
+    which signal waits, 0 if none does. A second Ctrl-C takes effect at once; other signals may
+    come twice by themselves, from a scheduler and from a launcher that passes its own on.
     """
     arrived: list[int] = []
+    since = 0.0
     with ExitStack() as handlers:
 
         def hold(number: int, _: FrameType | None) -> None:
+            nonlocal since
+            impatient = arrived and time.monotonic() - since > _PASSED_ON
+            if number == signal.SIGINT and impatient:
+                handlers.close()
+                signal.raise_signal(number)
+            if not arrived:
+                since = time.monotonic()
             arrived.append(number)
-            handlers.close()
 
         handlers.enter_context(_handled(hold, ENDING))
-        try:
-            yield
-        finally:
-            handlers.close()
-            if arrived:
-                signal.raise_signal(arrived[0])
+        yield lambda: arrived[0] if arrived else 0
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def ignore() -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo.collectives import reshard
@@ -167,3 +167,38 @@ def _muon(
         return matrices
     others = torch.optim.AdamW(_groups(rest, weight_decay), lr=lr, **_betas(config))
     return JointOptimizer([matrices, others])
+
+
+class OptimizerState(TypedDict):
+    """What a checkpoint holds of an optimizer."""
+
+    state: dict[int, dict[str, Tensor | float | bool | None]]
+    param_groups: list[dict[str, Any]]
+
+
+def load_optimizer(optimizer: Optimizer, given: OptimizerState) -> None:
+    """Load the state of an optimizer of the same config, which is where its options come from.
+
+    Raises:
+        ValueError: If it is of other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in given["param_groups"]] != [g["params"] for g in own]:
+        raise ValueError("its optimizer has other groups of parameters")
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for number, values in given["state"].items():
+        if number not in parameters:
+            raise ValueError(f"its optimizer has a parameter {number}")
+        shape = parameters[number].shape
+        for name, value in values.items():
+            # Moments are of the parameter's shape, or factors of it, or numbers.
+            if isinstance(value, Tensor) and _broadcast(value.shape, shape) != shape:
+                raise ValueError(f"its optimizer's {name} {number} is of shape {value.shape}")
+    optimizer.load_state_dict({"state": given["state"], "param_groups": own})
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(a, b)
+    except RuntimeError:
+        return None

@@ -52,7 +52,8 @@ def summarise(
     grid = sorted({rate for rate, _ in validation})
     seeds = [_outcome(cache, run) for run in chosen]
     steps = chosen[0].recipe.max_steps
-    extra = next((s["extra_forwards"] for s in seeds if "extra_forwards" in s), None)
+    whole = [seed for seed in seeds if not seed.get("diverged")]
+    extra = next((s["extra_forwards"] for s in whole if "extra_forwards" in s), None)
     # Every step of every row runs backward: what is not quantized is always trained by it.
     forwards = None if extra is None else steps + extra
     return {

@@ -352,3 +352,44 @@ def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path
     config = replace(config, base=replace(config.base, output_dir=tmp_path))
     html = write_compare_report(config, results).read_text()
     assert html.count("<table") == 2 + bool(results["differences"])
+
+
+FINISHED = {"steps": 10, "seconds": 1.5, "validation_loss": 2.0, "test_loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda result: [result], "it must be an object"),
+        (lambda result: result | {"steps": "10"}, "steps must be an integer"),
+        (lambda result: result | {"validation_loss": [2.0]}, "validation_loss must be a number"),
+        (lambda result: result | {"fallbacks": {"reason": "1"}}, "fallbacks.reason must be"),
+        (lambda result: {k: v for k, v in result.items() if k != "seconds"}, "seconds is missing"),
+        (lambda result: {k: v for k, v in result.items() if "val" not in k}, "no validation_loss"),
+        (lambda result: result | {"log_lines": 2}, "1 lines of 2"),
+        (lambda result: result | {"run": 7}, "run must be a text"),
+    ],
+)
+def test_a_result_of_another_structure_is_set_aside(damage, says, tmp_path, caplog):
+    cache = run_cache.RunCache(tmp_path, code="0" * 12)
+    path = cache.path("ste", "1" * 12)
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0, "seconds": 1.5}\n')
+    run_cache.finish(path, digits(path), FINISHED)
+    result = cache.result(path)
+    assert result == FINISHED | {"run": "1" * 12 + "-" + "0" * 12, "log_lines": 1}
+    (path / "result.json").write_text(json.dumps(damage(result)))
+    assert cache.result(path) is None
+    assert says in caplog.text
+    assert not path.exists()
+    assert len(list((tmp_path / "corrupt").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": "1"}', '{"a": 0}', "{"])
+def test_damaged_step_times_are_measured_again_and_that_is_said(text, tmp_path, caplog):
+    (tmp_path / "timing.json").write_text(text)
+    timing = run_cache.RunCache(tmp_path, code="0" * 12).timing()
+    assert timing.get("a") is None
+    assert "timing.json" in caplog.text
+    timing.add({"a": 0.5})
+    assert run_cache.RunCache(tmp_path, code="0" * 12).timing().get("a") == 0.5

@@ -110,6 +110,7 @@ def test_the_same_again_runs_nothing_and_says_the_same(comparison):
     config, results, _ = comparison
     runs = config.base.output_dir / "runs"
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    assert before
     assert compare(config) == results
     assert before == {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
 

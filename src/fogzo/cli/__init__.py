@@ -1,1 +1,1 @@
-"""The commands of `fogzo`, and what they print."""
+"""The commands: fogzo train, eval, compare and bench."""

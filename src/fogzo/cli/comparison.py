@@ -1,4 +1,4 @@
-"""A comparison in words and tables, for the terminal, the report and the README."""
+"""A comparison in words and tables, for the terminal, the report and docs/results.md."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -280,8 +280,6 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         return ControlVariateEstimator(weights, **options)
     schedule: NoiseShare = linear_noise_share(
         kappa=0.0 if config.estimator == "lambda" else config.kappa,
-        num_weights=sum(weight.param.numel() for weight in weights),
-        num_samples=config.num_samples,
         total_steps=config.max_steps,
         start=config.start,
     )
@@ -290,7 +288,9 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
     if config.estimator == "placebo":
         return PlaceboEstimator(weights, noise_share=schedule, **options)
     paired = config.estimator == "fogzo-paired"
-    return FogzoEstimator(weights, noise_share=schedule, paired=paired, **options)
+    return FogzoEstimator(
+        weights, noise_share=schedule, paired=paired, agreement=config.agreement, **options
+    )
 
 
 def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:

@@ -35,6 +35,13 @@ def double(number):
 def fail(number):
     raise KeyError(number)
 
+class Unreadable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+def fail_oddly():
+    raise Unreadable(1, 2)
+
 def make_a_function():
     return lambda: None
 
@@ -186,12 +193,13 @@ try:
     results((fail, 7))
 except KeyError as error:
     print(error, "in fail" in error.__notes__[0])
-try:
-    results((make_a_function,))
-except RuntimeError as error:
-    print("make_a_function.<locals>" in str(error))
+for function, said in ((make_a_function, "make_a_function.<locals>"), (fail_oddly, "1 and 2")):
+    try:
+        results((function,))
+    except RuntimeError as error:
+        print(said in str(error))
 """)
-    assert printed.splitlines() == ["7 True", "True"]
+    assert printed.splitlines() == ["7 True", "True", "True"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from fogzo.processes.signals import ENDING, held_back
 
 _LOG = logging.getLogger(__name__)
 _SPAWN = get_context("spawn")
+# Seconds after which an ending worker is killed.
 _PATIENCE = 5.0
+_PATIENCE_AFTER_ERROR = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Workers:
         self._count = count
         self._prepare = pickle.dumps(prepare)
         self._all: list[_Worker] = []
-        self._computing: dict[connection.Connection, tuple[_Worker, Call]] = {}
+        self._computing: dict[Any, tuple[_Worker, Call]] = {}  # by connection
         self._lifeline, self._hold = _SPAWN.Pipe(duplex=False)
 
     def __enter__(self) -> "Workers":
@@ -73,7 +75,7 @@ class Workers:
             if kind is None:
                 _join(self._all)
             self._hold.close()
-            _join(self._all)
+            _join(self._all, _PATIENCE_AFTER_ERROR)
             self._lifeline.close()
 
     def results(self, calls: Iterable[Call]) -> Iterator[Any]:
@@ -96,10 +98,9 @@ class Workers:
                 worker.give(call)
                 computing[worker.connection] = worker, call
             for ready in connection.wait(list(computing)):
-                assert isinstance(ready, connection.Connection)
                 worker, call = computing.pop(ready)
                 try:
-                    value, error = ready.recv()
+                    answer = worker.connection.recv_bytes()
                 except (EOFError, OSError):
                     self._all.remove(worker)
                     how = worker.death()
@@ -112,6 +113,7 @@ class Workers:
                     _LOG.warning("%s: its process died (%s); it runs again", call.name, how)
                     waiting.appendleft(call)
                     continue
+                value, error = pickle.loads(answer)
                 if error is not None:
                     raise error
                 yield value
@@ -140,7 +142,7 @@ class _Worker:
     def give(self, call: Call) -> None:
         """Begin with a call; a process that has died says so when its answer is waited for."""
         with suppress(OSError):
-            self.connection.send((call.function, call.arguments))
+            self.connection.send_bytes(pickle.dumps((call.function, call.arguments)))
 
     def death(self) -> str:
         """How it ended."""
@@ -152,9 +154,9 @@ class _Worker:
         return f"killed by {signal.Signals(-code).name}"
 
 
-def _join(workers: Iterable[_Worker]) -> None:
+def _join(workers: Iterable[_Worker], patience: float = _PATIENCE) -> None:
     """Wait until they have ended, but not for ever."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     for worker in workers:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         if worker.process.exitcode is None:
@@ -196,10 +198,14 @@ def _work(calls: connection.Connection, lifeline: connection.Connection, prepare
             error.add_note(f"In a worker process:\n{traceback.format_exc()}")
             failure = error
         try:
-            calls.send((value, failure))
-        except Exception as error:  # it cannot be pickled, but what it says can
+            answer = pickle.dumps((value, failure))
+            if failure is not None:
+                pickle.loads(answer)  # some errors can be written and not read
+        except Exception as error:
             said = "".join(traceback.format_exception(failure or error))
-            calls.send((None, RuntimeError(f"a worker has failed:\n{said}")))
+            answer = pickle.dumps((None, RuntimeError(f"a worker has failed:\n{said}")))
+        with suppress(OSError):  # nobody waits for it any more
+            calls.send_bytes(answer)
 
 
 def _die_with(lifeline: connection.Connection) -> None:

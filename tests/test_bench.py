@@ -514,12 +514,13 @@ def test_the_command_writes_its_files_and_prints_its_tables(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--only", "stepps"), "no section 'stepps'"),
-        (("--only", "gpu"), "choose from steps, memory, layers, compiled, probes, scaling"),
+        (("--only", "stepps"), "got 'stepps': --only steps"),
+        (("--only", "gpu"), "only must be one of steps, memory, layers, compiled, probes, scaling"),
         (("--rounds", "0"), "rounds must be 1 or more"),
         (("--threads", "0"), "threads must be 1 or more"),
         (("--seconds", "-1"), "seconds must be positive"),
-        (("--seconds", "nan"), "seconds must be positive"),
+        (("--seconds", "nan"), "seconds must be finite"),
+        (("--device", "cuda:99"), "--device cpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys):

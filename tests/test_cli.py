@@ -52,7 +52,10 @@ def test_compare_prints_one_table_and_writes_one_report(tmp_path):
         (("tain", "digits-mlp"), "did you mean train?"),
         (("train", "digits-mlp", "--max-steps", "0"), "--max-steps"),
         (("train", "digits-mlp", "--data.dataset", "./nowhere"), "no folder"),
-        (("train", "digits-mlp", "--quantizer.surrogate", "identiy"), 'surrogate="identity"'),
+        (
+            ("train", "digits-mlp", "--quantizer.surrogate", "identiy"),
+            "surrogate identity",
+        ),
         (("compare", "digits-mlp", "--estimator", "ste"), "--rows ste fogzo"),
         (("train", "digits-mlp", "--estimator", "stee"), "stee"),
     ],

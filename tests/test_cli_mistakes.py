@@ -67,8 +67,26 @@ def images(tmp_path):
         (("train", "digits-mlp", "--batch-size", "5000"), "--batch-size 1146"),
         (("train", "digits-mlp", "--accumulation", "7"), "--batch-size 63"),
         (("train", "digits-mlp", "--device", "gpu"), "--device cpu"),
+        (("train", "digits-mlp", "--device", "cuda:99"), "cannot compute on 'cuda:99'"),
+        (("train", "digits-mlp", "--device", "meta"), "--device cpu"),
+        (("train", "digits-mlp", "--model.hidden", "-5"), "got -5: --model.hidden 32"),
+        (("train", "digits-mlp", "--model.hidden", "9" * 13), "cannot be built here"),
+        (("train", "digits-mlp", "--data.image-size", "90000"), "--data.image-size 32"),
+        (("train", "digits-mlp", "--activations.bits", "0"), "--activations.bits 2"),
+        (("train", "digits-mlp", "--output-dir", ""), "--output-dir has an empty value"),
+        (("train", "digits-deit", "--model.heads", "0"), "--model.heads 3"),
+        (("train", "digits-deit", "--model.heads", "5"), "--model.heads 1"),
+        (("train", "pydoc-llama", "--model.depth", "0"), "--model.depth 4"),
+        (("compare", "digits-mlp", "--device", "cuda:99"), "cannot compute on 'cuda:99'"),
+        (("compare", "digits-mlp", "--optimizer", "adamv"), "--optimizer adam"),
+        (("compare", "digits-mlp", "--initial-weights", "./nowhere"), "no whole checkpoint"),
+        (("eval", "./nowhere", "--activations.preset", "lsq"), "--quantizer.preset lsq"),
+        (("eval", "./nowhere", "--batch-size", "-1"), "--batch-size 256"),
         (("train", "digits-mlp", "--data.dataset", "./nowhere"), "no folder"),
-        (("train", "digits-mlp", "--quantizer.surrogate", "identiy"), 'surrogate="identity"'),
+        (
+            ("train", "digits-mlp", "--quantizer.surrogate", "identiy"),
+            "surrogate identity",
+        ),
         (("train", "digits-deit", "--model.patch-size", "3"), "--model.patch-size 1"),
         (("train", "pydoc-llama", "--data.dataset", "./nowhere.txt"), "nowhere.txt"),
         (("train", "pydoc-llama", "--data.tokenizer", "./nowhere"), "nowhere"),
@@ -82,6 +100,16 @@ def test_a_wrong_option_names_the_right_one(says, tmp_path, arguments, message):
     folder = () if arguments[0] == "eval" else ("--output-dir", tmp_path / "run")
     assert message in says(*arguments, *folder)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_folder_is_ever_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    main(["train", "digits-mlp", "--output-dir=~/run", "--max-steps", "1"])
+    main(["eval", "~/run"])
+    main(["train", "digits-mlp", "--output-dir=~/b", "--initial-weights=~/run", "--max-steps=1"])
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["b", "run"]
+    assert not (tmp_path / "~").exists()
 
 
 def test_images_that_cannot_be_used(says, images, tmp_path):

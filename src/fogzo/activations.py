@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fogzo.bypasses import warn_of_bypassed_layers
 from fogzo.collectives import full, is_sharded
 from fogzo.quantizers import Quantizer, unsigned
 from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
@@ -225,6 +226,7 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
         missed = [n for n, m in measuring.items() if m._tally is None or not m._tally.count]
         if missed:
             logger.warning("calibrate_ saw no input other than zeros of %s", ", ".join(missed))
+        warn_of_bypassed_layers(model)
     finally:
         for layer in measuring.values():
             layer._tally = None

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.activations import Activations, QuantizedInput, activation_quantizers
+from fogzo.bypasses import warn_of_bypassed_layers
 from fogzo.collectives import distributed_like, full, is_sharded, reshard, sharded_dims
+from fogzo.quantizable import check_quantizable, parametrization, warn_of_own_quantization
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step
-from fogzo.selection import FilterFn, check_ties, output_dim, select_layers
-from fogzo.weights import QuantizedWeight, check_parameter
+from fogzo.selection import (
+    FilterFn,
+    check_ties,
+    output_dim,
+    quantizable_layers,
+    select_layers,
+    warn_of_selection,
+)
+from fogzo.weights import QuantizedWeight
+from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +47,50 @@ class QuantizedLayer(QuantizedInput):
     weight_step: Tensor | None
     weight_step_knee: Tensor | None
     output_dim: int
+    _name: str  # in the model that `quantize_` was given
     _frozen_step: Tensor | None
-    _forward_dtype: torch.dtype | None = None  # in which FSDP gathers the weight
+    # Of the weight and its step when that was measured, until the first training forward.
+    _versions: tuple[int, int] | None = None
+    _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
+    _loading: bool = False
+    # In which the last forward saw the weight: FSDP gathers it in another. None before the first.
+    _forward_dtype: torch.dtype | None = None
+
+    @property
+    def forward_ran(self) -> bool:
+        """Whether anything has called this layer since it was quantized."""
+        return self._forward_dtype is not None
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward uses, differentiable by the surrogate."""
-        return self.quantizer(self.weight, self._step(), self.output_dim, self.training)
+        return self._quantized(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on quantized weights."""
+        if not isinstance(self, QuantizedLayer):
+            # Wrapped before `dequantize_`, by accelerate's hooks for instance.
+            return type(self).forward(self, *args, **kwargs)
+        if "weight" not in self._parameters:
+            self._check_own_weight()
+        tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and self._versions is not None:
+            self._check_versions(self._versions)
         self.__dict__["_forward_dtype"] = self.weight.dtype
         if self.activation_quantizer is not None:
             args = self.with_quantized_input(args)
-        # An instance attribute hides the parameter of that name, whatever the class's forward is.
-        self.__dict__["weight"] = self.quantized_weight()
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            del self.__dict__["weight"]
+        weight = self.quantized_weight()
+        if tracing:
+            # Only the trace sees this attribute, and unlike a view's it knows whose it is.
+            self.__dict__["weight"] = weight
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                del self.__dict__["weight"]
+        # Threads may share the layer, so the quantized weight lives on an object of this call's.
+        view = object.__new__(_view_class(type(self)))
+        object.__setattr__(view, "__dict__", self.__dict__)
+        object.__setattr__(view, "_quantized_weight", weight)
+        return super(QuantizedLayer, view).forward(*args, **kwargs)
 
     def step_size(self) -> Tensor:
         """Step sizes in use, broadcastable to the weight.
@@ -80,6 +116,114 @@ class QuantizedLayer(QuantizedInput):
             yield
         finally:
             self._frozen_step = None
+
+    @torch.no_grad()
+    def measure_step_(self) -> None:
+        """Measure the step sizes on the present weights, as `quantize_` did.
+
+        For weights that were initialised anew. Dynamic scales have nothing to measure.
+
+        Raises:
+            ValueError: If FSDP has sharded the layer.
+        """
+        if self.weight_step is None:
+            return
+        if is_sharded(self.weight):
+            raise ValueError(
+                f"{self._name!r} is sharded, and no rank holds the weights to measure: initialise "
+                "them first, then fogzo.quantize_(model, quantizer), then fully_shard(model)"
+            )
+        self._check_step_shape()
+        step = self.quantizer.initial_step(self.weight, self.output_dim)
+        self.load_state_dict({"weight_step": step}, strict=False)
+        self._note_versions()
+
+    def step_mismatch(self) -> float:
+        """By how many powers of two (the median) the steps differ from what would be measured now.
+
+        Zero where nothing is measured: dynamic scales and steps that were given.
+        """
+        if self.weight_step is None or self.quantizer.scale.value is not None:
+            return 0.0
+        with torch.no_grad():
+            weight = self._whole_weight()
+            measured = self.quantizer.initial_step(weight, self.output_dim)
+            step = self._step()
+            assert measured is not None and step is not None
+            in_use = self.quantizer.current_step(weight, full(step))
+            ratios = (measured.double() / in_use.double())[measured > 0]  # zeros say nothing
+            return float(ratios.log2().abs().median()) if ratios.numel() else 0.0
+
+    def _note_versions(self) -> None:
+        """Remember which weights the step was measured on."""
+        self._versions = None
+        step = self.weight_step
+        if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
+            return
+        self._versions = (self.weight._version, step._version)
+
+    def _check_own_weight(self) -> None:
+        """Raise a `ValueError` if a parametrization computes the weight."""
+        how = parametrization(self)
+        if how is not None:
+            raise ValueError(
+                f"{how.name} was put on {self._name!r} after fogzo.quantize_, so its weight is "
+                f"computed and cannot be quantized: {how.way_out}"
+            )
+
+    def _check_step_shape(self) -> None:
+        """Raise a `ValueError` unless there is a step size for each group of weights."""
+        shape, by = self.weight.shape, self.quantizer.granularity
+        groups = shape.numel() // by if isinstance(by, int) else shape[self.output_dim]
+        groups = 1 if by == "tensor" else groups
+        if self.weight_step is not None and len(self.weight_step) != groups:
+            raise ValueError(
+                f"the weight of {self._name!r} has {groups} groups now but {len(self.weight_step)} "
+                "step sizes, as its shape was changed after fogzo.quantize_: change it first "
+                "(model.resize_token_embeddings(...), pruning), then fogzo.quantize_(model, ...)"
+            )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's own, also called by ``layer.weight = ...``; refuses a weight of other values.
+
+        Raises:
+            ValueError: If the weight would be replaced.
+        """
+        present = self._parameters.get("weight")
+        held = name == "weight" and not self._loading and present is not None
+        if held and not _same_values(param, present):
+            raise ValueError(
+                f"the weight of {self._name!r} is quantized with step sizes of its own and cannot "
+                "be replaced. Tie, fuse (fuse_conv_bn_eval) or resize before fogzo.quantize_, or "
+                "after fogzo.dequantize_(model), which bakes the quantized weights in. To "
+                "initialise it anew: with torch.no_grad(): layer.weight.copy_(values); "
+                "layer.measure_step_()"
+            )
+        super().register_parameter(name, param)
+
+    def _quantized(self, training: bool) -> Tensor:
+        try:
+            return self.quantizer(self.weight, self._step(), self.output_dim, training)
+        except RuntimeError:
+            self._check_step_shape()
+            raise
+
+    def _check_versions(self, measured: tuple[int, int]) -> None:
+        """Before the first training forward: warn if the weights are not those that were measured.
+
+        Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
+        """
+        weight, step = self._parameters.get("weight"), self.weight_step
+        if not (self.training and torch.is_grad_enabled() and type(weight) is nn.Parameter):
+            return
+        if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return
+        self._versions = None
+        changed = weight._version != measured[0] and step._version == measured[1]
+        if changed and self.step_mismatch() > 1:
+            self._stale.append(self._name)
+            if len(self._stale) == 1:
+                warn_of_stale_steps(self._stale)
 
     def _step(self) -> Tensor | None:
         """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
@@ -110,11 +254,26 @@ class QuantizedLayer(QuantizedInput):
             measured, empty = self.quantizer.find_step(own, self.output_dim)
             assert measured is not None
             state_dict[step] = distributed_like(measured, self.weight_step)
-            _warn_of_empty_groups(self.quantizer, {prefix.removesuffix("."): (empty, self)})
+            _warn_of_empty_groups(self.quantizer, {self._name: (empty, measured.numel())})
         knee = f"{prefix}weight_step_knee"
         if self.weight_step_knee is not None and step in state_dict and knee not in state_dict:
             state_dict[knee] = loaded_knee(full(state_dict[step]), self.weight_step_knee)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            del self._loading
+        self._versions = None
+
+    def _replicate_for_data_parallel(self) -> Any:
+        self.__dict__["_forward_dtype"] = self.weight.dtype  # a replica's forward runs for it
+        return super()._replicate_for_data_parallel()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"torch.jit.script cannot compile {self._name!r}, which is quantized: bake the "
+            "quantized weights in first, torch.jit.script(fogzo.dequantize_(model))"
+        )
 
     def extra_repr(self) -> str:
         """The layer's own, and how it is quantized."""
@@ -147,7 +306,12 @@ def quantize_(
     with their subclasses. By default embeddings and output heads stay as they are: layers whose
     name ends in lm_head, classifier, head, fc, score, ... or, where there is none, the last
     linear layer. Printing the model shows which layers are quantized; the ``fogzo`` logger says
-    which were left alone.
+    which were left alone, and a warning if the default leaves more than half of the weights in
+    float or quantizes the last layer.
+
+    Do it before anything else takes hold of the layers: optimizers (which have to train learned
+    steps too), ``fully_shard``, ``accelerate.dispatch_model``, `torch.compile`. Initialise, tie
+    and prune the weights before.
 
     Args:
         model: Any module; its layers keep their identity, hooks, names and parameters.
@@ -168,8 +332,9 @@ def quantize_(
             it from the layer's other groups.
 
     Raises:
-        ValueError: If nothing is selected, a layer is quantized already or cannot be, or a tied
-            weight is selected in one place and not in another. The model is then untouched.
+        ValueError: If nothing is selected, a layer is quantized already or cannot be, a weight is
+            not finite, or a tied one is selected in one place and not in another. The model is
+            then untouched.
     """
     if not isinstance(quantizer, Quantizer):
         raise ValueError(
@@ -182,14 +347,14 @@ def quantize_(
             'one step an output channel, for example fogzo.lsq(bits=2, granularity="channel")'
         )
     reshard([model])
-    layers = {name: m for name, m in model.named_modules() if output_dim(m) is not None}
+    layers = quantizable_layers(model)
     selected = select_layers(model, layers, filter_fn)
     one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
     check_ties(layers, selected, one_step)
 
     # Two passes: every error comes before the first change.
     steps: dict[int, Tensor | None] = {}
-    empty_groups: dict[str, tuple[int, nn.Module]] = {}
+    empty_groups: dict[str, tuple[int, int]] = {}
     for name, layer in selected.items():
         _check_layer(name, layer)
         if id(layer.weight) not in steps:
@@ -202,16 +367,18 @@ def quantize_(
             if step is not None and quantizer.scale.kind == "learned":
                 step = nn.Parameter(step)
             steps[id(layer.weight)] = step
-            empty_groups[name] = empty, layer
+            empty_groups[name] = empty, 0 if step is None else step.numel()
     inputs = activation_quantizers(selected, activations)
+    # And every warning, as it may be turned into an error.
+    warn_of_own_quantization(selected)
+    warn_of_selection(model, layers, selected, default=filter_fn is None)
+    _warn_of_empty_groups(quantizer, empty_groups)
+    stale: list[str] = []
     for name, layer in selected.items():
-        _attach(layer, quantizer, steps[id(layer.weight)])
+        _attach(name, layer, quantizer, steps[id(layer.weight)], stale)
         cast(QuantizedLayer, layer).attach_input(inputs[name])
     _leave_fast_path(model)
-    _warn_of_empty_groups(quantizer, empty_groups)
 
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        logger.warning("nn.MultiheadAttention bypasses its layers' forward and is not quantized")
     left = [name for name in layers if name not in selected]
     logger.info("quantized %s; left alone %s", ", ".join(selected), ", ".join(left) or "nothing")
     return model
@@ -227,12 +394,14 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
         also read out ``.codes()``.
 
     Raises:
-        ValueError: If FSDP has cut a rotated weight along the dimension that is rotated.
+        ValueError: If FSDP has cut a rotated weight along the dimension that is rotated, or a
+            parametrization was put on a weight after `quantize_`.
     """
     reshard([model])  # else the outermost module's parameters may be the gathered ones
     shared: dict[int, list[tuple[str, QuantizedLayer]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
+            module._check_own_weight()
             shared.setdefault(id(module.weight), []).append((name, module))
     return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
 
@@ -240,10 +409,12 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 def dequantize_(model: ModelT) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
-    Activation quantizers are dropped: the plain layers take their inputs in float.
+    Activation quantizers are dropped: the plain layers take their inputs in float. Warns of layers
+    that never ran although others did: something else may have read their weights in float.
 
     Raises:
-        ValueError: If nothing in the model is quantized, or FSDP has sharded it.
+        ValueError: If nothing in the model is quantized, FSDP has sharded it, weights are offloaded
+            or a parametrization was put on one after `quantize_`. The model is then untouched.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     if not layers:
@@ -257,23 +428,72 @@ def dequantize_(model: ModelT) -> ModelT:
             "this model is sharded: load its full state_dict into a model that is not, quantized "
             "alike, and call fogzo.dequantize_ on that one"
         )
+    for layer in layers:
+        layer._check_own_weight()
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"the weight of {layer._name!r} is on the meta device, offloaded: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
+            )
+        layer._check_step_shape()
+    warn_of_bypassed_layers(model)
     baked: set[int] = set()
     for layer in layers:
         with torch.no_grad():
             if id(layer.weight) not in baked:
                 baked.add(id(layer.weight))
-                layer.weight.copy_(layer.quantizer(layer.weight, layer._step(), layer.output_dim))
+                layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
-        del layer.output_dim, layer._frozen_step
-        layer.__dict__.pop("_forward_dtype", None)
+        del layer.output_dim, layer._frozen_step, layer._name, layer._stale
+        for name in ("_forward_dtype", "_versions"):
+            layer.__dict__.pop(name, None)
         layer.detach_input()
         cast(nn.Module, layer).__class__ = _plain_class(layer)
     return model
 
 
+def measure_steps_(model: nn.Module) -> None:
+    """Measure the step sizes of all quantized weights again, after initialising them anew."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.measure_step_()
+
+
+def warn_of_stale_steps(names: list[str]) -> None:
+    """Say that these layers quantize with the step sizes of other weights."""
+    warnings.warn(
+        f"the weights of {listed(names)} are not of the size that their step sizes were measured "
+        "on: initialise them before fogzo.quantize_, or measure again, "
+        "fogzo.attach.measure_steps_(model)",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 @cache
 def _quantized_class(plain: Any) -> Any:
-    return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__module__": __name__})
+    members: dict[str, Any] = {"__module__": __name__}
+    if hasattr(plain, "reset_parameters"):
+
+        def reset_parameters(self: QuantizedLayer) -> None:
+            """The layer's own, and step sizes of the new weights."""
+            plain.reset_parameters(self)
+            self.measure_step_()
+
+        members["reset_parameters"] = reset_parameters
+    return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), members)
+
+
+def _view_class(cls: Any) -> Any:
+    """The class of objects that share the state of a layer of this class, but for its weight."""
+    if "_view" not in cls.__dict__:
+        members = {
+            "__module__": __name__,
+            "__slots__": ("_quantized_weight",),
+            "weight": property(lambda self: self._quantized_weight),
+        }
+        cls._view = type(cls.__name__, (cls,), members)
+    return cls.__dict__["_view"]
 
 
 def _plain_class(layer: nn.Module) -> type:
@@ -287,6 +507,12 @@ def _new_layer(plain: type) -> nn.Module:
     return cast(nn.Module, cls.__new__(cls))
 
 
+def _same_values(new: Tensor | None, old: Tensor | None) -> bool:
+    if new is old or new is None or old is None:
+        return new is old
+    return new.device == old.device and not old.is_meta and torch.equal(new, old)
+
+
 def _describe(quantizer: Quantizer) -> str:
     """A quantizer in the words that a printed model shows."""
     surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
@@ -296,13 +522,17 @@ def _describe(quantizer: Quantizer) -> str:
     )
 
 
-def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None:
+def _attach(
+    name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | None, stale: list[str]
+) -> None:
     dim = output_dim(plain)
     cls: Any = type(plain)
     plain.__class__ = _quantized_class(cls)
     layer = cast(QuantizedLayer, plain)
+    layer.__dict__.pop("forward", None)  # its class's own, as `check_quantizable` made sure
     layer.quantizer = quantizer
     layer.output_dim = dim or 0
+    layer._name, layer._stale = name or "model", stale
     layer._frozen_step = None
     layer.weight_step_knee = None
     if isinstance(step, nn.Parameter):
@@ -313,14 +543,14 @@ def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None
         layer.register_buffer("weight_step", step)
     else:
         layer.weight_step = None
+    layer._note_versions()
 
 
-def _warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, nn.Module]]) -> None:
-    """Say which layers have groups without a step size of their own, and what was done."""
+def _warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, int]]) -> None:
+    """Say which layers have groups without a step size of their own, of how many, and what then."""
     layers = []
-    for name, (count, layer) in found.items():
+    for name, (count, total) in found.items():
         if count:
-            total = cast(Tensor, layer.weight_step).numel()
             layers.append(f"{name!r} ({count} of {total} groups)" if total > 1 else f"{name!r}")
     if not layers:
         return
@@ -402,14 +632,4 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             "model, or leave it out with filter_fn=lambda module, name: "
             "not isinstance(module, fogzo.attach.QuantizedLayer)"
         )
-    check_parameter(f"{name}.weight", layer.weight)
-    if is_sharded(cast(Tensor, layer.weight)):
-        raise ValueError(
-            f"{name!r} is sharded already, and FSDP would not know of its step sizes: "
-            "fogzo.quantize_(model, quantizer) first, then fully_shard(model)"
-        )
-    if getattr(layer, "sparse", False):
-        raise ValueError(
-            f"{name!r} has sparse gradients, which no rounding passes on: build it with "
-            "nn.Embedding(..., sparse=False), or leave it out with filter_fn"
-        )
+    check_quantizable(name, layer)

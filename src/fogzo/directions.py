@@ -20,7 +20,7 @@ from torch import Tensor
 from fogzo.buffers import Buffers
 from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
 from fogzo.noise import Draw, Noise, working_dtype
-from fogzo.quantizers.scales import MIN_STEP
+from fogzo.quantizers.steps import MIN_STEP
 from fogzo.weights import QuantizedWeight
 
 Coordinates = Literal["scaled", "global"]

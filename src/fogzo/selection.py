@@ -1,9 +1,15 @@
 """Which layers can be quantized, and which are when nobody says so."""
 
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from fogzo.wording import listed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -28,6 +34,15 @@ def output_dim(module: nn.Module) -> int | None:
     return None
 
 
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The supported layers of a model, by name; none without weights, such as Linear(0, n)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if output_dim(module) is not None and _has_weights(module)
+    }
+
+
 def select_layers(
     model: nn.Module, layers: dict[str, nn.Module], filter_fn: FilterFn | None
 ) -> dict[str, nn.Module]:
@@ -41,7 +56,7 @@ def select_layers(
         selected = {
             name: layer
             for name, layer in layers.items()
-            if not isinstance(layer, nn.Embedding) and layer not in heads
+            if not isinstance(layer, nn.Embedding) and name not in heads
         }
     else:
         selected = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
@@ -61,13 +76,28 @@ def select_layers(
     )
 
 
-def _output_heads(layers: dict[str, nn.Module]) -> list[nn.Module]:
+def _output_heads(layers: Mapping[str, nn.Module]) -> set[str]:
     """The layers that turn features into predictions, which most recipes leave in float."""
-    heads = [layer for name, layer in layers.items() if name.rpartition(".")[2] in _HEAD_NAMES]
+    heads = _heads_by_name(layers)
     if not heads:
-        heads += [layer for layer in layers.values() if isinstance(layer, nn.Linear)][-1:]
-    embeddings = {id(m.weight) for m in layers.values() if isinstance(m, nn.Embedding)}
-    return heads + [layer for layer in layers.values() if id(layer.weight) in embeddings]
+        heads = set([name for name, layer in layers.items() if isinstance(layer, nn.Linear)][-1:])
+    return heads | _tied_to_embeddings(layers)
+
+
+def _heads_by_name(layers: Mapping[str, nn.Module]) -> set[str]:
+    return {name for name in layers if name.rpartition(".")[2] in _HEAD_NAMES}
+
+
+def _tied_to_embeddings(layers: Mapping[str, nn.Module]) -> set[str]:
+    """The embeddings, too."""
+    embeddings = {_id(layer) for layer in layers.values() if isinstance(layer, nn.Embedding)}
+    return {name for name, layer in layers.items() if _id(layer) in embeddings}
+
+
+def _id(layer: nn.Module) -> int:
+    # A weight that a parametrization computes is another tensor each time it is read.
+    weight = layer._parameters.get("weight")
+    return id(layer if weight is None else weight)
 
 
 def check_ties(
@@ -76,7 +106,7 @@ def check_ties(
     """A tied weight must be quantized wherever it is used, or the uses would drift apart."""
     first: dict[int, str] = {}
     for name, layer in selected.items():
-        other = first.setdefault(id(layer.weight), name)
+        other = first.setdefault(_id(layer), name)
         if output_dim(layer) != output_dim(selected[other]) and not one_step:
             raise ValueError(
                 f"{name!r} and {other!r} share a weight but not which dimension is its output: "
@@ -84,11 +114,132 @@ def check_ties(
                 "fogzo.lsq(bits=2), or leave both out with filter_fn"
             )
     for name, layer in layers.items():
-        if name in selected:
+        if name not in selected and _id(layer) in first:
+            raise ValueError(
+                f"{first[_id(layer)]!r} shares its weight with {name!r}, which is not selected: "
+                "let filter_fn return True for both, or for neither"
+            )
+
+
+def warn_of_selection(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    selected: Mapping[str, nn.Module],
+    default: bool,
+) -> None:
+    """Warn of a selection that is hardly what was meant.
+
+    Args:
+        model: All of it, as weights may lie outside of supported layers.
+        layers: The supported ones.
+        selected: Those that will be quantized.
+        default: Whether the default filter chose them.
+    """
+    doubtful = _warn_of_heads(layers, selected) if default else set()
+    left = list(_left_in_float(model, layers, selected, doubtful))
+    sizes = {_id(layer): cast(Tensor, layer.weight).numel() for layer in selected.values()}
+    quantized = sum(sizes.values())
+    total = quantized + sum(item.size for item in left)
+    attention = [item.name for item in left if item.reason == _ATTENTION]
+    if default and quantized < total / 2:
+        warnings.warn(
+            f"only {quantized / total:.0%} of the matrix weights outside embeddings and heads are "
+            f"quantized. The largest left in float: {_largest(left)}. To say which layers you "
+            "mean: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif attention:
+        warnings.warn(f"{listed(attention)} left in float: {_ATTENTION}", UserWarning, stacklevel=3)
+
+
+class _Left(NamedTuple):
+    name: str
+    size: int
+    reason: str
+
+
+_ATTENTION = "nn.MultiheadAttention uses its weights itself, without calling a layer"
+
+
+def _largest(left: list[_Left], most: int = 3) -> str:
+    """The largest of the matrices, those that differ in a number alone together."""
+    alike: dict[tuple[str, str], list[_Left]] = {}
+    for item in left:
+        alike.setdefault((re.sub(r"\d+", "*", item.name), item.reason), []).append(item)
+    groups = sorted(alike.values(), key=lambda group: -sum(item.size for item in group))
+    return "; ".join(
+        f"{group[0].name!r}{f' and {len(group) - 1} like it' if len(group) > 1 else ''} "
+        f"({sum(item.size for item in group):,} weights), {group[0].reason}"
+        for group in groups[:most]
+    )
+
+
+def _left_in_float(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    selected: Mapping[str, nn.Module],
+    doubtful: set[str],
+) -> Iterator[_Left]:
+    """The matrices that stay in float, but for embeddings, heads and normalization."""
+    meant = _output_heads(layers) - doubtful
+    seen = {_id(layer) for name, layer in layers.items() if name in selected or name in meant}
+    for module_name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in kind.lower():
             continue
-        for other, chosen in selected.items():
-            if chosen.weight is layer.weight:
-                raise ValueError(
-                    f"{other!r} shares its weight with {name!r}, which is not selected: "
-                    "let filter_fn return True for both, or for neither"
-                )
+        for name, param in module._parameters.items():
+            if param is None or id(param) in seen or not _is_matrix(param) or "embed" in name:
+                continue
+            seen.add(id(param))
+            if module_name in doubtful:
+                reason = "taken for an output head by its name"
+            elif isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+                reason = _ATTENTION
+            elif module_name in layers:
+                reason = f"a {kind} that filter_fn did not pick"
+            else:
+                reason = f"a parameter of {kind}, which is no layer that can be quantized"
+            yield _Left(f"{module_name}.{name}".lstrip("."), param.numel(), reason)
+
+
+def _warn_of_heads(layers: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]) -> set[str]:
+    """Warn if the last layer is quantized or others pass for heads; the names of the latter."""
+    last = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)][-1]
+    doubtful = {
+        name
+        for name in _heads_by_name(layers) - _tied_to_embeddings(layers) - {last}
+        # An auxiliary classifier in the middle predicts what the last one does.
+        if last in selected or _outputs(layers[name]) != _outputs(layers[last])
+    }
+    if not doubtful and last not in selected:
+        return doubtful
+    names = [name for name in layers if name in doubtful]
+    kept = f"{listed(names)} left in float as output heads, by their name, but " if names else ""
+    fate = "quantized" if last in selected else "left in float, too"
+    only = "the only" if names else "an"
+    warnings.warn(
+        f"{kept}{last!r}, which comes last, is {fate}. If it is {only} output head: "
+        "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: "
+        f"not isinstance(module, torch.nn.Embedding) and name != {last!r})",
+        UserWarning,
+        stacklevel=4,
+    )
+    return doubtful
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    weight = cast(Tensor, layer.weight)
+    lazy = isinstance(weight, UninitializedTensorMixin)
+    return None if lazy else weight.shape[output_dim(layer) or 0]
+
+
+def _is_matrix(param: nn.Parameter) -> bool:
+    return not isinstance(param, UninitializedTensorMixin) and sum(n > 1 for n in param.shape) > 1
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, UninitializedTensorMixin) or (
+        isinstance(weight, Tensor) and weight.numel() > 0
+    )

@@ -288,11 +288,11 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
         file.write_text(text)
         config = RECIPES["pydoc-llama"]()
         config = replace(config, data=replace(config.data, dataset=str(file)))
-        run_cache._data_version.cache_clear()
+        run_cache.RunCache(tmp_path, "code")
         hashes.add(run_cache.config_hash(config))
     assert len(hashes) == 3
     file.write_text("four")
-    assert run_cache.config_hash(config) in hashes  # a process reads them once
+    assert run_cache.config_hash(config) in hashes  # a comparison reads them once
 
 
 @pytest.mark.parametrize(
@@ -306,12 +306,12 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
         ({"tuning_seeds": 6}, "--tuning-seeds 5"),
         ({"workers": 0}, "--workers"),
         ({"learning_rates": ()}, "empty: --learning-rates"),
-        ({"learning_rates": (0.0,)}, "positive, got 0: --learning-rates"),
+        ({"learning_rates": (0.0,)}, "positive, got 0.0: --learning-rates"),
         ({"learning_rates": (0.1, -0.1)}, "positive, got -0.1"),
-        ({"learning_rates": (math.nan,)}, "positive"),
+        ({"learning_rates": (math.nan,)}, "finite"),
         ({"learning_rates": (0.1, 0.1)}, "--learning-rates 0.1$"),
         ({"kappas": ()}, "empty: --kappas"),
-        ({"kappas": (-0.1,)}, "positive, or zero, got -0.1: --kappas 0.1"),
+        ({"kappas": (-0.1,)}, "0 or more, got -0.1: --kappas 0.01 0.1"),
     ],
 )  # fmt: skip
 def test_a_comparison_that_cannot_work_is_refused(changes, message):

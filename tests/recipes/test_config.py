@@ -8,7 +8,13 @@ from fogzo.recipes import RECIPES, TrainConfig
 from fogzo.recipes.compare import CompareConfig
 from fogzo.recipes.config import from_dict, to_json
 from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig, TextConfig
-from fogzo.recipes.model_config import QuantizerConfig
+from fogzo.recipes.model_config import (
+    DeitConfig,
+    LlamaConfig,
+    MlpConfig,
+    QuantizerConfig,
+    ResNetConfig,
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,12 +46,10 @@ def test_a_config_of_another_version_is_refused():
         ({"num_samples": 0}, "--num-samples"),
         ({"estimator": "spsa", "start": 0.5}, "--start"),
         ({"estimator": "control-variate", "start": 0.5}, "--start"),
-        ({"quantizer": QuantizerConfig(preset="lsq", bits=9)}, "from 1 to 8"),
-        ({"quantizer": QuantizerConfig(preset="quest", init="mse")}, "--quantizer.init"),
         ({"accumulation": 0}, "--accumulation 1"),
         ({"ema_decay": 1.0}, "--ema-decay 0.99"),
         ({"clip_norm": 0.0}, "--clip-norm 1.0"),
-        ({"warmup_fraction": 1.5}, "--warmup-fraction 0.1"),
+        ({"warmup_fraction": 1.5}, "--warmup-fraction 0.05"),
         ({"schedule": "constant", "final_fraction": 0.1}, "--schedule linear"),
         ({"data": TextConfig()}, "mlp cannot learn from text"),
         (
@@ -54,6 +58,14 @@ def test_a_config_of_another_version_is_refused():
                 "activations": QuantizerConfig(preset="lsq"),
             },
             "--quantizer.preset lsq",
+        ),
+        (
+            {"quantizer": QuantizerConfig(preset="lsq", granularity="token")},
+            "no tokens.*--quantizer.granularity channel",
+        ),
+        (
+            {"activations": QuantizerConfig(preset="lsq", granularity="token")},
+            "--activations.granularity tensor, or --activations.preset abs_max",
         ),
     ],
 )
@@ -68,12 +80,25 @@ def test_options_that_cannot_work_name_the_option(changes, message):
         (ImagesConfig, {"validation_fraction": 1.0}, "--data.validation-fraction 0.15"),
         (ImagesConfig, {"image_size": 0}, "--data.image-size 224"),
         (TextConfig, {"context": 0}, "--data.context 128"),
+        (QuantizerConfig, {"preset": "lsq", "bits": 9}, "from 1 to 8, got 9: --quantizer.bits 2"),
+        (QuantizerConfig, {"preset": "quest", "init": "mse"}, "--quantizer.init None"),
+        (QuantizerConfig, {"preset": "ternary", "bits": 2}, "--quantizer.bits None"),
+        (QuantizerConfig, {"surrogate": "identiy"}, "--quantizer.surrogate identity"),
+        (QuantizerConfig, {"granularity": 0}, "--quantizer.granularity channel"),
+        (MlpConfig, {"hidden": (8, -5)}, "got -5: --model.hidden 32"),
+        (ResNetConfig, {"widths": (8,)}, "as many widths as depths, got 1 and 4"),
+        (ResNetConfig, {"widths": (), "depths": ()}, "one stage or more"),
+        (ResNetConfig, {"widths": (2,), "depths": (1,), "bottleneck": True}, "a quarter"),
+        (DeitConfig, {"heads": 5}, "5 heads cannot share a width of 192: --model.heads 1, or"),
+        (DeitConfig, {"width": 64}, "--model.heads 1, or --model.width 63"),
+        (LlamaConfig, {"heads": 128}, "128 heads .*in pairs: --model.heads 64, or .*width 256"),
+        (LlamaConfig, {"width": 5, "heads": 1}, "in pairs: --model.width 4"),
         (AugmentationConfig, {"rand_augment": 30}, "--data.augmentation.rand-augment 9"),
         (AugmentationConfig, {"mixup": -1.0}, "--data.augmentation.mixup 0.8"),
         (AugmentationConfig, {"label_smoothing": 1.0}, "--data.augmentation.label-smoothing 0.1"),
     ],
 )
-def test_data_options_that_cannot_work_name_the_option(cls, changes, message):
+def test_nested_options_that_cannot_work_name_the_option(cls, changes, message):
     with pytest.raises(ValueError, match=message):
         cls(**changes)
 

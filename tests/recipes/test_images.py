@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from fogzo.recipes import image_files
+from fogzo.recipes import images as module
 from fogzo.recipes.augment import Augmentation
 from fogzo.recipes.data_config import AugmentationConfig, ImagesConfig
 from fogzo.recipes.images import load_images
@@ -23,7 +24,7 @@ CROPS = AugmentationConfig(crop="resized")
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    load_images.cache_clear()
+    module._load.cache_clear()
 
 
 @pytest.fixture
@@ -110,24 +111,62 @@ def test_a_folder_of_image_files_has_a_class_for_each_folder(tmp_path, kind, mod
     assert everything(data.test)[1].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("mode", ["L", "1"])
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
 def test_grey_images_have_one_channel(folder, mode):
     for name in ("train", "test"):
-        images = [image.convert(mode) for image in pictures(8, mode="L")]
-        write(folder, name, [*images, *pictures(2)], [0, 1] * 5)
+        write(folder, name, [i.convert(mode) for i in pictures(8, mode="L")], [0, 1] * 4)
     data = load_images(ImagesConfig(dataset=str(folder)))
     assert data.channels == len(data.mean) == 1
     assert everything(data.test)[0].max() > 200
 
 
-@pytest.mark.parametrize("other", ["L", "CMYK", "P", "RGBA"])
-def test_odd_images_among_coloured_ones_become_rgb(folder, other):
-    odd = [image.convert(other) for image in pictures(4)]
-    encoded = [encode(image, "TIFF" if other == "CMYK" else "PNG") for image in odd]
+def transparent(image):
+    image = image.convert("P")
+    image.info["transparency"] = bytes(range(200))  # of each colour of the palette
+    return image
+
+
+ODD = {
+    "L": lambda image: image.convert("L"),
+    "LA": lambda image: image.convert("LA"),
+    "1": lambda image: image.convert("1"),
+    "P": lambda image: image.convert("P"),
+    "transparent P": transparent,
+    "RGBA": lambda image: image.convert("RGBA"),
+    "CMYK": lambda image: image.convert("CMYK"),
+}
+
+
+@pytest.mark.parametrize("first", ["odd", "coloured"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_one_image_with_colour_makes_a_set_rgb_whichever_it_is(
+    folder, odd, first, memory, monkeypatch
+):
+    monkeypatch.setattr(image_files, "MEMORY_LIMIT", memory)
+    images = [encode(ODD[odd](i), "TIFF" if odd == "CMYK" else "PNG") for i in pictures(7)]
+    coloured = pictures(1, seed=5)
+    mixed = [*coloured, *images] if first == "coloured" else [*images, *coloured]
     for name in ("train", "test"):
-        write(folder, name, [*pictures(4), *encoded], [0, 1] * 4)
+        write(folder, name, mixed, [0, 1] * 4)
     data = load_images(ImagesConfig(dataset=str(folder)))
-    assert everything(data.train)[0].shape[1] == data.channels == 3
+    assert data.channels == len(data.mean) == 3
+    pixels, _ = everything(data.test)
+    shown = pixels[0 if first == "coloured" else 7]
+    assert torch.equal(shown.permute(1, 2, 0), torch.from_numpy(numpy.array(coloured[0])))
+    grey = [ODD[odd](i).convert("RGB") for i in pictures(7)] if odd in ("L", "LA", "1") else []
+    for tensor, image in zip(pixels[1:] if first == "coloured" else pixels, grey, strict=False):
+        assert torch.equal(tensor.permute(1, 2, 0), torch.from_numpy(numpy.array(image)))
+
+
+@pytest.mark.parametrize("coloured", ["train", "test"])
+def test_colour_in_either_split_is_kept_and_the_log_says_so(folder, coloured, caplog):
+    for name in ("train", "test"):
+        last = pictures(1) if name == coloured else pictures(1, mode="L")
+        write(folder, name, [*pictures(7, mode="L"), *last], [0, 1] * 4)
+    with caplog.at_level("INFO"):
+        assert load_images(ImagesConfig(dataset=str(folder))).channels == 3
+    assert "read as RGB" in caplog.text
 
 
 def test_a_channel_that_never_changes_becomes_zeros(folder):
@@ -191,7 +230,7 @@ def lazy(folder, monkeypatch):
 
 
 def test_what_does_not_fit_into_memory_is_decoded_lazily_to_the_same_images(folder, lazy):
-    load_images.cache_clear()
+    module._load.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_files, "MEMORY_LIMIT", 2**20)
         eager = load_images(ImagesConfig(dataset=str(folder)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from texts import PROSE, config, decode, rows, save_tokenizer, shards, tokenizer_of, write_jsonl
 
+from fogzo.recipes import text as module
 from fogzo.recipes.data_config import TextConfig
 from fogzo.recipes.text import Text, TextSplit, check_vocabulary, load_text, unigram_loss
 from fogzo.recipes.tokens import load_tokenizer
@@ -29,7 +30,7 @@ def test_pydoc_by_default():
     assert 2.5 < unigram_loss(text) < math.log(256)
     assert load_text(TextConfig()) is text
     sizes = [len(s.tokens) for s in (text.train, text.validation, text.test)]
-    load_text.cache_clear()
+    module._load.cache_clear()
     again = load_text(TextConfig())
     assert [len(s.tokens) for s in (again.train, again.validation, again.test)] == sizes
 
@@ -172,6 +173,14 @@ def test_plain_text_is_not_streamed(tmp_path):
             load_text(config(dataset, streaming=True))
 
 
+@pytest.mark.parametrize("options", [{"subset": "en"}, {"column": "body"}])
+def test_plain_text_has_no_subsets_and_columns(tmp_path, options):
+    (tmp_path / "a.txt").write_text(PROSE, "utf-8")
+    for dataset in ("pydoc", tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError, match=r"plain text, without .*leave --data.subset and"):
+            load_text(config(dataset, **options))
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "no.txt", "no.csv"])
 def test_nothing_there(name):
     with pytest.raises(ValueError, match=r"there is no file or folder.*--data.dataset pydoc"):
@@ -180,7 +189,7 @@ def test_nothing_there(name):
 
 def test_no_such_data_set(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"could not load .*folder' with datasets"):
+    with pytest.raises(ValueError, match=r"could not load .*folder': .*it has no files"):
         load_text(config(tmp_path / "folder"))
     with pytest.raises(ValueError, match=r"could not load 'no/such' with datasets"):
         load_text(config("no/such"))

@@ -23,6 +23,7 @@ def test_a_tracker_that_is_not_installed_says_how_to_install_it(tmp_path, monkey
     import accelerate.tracking
 
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
-    config = shrunk(RECIPES["digits-mlp"](), output_dir=tmp_path, trackers=("wandb",))
+    config = shrunk(RECIPES["digits-mlp"](), output_dir=tmp_path / "run", trackers=("wandb",))
     with pytest.raises(ValueError, match="pip install wandb"):
         train(config)
+    assert not (tmp_path / "run").exists()

@@ -1,14 +1,18 @@
 """What a benchmark measures and how long it may take."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from fogzo.recipes.devices import Device
+from fogzo.recipes.options import Example, OneOf, Options, PositiveFloat, PositiveInt
 
 Suite = Literal["tiny", "quick", "full"]
 
 SECTION_NAMES = ("steps", "memory", "layers", "compiled", "probes", "scaling")
 """In the order in which they run."""
+
+_Section = Annotated[str, OneOf(SECTION_NAMES)]
 
 
 @dataclass(frozen=True)
@@ -32,43 +36,23 @@ _LIMITS: dict[Suite, Limits] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class BenchConfig(Options):
     """Measure what FOGZO costs here, beside its floor, plain layers and other libraries."""
 
     suite: Suite = "quick"
     """quick takes about a minute, full about a quarter of an hour; tiny shows that all runs."""
     output_dir: Path = Path("runs/bench")
     """Folder of results.json and bench.svg."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """Threads of torch, in every process."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[_Section, ...], Example(("steps",))] = ()
     """Sections to run, of steps, memory, layers, compiled, probes and scaling; by default all."""
-    rounds: int | None = None
+    rounds: Annotated[PositiveInt | None, Example(3)] = None
     """Most rounds of a comparison; by default the suite's."""
-    seconds: float | None = None
+    seconds: Annotated[PositiveFloat | None, Example(2.0)] = None
     """About how long one comparison is timed; by default the suite's."""
-
-    def check(self) -> None:
-        """Raise a `ValueError` if this cannot be measured.
-
-        Not at construction, where the command line's parser would draw a frame around the message.
-        """
-        for name in ("threads", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}: --{name} 3")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds must be positive, got {self.seconds}: --seconds 2")
-        for name in self.only:
-            if name not in SECTION_NAMES:
-                close = get_close_matches(name, SECTION_NAMES, n=1)
-                hint = f"--only {close[0] if close else SECTION_NAMES[0]}"
-                raise ValueError(
-                    f"no section {name!r}: choose from {', '.join(SECTION_NAMES)}, "
-                    f"for example {hint}"
-                )
 
     @property
     def sections(self) -> tuple[str, ...]:

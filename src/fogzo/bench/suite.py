@@ -29,9 +29,8 @@ def run_suite(
         on_case: Called after every case with (sections done, sections in all, the case's name).
 
     Raises:
-        ValueError: If the config is out of range, or there is no such device.
+        ValueError: If there is no such device.
     """
-    config.check()
     load, sections = _load_average(), {}
     with join_ranks(config.device) as ranks, own_random_streams(0), _threads(config.threads):
         for done, name in enumerate(config.sections):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tyro
 from rich.markup import escape
 
 from fogzo.bench.config import BenchConfig
@@ -12,15 +11,15 @@ from fogzo.bench.plot import plot
 from fogzo.bench.suite import Results, run_suite
 from fogzo.cli import display
 from fogzo.cli.comparison import Table
+from fogzo.cli.parsing import parse
+from fogzo.recipes.devices import find_device
 from fogzo.recipes.run_folder import dumps, write_text
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command with these options."""
-    config = tyro.cli(
-        BenchConfig, args=arguments, prog="fogzo bench", description=BenchConfig.__doc__
-    )
-    config.check()
+    config = parse(BenchConfig, arguments, "fogzo bench", BenchConfig.__doc__)
+    find_device(config.device)  # before anything is written
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail at once
     with display.progress(len(config.sections), "measuring") as advance:

@@ -8,17 +8,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from fogzo.cli import bench, display, report
-from fogzo.recipes import RECIPES, train
+from fogzo.cli.parsing import parse
+from fogzo.recipes import RECIPES, TrainConfig, train
 from fogzo.recipes.compare import CompareConfig, compare, plan
 from fogzo.recipes.evaluate import EvalConfig, evaluate_run
 from fogzo.recipes.rows import ROWS
 from fogzo.recipes.run_folder import dumps, read_metrics
 from fogzo.recipes.train import DivergedError
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", TrainConfig, CompareConfig)
 
 USAGE = f"""usage: fogzo COMMAND RECIPE [options]
 
@@ -69,7 +68,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _eval(arguments: Sequence[str]) -> None:
-    config = tyro.cli(EvalConfig, args=arguments, prog="fogzo eval", description=EvalConfig.__doc__)
+    config = parse(EvalConfig, arguments, "fogzo eval", EvalConfig.__doc__)
     numbers = evaluate_run(config)
     if config.json:
         print(dumps(numbers))
@@ -113,13 +112,7 @@ def _parse(
 ) -> ConfigT:
     name, *rest = arguments
     default = defaults[_known("recipe", name, RECIPES)]()
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=rest,
-        prog=f"fogzo {command} {name}",
-        description=RECIPES[name].__doc__,
-    )
+    return parse(type(default), rest, f"fogzo {command} {name}", RECIPES[name].__doc__, default)
 
 
 def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:

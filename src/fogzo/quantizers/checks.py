@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 
 def is_int(value: object) -> bool:
@@ -9,7 +10,7 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

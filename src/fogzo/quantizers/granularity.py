@@ -14,7 +14,7 @@ def check_granularity(granularity: Granularity) -> None:
     """Raise a `ValueError` unless it is one of the words or a positive int."""
     if isinstance(granularity, str) and granularity in ("tensor", "channel", "token"):
         return
-    if not is_int(granularity) or granularity < 1:
+    if isinstance(granularity, str) or not is_int(granularity) or granularity < 1:
         raise ValueError(
             'granularity must be "tensor", "channel" (of weights), "token" (of activations) or a '
             f"group size, got {granularity!r}: "

@@ -16,7 +16,16 @@ import tyro
 
 from fogzo.processes.workers import Call, Workers
 from fogzo.recipes.config import TrainConfig, to_json
+from fogzo.recipes.devices import find_device
 from fogzo.recipes.environment import environment
+from fogzo.recipes.optimizers import optimizer_class
+from fogzo.recipes.options import (
+    Example,
+    NonNegativeFloat,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+)
 from fogzo.recipes.rows import ROWS, check_rows
 from fogzo.recipes.run_cache import RunCache, code_version, config_hash
 from fogzo.recipes.run_folder import dumps, write_text
@@ -29,6 +38,7 @@ from fogzo.recipes.summary import (
     validation_losses,
 )
 from fogzo.recipes.timing import run_seconds
+from fogzo.recipes.training import find_weights
 
 Budget = Literal["steps", "time"]
 
@@ -38,44 +48,40 @@ _SAME_TIME = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig:
+class CompareConfig(Options):
     """A comparison of gradient estimators on one recipe."""
 
     base: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe; its seed is the first one, its learning rate the centre of the grid."""
     rows: tuple[str, ...] = ("float", "ste", "ste-unmasked", "placebo", "fogzo")
     """What to compare; `fogzo --help` lists the rows."""
-    learning_rates: tuple[float, ...] | None = None
+    learning_rates: Annotated[tuple[PositiveFloat, ...] | None, Example((1e-3, 3e-3, 1e-2))] = None
     """The grid for every row; by default half-decades around the recipe's learning rate."""
-    kappas: tuple[float, ...] | None = None
+    kappas: Annotated[tuple[NonNegativeFloat, ...] | None, Example((0.01, 0.1))] = None
     """The grid for every row that has a kappa; by default the recipe's alone."""
-    num_seeds: int = 5
+    num_seeds: PositiveInt = 5
     """Seeds of the chosen learning rate and kappa."""
-    tuning_seeds: int | None = None
+    tuning_seeds: Annotated[PositiveInt | None, Example(2)] = None
     """Seeds that the grids are tried with; by default all."""
     equal_time: bool = True
     """Also give every row as many steps as fit into FOGZO's seconds."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: PositiveInt = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes, each of one thread."""
     plan: bool = False
     """Only say what would run, and for how long."""
     mix_versions: bool = False
     """Use finished runs of other versions of the code, too."""
 
-    def __post_init__(self) -> None:
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` where options, each of which can be meant, do not go together."""
         check_rows(self.rows)
-        for name in ("num_seeds", "workers", "tuning_seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{name} must be 1 or more, got {value}: {option} 2")
         if self.tuning_seeds is not None and self.tuning_seeds > self.num_seeds:
             raise ValueError(
                 f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
                 f"--tuning-seeds {self.num_seeds} or fewer"
             )
-        _check_grid("learning rates", self.learning_rates, 3e-3, lambda rate: rate > 0)
-        _check_grid("kappas", self.kappas, 0.1, lambda kappa: kappa >= 0)
+        _check_grid("learning rates", self.learning_rates, 3e-3)
+        _check_grid("kappas", self.kappas, 0.1)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -205,7 +211,16 @@ def _plain(base: TrainConfig) -> TrainConfig:
     return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=())
 
 
+def _check_possible(recipe: TrainConfig) -> None:
+    """Raise what every run would, before anything is written."""
+    find_device(recipe.device)
+    optimizer_class(recipe.optimizer)
+    if recipe.initial_weights is not None:
+        find_weights(recipe.initial_weights)
+
+
 def _open(config: CompareConfig) -> RunCache:
+    _check_possible(config.base)
     cache = RunCache(config.base.output_dir, code_version(), config.mix_versions)
     cells = [_Cell(name, "steps", config.base.max_steps) for name in config.rows]
     cache.check_versions((run.label, run.key) for cell in cells for run in cell.tuning(config))
@@ -284,21 +299,12 @@ class _Progress:
         self._on_run(self._total, self._total)
 
 
-def _check_grid(
-    what: str,
-    grid: Sequence[float] | None,
-    example: float,
-    allowed: Callable[[float], bool],
-) -> None:
+def _check_grid(what: str, grid: Sequence[float] | None, example: float) -> None:
     if grid is None:
         return
     option = f"--{what.replace(' ', '-')}"
     if not grid:
         raise ValueError(f"the grid of {what} is empty: {option} {example:g}, or leave it out")
-    bad = [value for value in grid if not (allowed(value) and math.isfinite(value))]
-    if bad:
-        zero = ", or zero" if what == "kappas" else ""
-        raise ValueError(f"{what} must be positive{zero}, got {bad[0]:g}: {option} {example:g}")
     if len(set(grid)) < len(grid):
         once = " ".join(f"{value:g}" for value in dict.fromkeys(grid))
         raise ValueError(f"one of the {what} is given twice: {option} {once}")

@@ -1,34 +1,45 @@
 """Evaluating a finished run again, as it was trained or quantized after training."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from fogzo.recipes.model_config import QuantizerConfig
+from fogzo.recipes.data_record import changed_data, digest_data
+from fogzo.recipes.devices import Device
+from fogzo.recipes.model_config import QuantizerConfig, check_quantizers
 from fogzo.recipes.models import build_model
+from fogzo.recipes.options import Example, Options, PositiveInt
 from fogzo.recipes.parallel import join_ranks
 from fogzo.recipes.run_folder import Metrics, read_config
 from fogzo.recipes.tasks import load_task
 from fogzo.recipes.training import calibrate_activations, load_weights
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Options):
     """An evaluation of a run's newest checkpoint."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, Example("runs/digits-mlp")]]
     """The --output-dir of the run."""
     json: bool = False
     """Print the numbers as JSON."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto takes a GPU where there is one."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images or blocks of text a forward."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """For a float run: quantize its weights now, without training (PTQ)."""
     activations: QuantizerConfig = field(default_factory=QuantizerConfig)
     """For a float run: quantize its activations now, too."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` unless weights and activations can be quantized so together."""
+        check_quantizers(self.quantizer, self.activations)
 
 
 def evaluate_run(config: EvalConfig) -> Metrics:
@@ -49,6 +60,8 @@ def evaluate_run(config: EvalConfig) -> Metrics:
                 "out, or give a run that was trained with --quantizer.preset none"
             )
         run = replace(run, quantizer=config.quantizer, activations=config.activations)
+    if changes := changed_data(config.run, digest_data(run.data)):
+        _LOG.warning("the data are not those that %s was trained on: %s", config.run, changes)
     with join_ranks(config.device) as ranks:
         task = load_task(run)
         model = build_model(run, task.shapes)

@@ -1,6 +1,7 @@
 """Labelled images as `datasets` reads them: hub ids, and folders of parquet or image files."""
 
-import sys
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,15 @@ import torch
 from torch import Tensor
 
 from fogzo.recipes.data_config import ImagesConfig
+from fogzo.recipes.image_folders import first_line, load_splits
 
-PRESETS = {
-    "mnist": "ylecun/mnist",
-    "cifar10": "uoft-cs/cifar10",
-    "imagenet-100": "clane9/imagenet-100",
-    "imagenet-1k": "ILSVRC/imagenet-1k",
-}
-"""Hub ids by the short names that a config may give."""
+_LOG = logging.getLogger(__name__)
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of a decoded split; a larger one is decoded batch by batch
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels")
 _TEST_SPLITS = ("test", "validation", "valid", "val")
+_GREY_MODES = ("1", "L", "LA", "La")
 
 
 class LazyPixels:
@@ -49,9 +46,9 @@ class LazyPixels:
         image = _decode(value, self._what, row)
         if image.size != (self._side, self._side) and not self._resize:
             raise ValueError(
-                f"image {row} of {self._what} has {image.width}x{image.height} pixels, and the "
-                f"first training image {self._side}x{self._side}: give all one size, with "
-                "--data.image-size 224 for instance"
+                f"image {row} of {self._what}{_name(value)} has {image.width}x{image.height} "
+                f"pixels, and the first training image {self._side}x{self._side}: give all one "
+                "size, with --data.image-size 224 for instance"
             )
         return to_tensor(image, self._mode, self._side)
 
@@ -67,7 +64,7 @@ def read_files(config: ImagesConfig) -> Read:
         ValueError: If it cannot be found or read, or is not made of labelled images.
     """
     dataset = config.dataset
-    splits = _load(dataset)
+    splits = load_splits(dataset)
     if "train" in splits:  # what its columns lack, others usually lack too
         _column(splits["train"], _LABEL_COLUMNS, f"the train split of {dataset!r}")
     tests = [name for name in _TEST_SPLITS if name in splits and _has_labels(splits[name])]
@@ -92,7 +89,8 @@ def read_files(config: ImagesConfig) -> Read:
             f"only 0 to {num_classes - 1}: number both alike"
         )
 
-    table, column = _encoded(splits["train"], names["train"])
+    encoded = {name: _encoded(splits[name], what) for name, what in names.items()}
+    table, column = encoded["train"]
     first = _decode(table[0][column], names["train"], 0)
     if config.image_size is None and first.width != first.height:
         raise ValueError(
@@ -100,40 +98,14 @@ def read_files(config: ImagesConfig) -> Read:
             "networks see squares: cut them out with --data.image-size "
             f"{min(first.size)} or another size"
         )
-    mode, side = "L" if first.mode in ("1", "L") else "RGB", stored_side(config, min(first.size))
+    coloured = any(_has_colour(*encoded[name], what) for name, what in names.items())
+    _LOG.info("%s: %s", dataset, "read as RGB" if coloured else "all images are grey")
+    mode, side = "RGB" if coloured else "L", stored_side(config, min(first.size))
     pixels, test_pixels = (
         _in_memory(LazyPixels(splits[name], what, mode, side, config.image_size is not None))
         for name, what in names.items()
     )
     return pixels, labels, test_pixels, test_labels, num_classes
-
-
-def _load(dataset: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"reading {dataset!r} needs the datasets library: pip install 'fogzo[data]', or use "
-            "--data.dataset digits"
-        ) from error
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    path = PRESETS.get(dataset, str(Path(dataset).expanduser()))
-    if dataset.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise ValueError(
-            f"there is no folder {dataset!r}: give one with train and test files, a hub id such "
-            "as --data.dataset uoft-cs/cifar10, or --data.dataset digits"
-        )
-    try:
-        return datasets.load_dataset(path)
-    except Exception as error:  # whatever the hub, the disk or a parser has to say
-        unhelpful = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = (unhelpful and error.__cause__) or error
-        raise ValueError(
-            f"could not load {dataset!r} with datasets ({_first_line(reason)}): a hub id needs a "
-            "connection the first time, and `hf auth login` if it is gated; a folder is given as "
-            "--data.dataset ./path"
-        ) from error
 
 
 def _find(table: Any, names: Sequence[str]) -> str | None:
@@ -187,10 +159,24 @@ def _encoded(table: Any, what: str) -> tuple[Any, str]:
         images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # an arrow type that holds no encoded image
         raise ValueError(
-            f"the {column} column of {what} holds no encoded images ({_first_line(error)}): write "
+            f"the {column} column of {what} holds no encoded images ({first_line(error)}): write "
             "it as a datasets.Image, and give the folder as --data.dataset ./path"
         ) from error
     return images, column
+
+
+def _has_colour(table: Any, column: str, what: str) -> bool:
+    """Whether any image has more than grey levels, as its first bytes say."""
+    from PIL import Image
+
+    for row, value in enumerate(example[column] for example in table):
+        try:
+            mode = Image.open(io.BytesIO(_content(value))).mode
+        except Exception as error:  # PIL raises whatever its decoders do
+            raise _undecodable(value, what, row, error) from error
+        if mode not in _GREY_MODES and mode[0] not in "IF":
+            return True
+    return False
 
 
 def _decode(value: Any, what: str, row: int) -> Any:
@@ -198,17 +184,34 @@ def _decode(value: Any, what: str, row: int) -> Any:
     import datasets
 
     try:
-        image = datasets.Image().decode_example(value)
+        image = datasets.Image().decode_example({"bytes": _content(value), "path": None})
     except Exception as error:  # PIL raises whatever its decoders do
-        raise ValueError(
-            f"image {row} of {what} cannot be decoded ({_first_line(error)}): mend or remove it"
-        ) from error
+        raise _undecodable(value, what, row, error) from error
     if image.mode[0] in "IF":  # 16 or 32 bits, which conversion would cut off at 255
         raise ValueError(
-            f"image {row} of {what} has PIL's mode {image.mode}, but pixels must have 8 bits a "
-            "channel: convert it first"
+            f"image {row} of {what}{_name(value)} has PIL's mode {image.mode}, but pixels must "
+            "have 8 bits a channel: convert all first, as with "
+            'image.point(lambda level: level / 257).convert("L") from 16 bits'
         )
     return image
+
+
+def _content(value: Any) -> bytes:
+    """The encoded image, read whole: decoders leave a file open that they cannot decode."""
+    content: bytes | None = value["bytes"]
+    return Path(value["path"]).read_bytes() if content is None else content
+
+
+def _undecodable(value: Any, what: str, row: int, error: Exception) -> ValueError:
+    reason = first_line(error)
+    return ValueError(
+        f"image {row} of {what}{_name(value)} cannot be decoded ({reason}): mend or remove it"
+    )
+
+
+def _name(value: Any) -> str:
+    """The file of an encoded image, where it is one."""
+    return f" ({value['path']})" if value and value.get("path") else ""
 
 
 def to_tensor(image: Any, mode: str, side: int) -> Tensor:
@@ -216,6 +219,8 @@ def to_tensor(image: Any, mode: str, side: int) -> Tensor:
     import numpy
     from PIL import Image, ImageOps
 
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # or PIL warns of palettes with it
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (side, side):
@@ -241,7 +246,3 @@ def stored_side(config: ImagesConfig, source: int) -> int:
     if config.augmentation.crop == "resized" and source > config.image_size:
         return round(config.image_size * 8 / 7)
     return config.image_size
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fogzo.recipes.data_config import ImagesConfig
-from fogzo.recipes.image_files import LazyPixels, Read, read_files, stored_side, to_tensor
+from fogzo.recipes.data_record import stamp
+from fogzo.recipes.image_files import (
+    MEMORY_LIMIT,
+    LazyPixels,
+    Read,
+    read_files,
+    stored_side,
+    to_tensor,
+)
 
 # As ImageNet's papers have them: measuring a split that is too large for memory would mean to
 # decode all of it once more.
@@ -60,7 +68,6 @@ class Images:
     std: tuple[float, ...]
 
 
-@lru_cache(maxsize=2)
 def load_images(config: ImagesConfig) -> Images:
     """Load a data set, the same split every time.
 
@@ -69,11 +76,18 @@ def load_images(config: ImagesConfig) -> Images:
     (256 pixels for 224); crops are drawn from that square, and its centre is evaluated.
 
     The images to choose with are always part of the training split. A set whose test split is
-    missing or has no labels is tested on its validation split.
+    missing or has no labels is tested on its validation split. They are in grey if all of them are,
+    of every split, and else in RGB. A set whose files did not change since the last time is not
+    read again.
 
     Raises:
         ValueError: If the set cannot be found or read, or is not made of labelled images.
     """
+    return _load(config, stamp(config))
+
+
+@lru_cache(maxsize=2)
+def _load(config: ImagesConfig, stamp: object) -> Images:
     read = _digits if config.dataset == "digits" else read_files
     pixels, labels, test_pixels, test_labels, num_classes = read(config)
     held_out = round(len(labels) * config.validation_fraction)
@@ -108,6 +122,11 @@ def _digits(config: ImagesConfig) -> Read:
     x = torch.tensor(images * 8, dtype=torch.uint8).view(-1, 1, 8, 8)
     y = torch.tensor(labels, dtype=torch.int64)
     side = stored_side(config, 8)
+    if len(x) * side**2 > MEMORY_LIMIT:
+        raise ValueError(
+            f"digits of {side}x{side} pixels take {len(x) * side**2 / 2**30:.0f} GiB, more than "
+            f"the {MEMORY_LIMIT / 2**30:.0f} that a data set may: --data.image-size 32"
+        )
     if side != 8:
         from PIL import Image
 

@@ -37,7 +37,7 @@ def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
         >>> from fogzo.recipes.config import TrainConfig
         >>> from fogzo.recipes.data_config import ImagesConfig
         >>> from fogzo.recipes.model_config import MlpConfig
-        >>> config = TrainConfig(recipe="", model=MlpConfig(), data=ImagesConfig(), max_steps=10)
+        >>> config = TrainConfig(recipe="any", model=MlpConfig(), data=ImagesConfig(), max_steps=10)
         >>> factor = learning_rate_factor(replace(config, schedule="linear", warmup_fraction=0.2))
         >>> [factor(step) for step in range(11)]
         [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]

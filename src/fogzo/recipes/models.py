@@ -41,7 +41,13 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # noqa: TID251 -- initial weights only, and given back
-        model = _float_model(config, shapes)
+        try:
+            model = _float_model(config, shapes)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"this network cannot be built here ({reason:.200}): give smaller --model sizes"
+            ) from error
     weights = config.quantizer.build()
     if weights is not None:
         first, last = _first_and_last(model)

@@ -39,7 +39,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         ValueError: If the name is unknown, or names an optimizer that cannot do what is asked.
     """
     name = config.optimizer.lower()
-    cls = _optimizer_class(config.optimizer)
+    cls = optimizer_class(config.optimizer)
     reshard([model])  # else FSDP may show weights that it has gathered for a forward
     decays = _trained_parameters(model)
     if name == "muon":
@@ -96,7 +96,12 @@ class JointOptimizer(Optimizer):
             each.state = self.state
 
 
-def _optimizer_class(given: str) -> type[Optimizer]:
+def optimizer_class(given: str) -> type[Optimizer]:
+    """The class of torch.optim of that name, in any case.
+
+    Raises:
+        ValueError: If this torch has none, or it is one that cannot work here.
+    """
     classes = {
         name.lower(): cls
         for name, cls in vars(torch.optim).items()

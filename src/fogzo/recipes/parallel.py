@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fogzo.recipes.devices import find_device
 from fogzo.recipes.models import blocks
 
 
@@ -63,7 +64,9 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     Raises:
         ValueError: If there is no such device.
     """
-    chosen = _device(device)
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or dist.is_initialized():
         initialized = dist.is_available() and dist.is_initialized()
@@ -123,18 +126,3 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
     if ranks.count > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot compute on {name!r} ({reason}): --device cpu") from error
-    return device

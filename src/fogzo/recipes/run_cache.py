@@ -20,6 +20,8 @@ import torch
 
 import fogzo
 from fogzo.recipes.config import TrainConfig, to_json
+from fogzo.recipes.data_config import DataConfig
+from fogzo.recipes.data_record import Digests, digest_data
 from fogzo.recipes.folder_lock import locked
 from fogzo.recipes.json_files import read_json
 from fogzo.recipes.run_folder import Metrics, dumps, read_metrics, write_text
@@ -29,8 +31,6 @@ _LOG = logging.getLogger(__name__)
 # What changes no number of a run.
 _FREE = ("output_dir", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "trackers")
 _DIGITS = 12
-# Of larger data files only name, size and end are read; in parquet it describes the rest.
-_READ_WHOLE = 16 * 2**20
 
 
 @cache
@@ -54,28 +54,15 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
         # The weights themselves, wherever they lie and whatever will lie there later.
         manifests = sorted(config.initial_weights.glob("checkpoints/step-*/manifest.json"))
         values["initial_weights"] = [path.read_text(encoding="utf-8") for path in manifests[-1:]]
-    if files := _data_version(config.data.dataset):
+    if files := _data_digests(config.data):
         values["data_files"] = files
     text = json.dumps(values, sort_keys=True, default=str) + then
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 @cache
-def _data_version(dataset: str) -> str:
-    """A hash of a data set's local files; empty where there are none."""
-    root = Path(dataset).expanduser()
-    if not root.exists():
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            file.seek(0 if size <= _READ_WHOLE else size - 2**20)
-            digest.update(file.read())
-    return digest.hexdigest()
+def _data_digests(data: DataConfig) -> Digests:
+    return digest_data(data)
 
 
 class RunCache:
@@ -91,6 +78,7 @@ class RunCache:
         self.folder = folder
         self.code = code
         self.mix_versions = mix_versions
+        _data_digests.cache_clear()  # a comparison reads its data once, the next one anew
 
     def path(self, label: str, key: str) -> Path:
         """Where a run is, or will be."""

@@ -1,25 +1,25 @@
 """Text to train and evaluate language models on: where it comes from and how it is split."""
 
-import re
-import sys
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from fogzo.recipes.data_config import TextConfig
+from fogzo.recipes.data_record import stamp
+from fogzo.recipes.text_files import load_tables, plain_text
 from fogzo.recipes.tokens import (
     StreamedText,
     TextSplit,
     Tokenizer,
     TokenStream,
-    column_texts,
     encode_documents,
     load_tokenizer,
 )
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = [
     "StreamedText",
@@ -30,17 +30,6 @@ __all__ = [
     "load_text",
     "unigram_loss",
 ]
-
-# Files that `datasets` parses; any other file is read as plain text.
-_PARSERS = {
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-}
-# test.txt and val-0.txt, but not testament.txt.
-_HELD_OUT_NAME = re.compile(r"(test|validation|valid|val)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +47,6 @@ class Text:
     over log(2) times this, is in bits per byte, which compares across tokenizers."""
 
 
-@lru_cache(maxsize=2)
 def load_text(config: TextConfig) -> Text:
     """Load text and split it, the same way every time.
 
@@ -68,11 +56,17 @@ def load_text(config: TextConfig) -> Text:
     first documents of the training split take the place of the last ones, and training passes
     over documents equal to them.
 
-    The content of pydoc depends on the version of Python.
+    The content of pydoc depends on the version of Python. Text whose files did not change since the
+    last time is not read again.
 
     Raises:
         ValueError: If the text or the tokenizer cannot be found or read, or the text is too short.
     """
+    return _load(config, stamp(config))
+
+
+@lru_cache(maxsize=2)
+def _load(config: TextConfig, stamp: object) -> Text:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.streaming:
         return _streamed(config, tokenizer)
@@ -127,29 +121,27 @@ def unigram_loss(text: Text) -> float:
 
 
 def _streamed(config: TextConfig, tokenizer: Tokenizer) -> Text:
-    if config.dataset == "pydoc" or isinstance(_local(config.dataset), list):
+    if config.dataset == "pydoc" or plain_text(config.dataset) is not None:
         raise ValueError(
             f"{config.dataset!r} is plain text, which is read at once: leave --data.streaming out, "
             "or give a data set of `datasets`, as in --data.dataset allenai/c4"
         )
-    splits = _load_dataset(config)
+    tables = load_tables(config)
     # Drawn from while they are tokenised, so that the second begins where the first ended.
-    train = column_texts(splits["train"], config.column)
+    train = tables.texts("train")
     held_out: list[str] = []
 
     def documents(split: str | None) -> Iterable[str]:
         if split is None:
             return _noting(train, held_out)
-        return column_texts(splits[split], config.column)
+        return tables.texts(split)
 
-    own = [name for name in ("test", "validation") if name in splits]
+    own = [name for name in ("test", "validation") if name in tables.splits]
     tested, validated = (*own, None, None)[:2]
     test, bytes_per_token = _split("test", documents(tested), config, tokenizer)
     validation, _ = _split("validation", documents(validated), config, tokenizer)
     return Text(
-        train=StreamedText(
-            splits["train"], config.column, tokenizer, config.context, frozenset(held_out)
-        ),
+        train=StreamedText(tables, tokenizer, config.context, frozenset(held_out)),
         validation=validation,
         test=test,
         vocab_size=tokenizer.vocab_size,
@@ -197,95 +189,26 @@ def _read(config: TextConfig) -> dict[str, list[str]]:
     if config.dataset == "pydoc":
         from pydoc_data.topics import topics
 
-        return {"train": ["\n\n".join(topics[name] for name in sorted(topics))]}
-    files = _local(config.dataset)
-    if not isinstance(files, list):
-        splits = _load_dataset(config)
-        return {
-            name: list(column_texts(splits[name], config.column))
-            for name in ("train", "validation", "test")
-            if name in splits
+        plain: dict[str, list[str]] | None = {
+            "train": ["\n\n".join(topics[name] for name in sorted(topics))]
         }
-    documents: dict[str, list[str]] = {"train": []}
-    root = Path(config.dataset).expanduser()
-    for file in files:
-        # A file given by its own path is the whole text, whatever it is called.
-        held_out = _HELD_OUT_NAME.match(file.relative_to(root).parts[0]) if file != root else None
-        name = {"t": "test", "v": "validation"}[held_out[1][0].lower()] if held_out else "train"
-        documents.setdefault(name, []).append(_read_file(file))
-    if not any(map(any, documents.values())):
-        raise ValueError(f"{root} is empty: give a file with text as --data.dataset")
+    else:
+        plain = plain_text(config.dataset)
+    if plain is not None:
+        if (config.subset, config.column) != (None, "text"):
+            raise ValueError(
+                f"{config.dataset!r} is plain text, without subsets and columns: leave "
+                "--data.subset and --data.column out"
+            )
+        return {"train": [], **plain}
+    tables = load_tables(config)
+    documents: dict[str, list[str]] = {}
+    for name in ("train", "validation", "test"):
+        if name in tables.splits:
+            documents[name] = texts = list(tables.texts(name))
+            if empty := texts.count(""):
+                _LOG.warning(
+                    "%d of the %d rows of the %s split of %s have no text in the column %r",
+                    *(empty, len(texts), name, config.dataset, config.column),
+                )
     return documents
-
-
-def _read_file(file: Path) -> str:
-    try:
-        return file.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 at byte {error.start}: convert it, as with iconv -t utf-8, or "
-            f"give a file of plain text or of {', '.join(_PARSERS)} as --data.dataset"
-        ) from error
-
-
-def _local(dataset: str) -> list[Path] | Path | None:
-    """Files of plain text, a file or folder that `datasets` reads, or None for a hub id.
-
-    Raises:
-        ValueError: If this looks like a path and there is nothing.
-    """
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*.txt") if file.is_file()) or path
-    if path.is_file():
-        return path if path.suffix in _PARSERS else [path]
-    if dataset.startswith((".", "/", "~")) or path.suffix in (".txt", *_PARSERS):
-        raise ValueError(
-            f"there is no file or folder {dataset!r}: give one, a hub id such as --data.dataset "
-            "roneneldan/TinyStories, or --data.dataset pydoc"
-        )
-    return None
-
-
-def _load_dataset(config: TextConfig) -> dict[str, Any]:
-    """Splits of a data set of `datasets`, of which only the column of text is read."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"reading {config.dataset!r} needs the datasets library: pip install 'fogzo[data]'"
-        ) from error
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    path = _local(config.dataset)
-    try:
-        if isinstance(path, Path) and path.is_file():
-            splits = datasets.load_dataset(
-                _PARSERS[path.suffix], data_files=str(path), streaming=config.streaming
-            )
-        else:
-            splits = datasets.load_dataset(
-                str(path or config.dataset), config.subset, streaming=config.streaming
-            )
-    except Exception as error:  # whatever the hub, the disk or a parser has to say
-        raise ValueError(
-            f"could not load {config.dataset!r} with datasets: {error}; give a file, a folder or "
-            "a hub id as --data.dataset and, where it has several, a configuration as --data.subset"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(
-            f"{config.dataset!r} has the splits {', '.join(splits)} but no train: rename one in a "
-            "copy of it, or use another --data.dataset"
-        )
-    return {name: _only_column(splits[name], config) for name in splits}
-
-
-def _only_column(split: Any, config: TextConfig) -> Any:
-    # A stream may not know its columns before it is read.
-    columns = split.column_names or list(next(iter(split), {config.column: None}))
-    if config.column not in columns:
-        raise ValueError(
-            f"{config.dataset!r} has the columns {', '.join(columns)} but not {config.column!r}: "
-            f"use --data.column {columns[0]}"
-        )
-    return split.select_columns([config.column])

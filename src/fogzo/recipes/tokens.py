@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from fogzo.recipes.text_files import Tables, column_texts
 
 # Characters tokenised at once, and characters of one piece of a long document: tokenizers take
 # memory, and some take time, that grows faster than the text.
@@ -40,7 +42,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer(_encode_bytes, 256, _encode_bytes(["\n\n"])[0], 2)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ValueError(  # transformers would look for it on the hub, for a minute
             f"there is no folder {name!r}: give one with tokenizer.json, a hub id such as "
             "--data.tokenizer gpt2, or --data.tokenizer bytes"
@@ -53,7 +55,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             "--data.tokenizer bytes"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever the hub, the disk or a parser has to say
         raise ValueError(
             f"could not load the tokenizer {name!r} ({str(error).strip().partition(chr(10))[0]}): "
@@ -145,9 +147,8 @@ class TextSplit:
 class StreamedText:
     """Training text that is read while training: where to begin any number of streams."""
 
-    dataset: Any
-    """An IterableDataset of `datasets`."""
-    column: str
+    tables: Tables
+    """Of which the training split is read."""
     tokenizer: Tokenizer
     context: int
     held_out: frozenset[str] = frozenset()
@@ -263,8 +264,9 @@ class TokenStream:
                 break
         else:
             if not documents and (shard, row) == (0, 0):
+                column = self._source.tables.column
                 raise ValueError(
-                    f"the column {self._source.column!r} of the training split holds no text "
+                    f"the column {column!r} of the training split holds no text "
                     "beyond what is held out: use another --data.column, or fewer "
                     "--data.max-eval-blocks"
                 )
@@ -277,28 +279,14 @@ class TokenStream:
 
     def _read(self, epoch: int, shard: int, row: int) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """An epoch's documents from a row on, each with the place behind it."""
-        dataset = self._source.dataset
+        tables = self._source.tables
+        dataset = tables.splits["train"]
         order = list(range(dataset.num_shards))
         random.Random(f"{self._seed} {epoch}").shuffle(order)
         for place in range(shard, len(order)):
             rows = dataset.shard(num_shards=len(order), index=order[place]).skip(row)
-            for number, text in enumerate(column_texts(rows, self._source.column), start=row + 1):
+            texts = column_texts(rows, tables.column, tables.files)
+            for number, text in enumerate(texts, start=row + 1):
                 if text and text not in self._source.held_out:
                     yield text, (epoch, place, number)
             row = 0
-
-
-def column_texts(rows: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
-    """The texts of a column, empty where there is none.
-
-    Raises:
-        ValueError: If something else than text is found.
-    """
-    for row in rows:
-        value = row[column]
-        if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"the column {column!r} holds {type(value).__name__}, not text: give the name of "
-                "a column of text, as in --data.column text"
-            )
-        yield value or ""

@@ -10,6 +10,27 @@ from fogzo.recipes.parallel import Ranks
 from fogzo.recipes.run_folder import Metrics
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Check that this machine has the trackers of the config, before anything is written.
+
+    Raises:
+        ValueError: If accelerate or a tracker is not installed.
+    """
+    if not config.trackers:
+        return
+    try:
+        from accelerate.tracking import get_available_trackers
+    except ImportError as error:
+        raise ValueError("--trackers needs accelerate: pip install 'fogzo[trackers]'") from error
+    available = {str(tracker) for tracker in get_available_trackers()}
+    missing = [tracker for tracker in config.trackers if tracker not in available]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}, or leave "
+            "--trackers out (metrics.jsonl is always written)"
+        )
+
+
 @contextmanager
 def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], None]]:
     """A function that logs a step's metrics to the trackers of the config, if there are any.
@@ -20,7 +41,12 @@ def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], 
     if not config.trackers or ranks.rank:
         yield lambda metrics: None
         return
-    accelerator = _accelerator(config)
+    check_trackers(config)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=config.output_dir
+    )
     project = config.recipe
     accelerator.init_trackers(project, config=_flat(dataclasses.asdict(config)))
 
@@ -32,24 +58,6 @@ def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], 
         yield track
     finally:
         accelerator.end_training()
-
-
-def _accelerator(config: TrainConfig) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.tracking import get_available_trackers
-    except ImportError as error:
-        raise ValueError("--trackers needs accelerate: pip install 'fogzo[trackers]'") from error
-    available = {str(tracker) for tracker in get_available_trackers()}
-    missing = [tracker for tracker in config.trackers if tracker not in available]
-    if missing:
-        raise ValueError(
-            f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}, or leave "
-            "--trackers out (metrics.jsonl is always written)"
-        )
-    return Accelerator(
-        cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=config.output_dir
-    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from fogzo.estimators import RefineStats
 from fogzo.processes.signals import held_back
 from fogzo.recipes.config import TrainConfig
+from fogzo.recipes.data_record import check_unchanged, digest_data, record_data
 from fogzo.recipes.parallel import Ranks, join_ranks, without_sync
 from fogzo.recipes.run_folder import Metrics, RunFolder
 from fogzo.recipes.tasks import Batch
-from fogzo.recipes.trackers import tracking
+from fogzo.recipes.trackers import check_trackers, tracking
 from fogzo.recipes.training import Training, own_random_streams
 
 OnStep = Callable[[Metrics], None]
@@ -57,12 +59,22 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
 
 def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
     # In a function of its own, so that what it trained is gone before the ranks part.
+    check_trackers(config)
+    digests = digest_data(config.data)
     with RunFolder(config, writes=ranks.rank == 0) as folder:
-        training = folder.begin(lambda checkpoint: Training(config, ranks, checkpoint))
+
+        def build(checkpoint: Path | None) -> Training:
+            if checkpoint is not None:
+                check_unchanged(folder.path, digests)
+            return Training(config, ranks, checkpoint)
+
+        training = folder.begin(build)
         with (
             folder.open(training.step, training.log_position),
             tracking(config, ranks) as track,
         ):
+            if ranks.rank == 0:
+                record_data(folder.path, digests)
             _take_steps(training, folder, track, on_step)
             result: Metrics = {"steps": training.step, "seconds": training.seconds}
             result |= {"extra_forwards": training.extra_forwards} | training.evaluate()

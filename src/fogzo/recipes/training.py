@@ -303,6 +303,20 @@ def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> Quantiz
     return replace(weight, surrogate=replace(surrogate, perturbation=law))
 
 
+def find_weights(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(
+            f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
+        )
+    return checkpoint
+
+
 def load_weights(model: nn.Module, run: Path) -> int:
     """Load the weights of another run, averaged where it averaged; returns its step.
 
@@ -311,11 +325,7 @@ def load_weights(model: nn.Module, run: Path) -> int:
     Raises:
         ValueError: If there is no checkpoint, or one of another network.
     """
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise ValueError(
-            f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
-        )
+    checkpoint = find_weights(run)
     state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
     try:
         found = checked(_Weights, state)

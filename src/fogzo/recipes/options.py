@@ -1,0 +1,341 @@
+"""Options: fields of configs that say which values they take, and one check for all of them."""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values of a type an option takes, in code and in words."""
+
+    allows: Callable[[Any], bool]
+    words: str
+    """What the value must be, as in "1 or more"."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The texts that an option takes, where a `Literal` cannot spell them out."""
+
+    choices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What to suggest for a bad value, where the option's default says too little."""
+
+    value: Any
+
+
+class _MayBePath:
+    """A text that may be a path: a leading ``~`` is the home folder."""
+
+
+PositiveInt = Annotated[int, Rule(lambda number: number >= 1, "1 or more")]
+NonNegativeInt = Annotated[int, Rule(lambda number: number >= 0, "0 or more")]
+PositiveFloat = Annotated[float, Rule(lambda number: number > 0, "positive")]
+NonNegativeFloat = Annotated[float, Rule(lambda number: number >= 0, "0 or more")]
+Share = Annotated[float, Rule(lambda share: 0 <= share <= 1, "in [0, 1]")]
+ShareBelowOne = Annotated[float, Rule(lambda share: 0 <= share < 1, "in [0, 1)")]
+PositiveShare = Annotated[float, Rule(lambda share: 0 < share <= 1, "in (0, 1]")]
+ProperShare = Annotated[float, Rule(lambda share: 0 < share < 1, "in (0, 1)")]
+PathOrName = Annotated[str, _MayBePath()]
+
+
+def at_least_one(kind: str) -> Rule:
+    """The rule of a tuple that may not be empty."""
+    return Rule(bool, f"one {kind} or more")
+
+
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which networks compute
+
+_DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
+
+
+@contextmanager
+def deferred_checks() -> Iterator[None]:
+    """Let options be put together unchecked; who does so checks the whole.
+
+    A group of options does not know where it stands on the command line, and a parser would draw
+    a frame around the message and break its lines.
+    """
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
+
+
+class Options:
+    """Base of configs: frozen dataclasses that check themselves when they are made.
+
+    Every value must be of its field's type, and keep the rules in its annotation. Numbers must be
+    finite and texts not empty. What means the same is converted: a list to a tuple, a text to a
+    `Path`, a NumPy number to Python's, ``~`` to the home folder.
+    """
+
+    __slots__ = ()
+
+    PREFIX: ClassVar[str] = ""
+    """What the command line writes before the names of these options."""
+
+    def __post_init__(self) -> None:
+        if not _DEFERRED.get():
+            self.check()
+
+    def check(self, prefix: str | None = None) -> None:
+        """Raise a `ValueError` that names the option and a value for it, unless all can be meant.
+
+        Args:
+            prefix: What the command line writes before the names, if not ``PREFIX``.
+        """
+        prefix = self.PREFIX if prefix is None else prefix
+        for name, hint in _hints(typing.cast(Any, type(self))).items():
+            given = getattr(self, name)
+            try:
+                value = _conform(hint, given)
+            except _Misfit as misfit:
+                raise ValueError(
+                    f"{name} must be {misfit.words}, got {misfit.value!r:.80}: "
+                    f"{self._correction(name, misfit, prefix)}"
+                ) from None
+            if value is not given:
+                object.__setattr__(self, name, value)
+            if isinstance(value, Options):
+                value.check(value.PREFIX and f"{prefix}{name}.")
+        self.check_together(prefix)
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` where options, each of which can be meant, do not go together."""
+
+    @classmethod
+    def _correction(cls, name: str, misfit: "_Misfit", prefix: str) -> str:
+        """The option with a value that it takes, as one writes it."""
+        hint = _hints(typing.cast(Any, cls))[name]
+        value = misfit.nearest if misfit.nearest is not None else _example(cls, name)
+        marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+        if tyro.conf.Suppress in marks or isinstance(value, Options):
+            return f"{name}={value!r}"
+        if tyro.conf.Positional in marks:
+            return str(value)
+        option = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            return f"--{option} or --{prefix}no-{name.replace('_', '-')}"
+        values = value if isinstance(value, tuple) else (value,)
+        return " ".join([f"--{option}", *map(str, values)])
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def from_dict(cls: type[OptionsT], values: object) -> OptionsT:
+    """A config from what its JSON holds.
+
+    Raises:
+        ValueError: If a key is not a field of the config, one is missing, or a value is bad.
+    """
+    config = _unchecked(cls, values)
+    config.check()
+    return config
+
+
+def _unchecked(cls: type[OptionsT], values: object) -> OptionsT:
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is an object with named fields, got {values!r:.80}")
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    if unknown := sorted(map(str, set(values) - set(fields))):
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(unknown)}: it has {', '.join(fields)}"
+        )
+    if missing := [n for n, f in fields.items() if n not in values and not _has_default(f)]:
+        raise ValueError(f"{cls.__name__} needs the field {', '.join(missing)}, which is not there")
+    with deferred_checks():
+        return cls(**values)
+
+
+class _Misfit(Exception):
+    """A value that an annotation does not take.
+
+    Attributes:
+        words: What it must be.
+        value: The value, or the item of it that is meant.
+        right_type: Whether it only breaks a rule.
+        nearest: What was probably meant.
+    """
+
+    def __init__(
+        self, words: str, value: object, right_type: bool = False, nearest: str | None = None
+    ) -> None:
+        self.words, self.value, self.right_type, self.nearest = words, value, right_type, nearest
+
+
+def _conform(hint: Any, value: Any) -> Any:
+    """The value as a field with this annotation keeps it."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _conform(parts[0], value)
+        for mark in parts[1:]:
+            if isinstance(mark, Rule) and not mark.allows(value):
+                raise _Misfit(mark.words, value, right_type=True)
+            if isinstance(mark, OneOf):
+                _one_of(mark.choices, value)
+            if isinstance(mark, _MayBePath):
+                value = _at_home(value)
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _conform_to_any(parts, value)
+    if origin is Literal:
+        return _one_of(parts, value)
+    if origin is tuple:
+        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+            raise _Misfit("several values", value)
+        return tuple(_conform(parts[0], item) for item in value)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _unchecked(typing.cast(Any, hint), value)
+        if not isinstance(value, typing.cast(Any, hint)):
+            raise _Misfit(f"a {typing.cast(Any, hint).__name__}", value)
+        return value
+    return _PLAIN[hint](value)
+
+
+def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
+    configs = [hint for hint in hints if dataclasses.is_dataclass(hint)]
+    if configs and isinstance(value, dict):
+        return _unchecked(_tagged_like(configs, value), value)
+    misfits = []
+    for hint in hints:
+        try:
+            return _conform(hint, value)
+        except _Misfit as misfit:
+            misfits.append(misfit)
+    for found in misfits:
+        if found.right_type:
+            raise found
+    nearest = next((found.nearest for found in misfits if found.nearest), None)
+    words = " or ".join(found.words for found in misfits)
+    raise _Misfit(words, value, nearest=nearest)
+
+
+def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options]:
+    """The config of a union whose tag (its first field) the values carry."""
+    for config in configs:
+        tag = dataclasses.fields(config)[0]
+        if values.get(tag.name) == tag.default:
+            return typing.cast(type[Options], config)
+    names = ", ".join(config.__name__ for config in configs)
+    raise ValueError(f"none of {names} is tagged like {values!r:.80}")
+
+
+def _one_of(choices: Sequence[str], value: Any) -> str:
+    if isinstance(value, str) and value in choices:
+        return value
+    near = get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    raise _Misfit(
+        f"one of {', '.join(map(str, choices))}", value, nearest=near[0] if near else None
+    )
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Misfit("True or False", value)
+    return value
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _Misfit("an integer", value)
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise _Misfit("an integer of 64 bits", value, right_type=True)
+    return number
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _Misfit("a number", value)
+    number = _int(value) if isinstance(value, Integral) else float(value)
+    if not abs(number) <= _LARGEST:
+        raise _Misfit("finite in 32 bits", value, right_type=True)
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Misfit("text", value)
+    if not value.strip() or "\0" in value:
+        raise _Misfit("text that is not empty", value, right_type=True)
+    return value
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise _Misfit("a path", value)
+    return Path(_at_home(_text(os.fspath(value))))
+
+
+def _at_home(text: str) -> str:
+    """With a ``~`` that a shell has left as it was, as in ``--output-dir=~/runs``, expanded."""
+    if not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded == text:
+        raise _Misfit(
+            f"a path: no user {text[1:].partition(os.sep)[0]!r} has a home here, and a name that "
+            f"begins with ~ is written ./{text}",
+            text,
+            right_type=True,
+        )
+    return expanded
+
+
+def _none(value: Any) -> None:
+    if value is not None:
+        raise _Misfit("None", value)
+
+
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: _text,
+    Path: _path,
+    types.NoneType: _none,
+}
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _example(cls: Any, name: str) -> Any:
+    """A value that the option takes."""
+    for mark in typing.get_args(_hints(cls)[name])[1:]:
+        if isinstance(mark, Example):
+            return mark.value
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "..."
+
+
+def _has_default(field: "dataclasses.Field[Any]") -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing

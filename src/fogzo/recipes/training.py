@@ -63,7 +63,7 @@ class TrainingState(TypedDict):
     first_loss: NotRequired[float | None]
     model: dict[str, Tensor]
     optimizer: OptimizerState
-    estimator: dict[str, int] | None
+    estimator: dict[str, Any] | None
     scaler: dict[str, float]
     ema: EmaState | None
     windows: dict[str, Any]
@@ -223,6 +223,8 @@ class Training:
             raise ValueError("one has an estimator, and the other none")
         if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
+            if (self.estimator.step, self.estimator.seed) != (self.step, self.config.seed):
+                raise ValueError(f"estimator.step is {self.estimator.step}")
         if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
             raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
         self.scaler.load_state_dict(state["scaler"])

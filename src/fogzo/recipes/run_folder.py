@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypedDict, TypeVar
+from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
 
 from fogzo.recipes.checkpoint import (
     clear_partial,
@@ -194,18 +194,21 @@ class RunFolder(ExitStack):
 
 
 class _Line(TypedDict):
-    """What every line of metrics.jsonl has; the rest are plain values."""
+    """A line of metrics.jsonl; the rest are numbers."""
 
     step: int
     loss: float | None
     seconds: float
+    fallback: NotRequired[str | None]
 
 
 class _Result(TypedDict):
-    """What every result.json has; the rest are plain values."""
+    """What result.json holds; the rest are numbers."""
 
     steps: int
     seconds: float
+    diverged: NotRequired[bool]
+    run: NotRequired[str]  # which one of a comparison
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -24,6 +24,7 @@ from fogzo.collectives import local
 from fogzo.estimators import GradientEstimator
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
+    STRANGE,
     load_checkpoint,
     newest_checkpoint,
     on_all_ranks,
@@ -200,8 +201,7 @@ class Training:
             self._load(checked(TrainingState, state), checkpoint)
         except torch.OutOfMemoryError:
             raise
-        # Whatever a loader says of a state that is not its own.
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except STRANGE as error:
             reason = " ".join(str(error).split())
             raise invalid(checkpoint, f"is of another training ({reason:.300})") from error
 

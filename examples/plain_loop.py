@@ -47,12 +47,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     estimator = fogzo.FogzoEstimator(
         weights,
-        noise_share=fogzo.linear_noise_share(
-            num_weights=sum(weight.param.numel() for weight in weights),
-            total_steps=options.steps,
-            kappa=0.1,
-            start=0.3,
-        ),
+        noise_share=fogzo.linear_noise_share(total_steps=options.steps, kappa=0.1, start=0.3),
     )
 
     def window_loss(window: Sequence[Batch]) -> Tensor:

@@ -1,6 +1,6 @@
 """Many comparisons in one table: what each gradient reached, and what the intervals say of FOGZO.
 
-`tables.py` writes these between the marks of docs/results.md; a group is one table.
+`tables.py` writes these between the marks of README.md and docs/results.md; a group is one table.
 """
 
 from collections.abc import Callable, Sequence

@@ -307,15 +307,14 @@ def make_estimator(
 ) -> Any:
     """The row's estimator, or None for STE."""
     weights = fogzo.quantized_weights(layer)
-    d = layer.weight.numel()
     if row.estimator == "ste":
         return None
     if row.estimator == "lambda":
         return fogzo.FogzoEstimator(weights, noise_share=0.0, seed=seed)
     if row.estimator == "control-variate":
         own = fogzo.ControlVariateEstimator(weights).default_noise_share()
-        return fogzo.ControlVariateEstimator(weights, noise_share=strength * own, seed=seed)
-    share = fogzo.linear_noise_share(num_weights=d, total_steps=steps, kappa=strength)
+        return fogzo.ControlVariateEstimator(weights, weight=strength * own, seed=seed)
+    share = fogzo.linear_noise_share(total_steps=steps, kappa=strength)
     kind = {"fogzo": fogzo.FogzoEstimator, "placebo": fogzo.PlaceboEstimator}[row.estimator]
     return kind(weights, noise_share=share, seed=seed)
 
@@ -420,7 +419,7 @@ def findings(found: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for the README."""
+    """Heading, rows and a note for docs/results.md."""
     ranges = [f"range {found['omega']:g}" for found in results["settings"]]
     heading = ("row", *(f"excess risk, {name}" for name in ranges))
     heading += tuple(f"FOGZO minus row, {name}" for name in ranges)

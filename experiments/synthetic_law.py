@@ -284,7 +284,7 @@ def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for the README."""
+    """Heading, rows and a note for docs/results.md."""
     heading = ("gradient", "mean", "trace of its covariance", "points")
     heading += ("measured / formula", "its largest standard error")
     rows = []

@@ -265,7 +265,8 @@ def test_calibrating_changes_nothing_else():
     with torch.no_grad(), fogzo.calibrate_(model):
         model(_draw(4, 8))
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
-    assert changed == {f"{i}.{name}" for i in (0, 2) for name in ("input_step", "input_state")}
+    measured = ("input_step", "input_step_knee", "input_state")
+    assert changed == {f"{i}.{name}" for i in (0, 2) for name in measured}
     assert not model.training and torch.equal(torch.get_rng_state(), stream)
 
 
@@ -504,9 +505,9 @@ def test_transformers_train_with_two_bit_weights_and_activations(make, preset):
         lambda: model(input_ids=tokens, labels=tokens).loss, expected_loss=loss
     )
     assert stats.fallback is None
-    for name, param in model.named_parameters():
-        if name.endswith("input_step"):
-            assert param.grad.isfinite().all() and param.item() > 0
+    steps = [param for name, param in model.named_parameters() if name.endswith("input_step")]
+    assert bool(steps) == preset.scale.has_state
+    assert all(step.grad.isfinite().all() and step.item() > 0 for step in steps)
 
 
 # --- choosing and refusing ---------------------------------------------------------------------

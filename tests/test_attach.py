@@ -508,7 +508,8 @@ def test_names_of_the_float_model_are_kept():
     plain = set(_mlp().state_dict())
     assert set(fogzo.quantize_(_mlp(), fogzo.quest(2)).state_dict()) == plain
     learned = set(fogzo.quantize_(_mlp(), fogzo.lsq(2)).state_dict())
-    assert learned == plain | {"0.weight_step", "2.weight_step"}
+    kept = {f"{i}.{name}" for i in (0, 2) for name in ("weight_step", "weight_step_knee")}
+    assert learned == plain | kept
 
 
 def test_only_learned_steps_are_parameters():

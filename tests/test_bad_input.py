@@ -161,7 +161,7 @@ def test_a_parameter_listed_twice_is_refused():
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 2, 2), (2, 4, 3, 1)])
 def test_a_step_size_that_does_not_fit_its_weight_is_refused(shape):
     weight = nn.Parameter(torch.ones(4, 2, 3))
-    with refused("step.reshape(-1, 1, 1) for one a channel"):
+    with refused("step.reshape(-1, 1, 1) for one per channel"):
         fogzo.FogzoEstimator([("w", weight, torch.ones(shape))])
     with refused("step.reshape(-1, 1, 1)"):
         fogzo.FogzoEstimator([fogzo.QuantizedWeight("w", weight, lambda: torch.ones(shape))])
@@ -328,6 +328,8 @@ def test_the_audit_costs_one_forward_of_the_first_step():
     for forwards in (3, 5):
         setup.estimator.refine_grads_(closure, expected_loss=setup.loss)
         assert len(calls) == forwards
+        setup.model.zero_grad()
+        setup.loss_of().backward()
 
 
 @pytest.mark.parametrize("cls", [fogzo.FogzoEstimator, fogzo.ControlVariateEstimator])
@@ -346,13 +348,14 @@ def test_a_loss_that_ignores_the_weights_is_refused(cls, what):
     setup.assert_untouched()
 
 
-def test_a_loss_that_ignores_the_weights_is_refused_without_any_gradient_too():
+def test_without_a_gradient_nobody_knows_whether_the_loss_should_depend_on_the_weights():
     setup = Setup(backward=False)
     setup.estimator = fogzo.SpsaEstimator(setup.weights)
     other = copy.deepcopy(setup.model)
-    with refused("fogzo.quantized_weights(model)"):
-        setup.estimator.refine_grads_(lambda: mse_loss(other(setup.x), setup.y))
-    setup.assert_untouched()
+    with pytest.warns(RuntimeWarning, match="Does the closure evaluate the model"):
+        stats = setup.estimator.refine_grads_(lambda: mse_loss(other(setup.x), setup.y))
+    assert stats.fallback == "the probes do not change the loss"
+    setup.assert_untouched(step=1)
 
 
 def test_a_loss_that_merely_stays_the_same_at_first_is_not_refused():
@@ -360,9 +363,10 @@ def test_a_loss_that_merely_stays_the_same_at_first_is_not_refused():
     weight = nn.Parameter(torch.full((4, 4), 0.25))
     weight.grad = torch.ones(4, 4)
     estimator = fogzo.FogzoEstimator([("w", weight, 0.5)], noise_share=1e-6)
-    stats = estimator.refine_grads_(lambda: ((weight / 0.5).floor() + 0.5).sum())
-    assert stats.fallback is None
-    assert stats.agreement == 0
+    with pytest.warns(RuntimeWarning, match="do not change the loss"):
+        stats = estimator.refine_grads_(lambda: ((weight / 0.5).floor() + 0.5).sum())
+    assert stats.fallback == "the probes do not change the loss"
+    assert torch.equal(weight.grad, torch.ones(4, 4))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])

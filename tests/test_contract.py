@@ -48,8 +48,8 @@ ESTIMATORS = {
         1,
         0.01,
     ),
-    "spsa": (lambda w, **o: fogzo.SpsaEstimator(w, num_samples=2, **o), 4, 2, 1.0),
-    "placebo": (lambda w, **o: fogzo.PlaceboEstimator(w, **o), 0, 1, None),
+    "spsa": (lambda w, **o: fogzo.SpsaEstimator(w, num_samples=2, **o), 4, 2, None),
+    "placebo": (lambda w, **o: fogzo.PlaceboEstimator(w, noise_share=0.1, **o), 0, 1, 0.1),
     "control variate": (
         lambda w, **o: fogzo.ControlVariateEstimator(w, num_samples=2, **o),
         4,
@@ -99,6 +99,7 @@ def reset(model, latent, grads):
             p.grad = grad.clone()
 
 
+@pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")
 @pytest.mark.parametrize("surrogate", SURROGATE_NAMES)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -127,14 +128,19 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
         for p, grad in zip(model.parameters(), grads, strict=True)
         if id(p) in quantized
     )
-    assert changed or stats.fallback or stats.agreement == 1
-    assert stats.fallback is None
+    if stats.fallback is None:
+        assert changed or stats.applied_agreement == 1
+    else:  # so few weights that in some draws none flips
+        assert stats.fallback == "no weight rounds differently between the probes"
+        assert not changed
+        return
 
     check_stats(stats, count, n, share, flips=flips and count > 0)
     if estimator.startswith("fogzo") or estimator in ("lambda only", "paired", "one-sided"):
-        assert type(stats.agreement) is float
+        assert type(stats.agreement) is type(stats.agreement_error) is float
+        assert stats.agreement_error > 0
     else:
-        assert stats.agreement is None
+        assert stats.agreement is stats.agreement_error is None
 
     optimizer.step()
     for p, value in zip(model.parameters(), latent, strict=True):
@@ -148,17 +154,13 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
 
 def check_stats(stats, count, n, share, flips):
     assert (type(stats.step), stats.step) == (int, 0)
-    assert type(stats.noise_share) is float
-    if share is not None:
-        assert stats.noise_share == share
+    assert stats.noise_share == share
     q = stats.noise_share
-    assert 0 <= q <= 1
-    assert stats.kappa == (math.inf if q == 1 else pytest.approx(q * D / (n * (1 - q))))
+    assert stats.kappa == (None if q is None else pytest.approx(q * D / (n * (1 - q))))
     assert type(stats.probe_losses) is tuple
     assert len(stats.probe_losses) == count
     assert all(type(value) is float and math.isfinite(value) for value in stats.probe_losses)
-    assert type(stats.gradient_norm) is float
-    assert stats.gradient_norm > 0
+    assert stats.gradient_norm is None or stats.gradient_norm > 0
     if flips:
         assert type(stats.flip_rate) is float
         assert 0 <= stats.flip_rate <= 1

@@ -11,7 +11,7 @@ import fogzo
 
 ROOT = Path(fogzo.__file__).parent
 
-# A module belongs to the longest entry that it begins with. `fogzo` itself re-exports level 2.
+# Of each module or package right below `fogzo`, which itself re-exports level 2.
 LEVELS = {
     "": 2,
     "quantizers": 0,
@@ -32,13 +32,9 @@ LEVELS = {
     "lean_probes": 1,
     "estimators": 2,
     "reference": 2,
-    "diagnostics": 2,
-    "export": 3,
-    "integrations": 3,
-    "recipes": 4,
-    "bench": 5,
-    "cli": 6,
-    "__main__": 6,
+    "recipes": 3,
+    "bench": 4,
+    "cli": 5,
 }
 # From here on third parties may be imported.
 FIRST_WITH_THIRD_PARTIES = 3
@@ -105,6 +101,10 @@ def own_imports(name):
     return {own for dotted in imports(name) if (own := inside(dotted)) is not None}
 
 
+def test_every_module_has_a_layer_and_every_layer_a_module():
+    assert {name.partition(".")[0] for name in MODULES} == set(LEVELS)
+
+
 def test_every_import_of_the_package_itself_leads_to_a_module():
     for name in MODULES:
         for dotted in imports(name):
@@ -151,16 +151,12 @@ def test_there_are_no_cycles():
         visit(name)
 
 
-def test_each_integration_depends_on_one_third_party():
-    own = sys.stdlib_module_names | {"torch", "fogzo"}
-    for name in MODULES:
-        if name.startswith("integrations."):
-            others = {dotted.partition(".")[0] for dotted in imports(name)} - own
-            assert len(others) <= 1, f"fogzo.{name} imports {', '.join(sorted(others))}"
-
-
-def test_importing_the_package_loads_torch_and_nothing_else_of_weight():
-    program = "import sys, fogzo; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight():
+    program = (
+        "import sys, fogzo; import fogzo.cli.main, fogzo.processes.workers;"
+        "assert 'torch' not in sys.modules; fogzo.lsq;"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
     )
@@ -169,9 +165,9 @@ def test_importing_the_package_loads_torch_and_nothing_else_of_weight():
     assert not loaded & HEAVY
 
 
-def test_importing_the_package_adds_only_its_own_modules_to_torchs():
+def test_using_the_package_adds_only_its_own_modules_to_torchs():
     program = (
-        "import sys, torch; before = set(sys.modules); import fogzo;"
+        "import sys, torch; before = set(sys.modules); import fogzo; fogzo.lsq;"
         "print(*sorted(set(sys.modules) - before))"
     )
     result = subprocess.run(
@@ -179,13 +175,19 @@ def test_importing_the_package_adds_only_its_own_modules_to_torchs():
     )
     added = {module.partition(".")[0] for module in result.stdout.split()}
     assert added - set(sys.stdlib_module_names) <= {"fogzo", "torch"}
-    assert not any(
-        module.startswith(("fogzo.recipes", "fogzo.bench", "fogzo.cli", "fogzo.integrations"))
-        for module in result.stdout.split()
-    )
+    own = [module for module in result.stdout.split() if module.startswith("fogzo.")]
+    assert own
+    assert all(level(module.removeprefix("fogzo.")) < FIRST_WITH_THIRD_PARTIES for module in own)
 
 
 def test_all_that_is_public_exists_and_has_a_docstring():
     assert len(set(fogzo.__all__)) == len(fogzo.__all__)
+    assert set(fogzo.__all__) <= set(dir(fogzo))
     for name in fogzo.__all__:
         assert getattr(fogzo, name).__doc__
+
+
+def test_modules_of_the_core_are_found_as_if_the_package_had_imported_them():
+    program = "import fogzo; fogzo.attach.QuantizedLayer, fogzo.noise; print(fogzo.nothing)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "AttributeError: module 'fogzo' has no attribute 'nothing'" in done.stderr

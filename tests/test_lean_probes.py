@@ -74,9 +74,7 @@ def test_lean_is_the_default_to_the_bit(name, preset, dtype):
         assert not module._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"noise_shape": "tensor_rms"}, {"noise_on_masked": False}, {"num_samples": 3}]
-)
+@pytest.mark.parametrize("options", [{}, {"noise_shape": "tensor_rms"}, {"num_samples": 3}])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_kept_noise_gives_what_drawing_it_twice_gives_in_every_step(preset, options):
     grads = {}

@@ -10,6 +10,9 @@ from torch.nn.functional import mse_loss
 import fogzo
 from fogzo import pacing
 
+# Twelve weights, of which now and then none flips.
+pytestmark = pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")
+
 
 class Clock:
     """Time that passes when told."""

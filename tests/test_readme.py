@@ -21,16 +21,6 @@ def test_the_readme_code_runs_from_top_to_bottom(capsys):
     assert 0 < float(capsys.readouterr().out) < 3  # the printed agreement
 
 
-def test_the_readme_tables_are_the_committed_results():
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "tables.py", "--check"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_readme_names_its_two_commands_first():
     commands = re.findall(r"^    (make \w+)", README, re.MULTILINE)
     assert commands[:2] == ["make demo", "make test"]
@@ -117,6 +107,7 @@ def test_what_is_said_of_peers_is_what_was_measured():
             of_shape = times.setdefault((case["facts"]["layer"], case["facts"]["mode"]), {})
             of_shape[case["facts"]["alternative"]] = case["ratios"]["over base"]
     assert len(times) == 8
+    assert sum("torchao, int4, channel" in of_shape for of_shape in times.values()) == 6
     for of_shape in times.values():
         assert of_shape["fogzo.abs_max(2)"]["high"] < of_shape["brevitas, 2 bits"]["low"]
         if "torchao, int4, channel" in of_shape:  # it has no convolution

@@ -32,6 +32,7 @@ PRESETS = {
     "lsq": lambda: fogzo.lsq(2),
     "lsq per channel": lambda: fogzo.lsq(2, granularity="channel"),
     "lsq per group": lambda: fogzo.lsq(3, granularity=4),
+    "lsq past zero": lambda: fogzo.lsq(2, granularity="channel"),
     "fixed": lambda: fogzo.fixed(2),
     "fixed per channel": lambda: fogzo.fixed(2, granularity="channel"),
     "quest": lambda: fogzo.quest(2),
@@ -40,11 +41,12 @@ PRESETS = {
 SCENARIOS = {
     "lsq": {"preset": "lsq"},
     "lsq, n=2, flips": {"preset": "lsq", "num_samples": 2, "track_flips": True},
-    "lsq per channel, noise on what has gradient": {
-        "preset": "lsq per channel",
-        "noise_on_masked": False,
-    },
+    "lsq per channel": {"preset": "lsq per channel"},
     "lsq per group, one scale": {"preset": "lsq per group", "coordinates": "global"},
+    "lsq per channel, steps that crossed zero, flips": {
+        "preset": "lsq past zero",
+        "track_flips": True,
+    },
     "fixed per channel": {"preset": "fixed per channel"},
     "quest, n=2, paired, flips": {
         "preset": "quest",
@@ -61,10 +63,10 @@ SCENARIOS = {
     },
     "spsa": {"estimator": "SpsaEstimator", "num_samples": 2},
     "placebo": {"estimator": "PlaceboEstimator"},
-    "noise by tensor": {"noise_shape": "tensor_rms"},
-    "noise by tensor, n=2, quest": {
+    "isotropic noise": {"noise_shape": "isotropic"},
+    "isotropic noise, n=2, quest": {
         "preset": "quest",
-        "noise_shape": "tensor_rms",
+        "noise_shape": "isotropic",
         "num_samples": 2,
     },
     "3 micro-batches": {"micro_batches": 3},
@@ -102,6 +104,11 @@ class Net(nn.Module):
             for p in self.parameters():
                 p.copy_(0.5 * torch.randn(p.shape, generator=stream, dtype=torch.float64))
         fogzo.quantize_(self, PRESETS[preset]())
+        if preset == "lsq past zero":
+            with torch.no_grad():
+                for name, p in self.named_parameters():
+                    if name.endswith("weight_step"):
+                        p.mul_(-0.5)
 
     def forward(self, x):
         x = self.stem(x)
@@ -356,6 +363,24 @@ def hand_written(rank):
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def steps_of_a_float_checkpoint():
+    """Steps and knees after loading a sharded checkpoint without them, a row of it zero."""
+    plain = Net("ternary")  # which keeps no steps
+    with torch.no_grad():
+        plain.stem.weight[3] = 0
+    expected = PRESETS["lsq past zero"]().initial_step(plain.stem.weight)
+    model = sharded(Net("lsq past zero"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.load_state_dict(sharded(plain).state_dict())
+    layer = model.stem
+    return {
+        "step": torch.equal(collectives.full(layer.weight_step), expected),
+        "knee": torch.equal(layer.weight_step_knee, expected / 2),
+        "told": ["'stem' (1 of 8 groups)" in str(warning.message) for warning in caught],
+    }
+
+
 def rank_program(rank, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of a transposed layer
@@ -377,6 +402,7 @@ def rank_program(rank, folder):
     results["whole"] = whole_tensors_at_once(rank)
     results["messages"] = messages(rank)
     results["hand-written"] = hand_written(rank)
+    results["float checkpoint"] = steps_of_a_float_checkpoint()
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -443,7 +469,13 @@ def test_the_ranks_agree_bit_for_bit(ranks, name):
 
 def test_shards_and_gradients_come_back_and_no_gathered_weight_stays_perturbed(ranks):
     for result in ranks:
+        assert result["given back"]
         assert not {name: wrong for name, wrong in result["given back"].items() if wrong}
+
+
+def test_a_float_checkpoint_in_shards_sets_steps_and_knees(ranks):
+    for result in ranks:
+        assert result["float checkpoint"] == {"step": True, "knee": True, "told": [True]}
 
 
 def test_what_is_not_finite_on_one_rank_makes_all_fall_back(ranks):

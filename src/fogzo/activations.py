@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fogzo.collectives import is_sharded
+from fogzo.collectives import full, is_sharded
 from fogzo.quantizers import Quantizer, unsigned
+from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class _Tally:
         """Measure an input for both grids, as a later input may rule one out."""
         steps = torch.stack([quantizer.measure_input(x, feature_dim) for quantizer in candidates])
         # Zeros alone (a layer behind one that starts at zero) and overflows say nothing.
-        if bool((steps.isfinite() & (steps > 0)).all()):
+        smallest = smallest_step(x.dtype, candidates[0].scale_dtype)
+        if bool((steps.isfinite() & (steps >= smallest)).all()):
             self.count += 1
             self.negative |= bool((x < 0).any())
             self.steps = self.steps + steps
@@ -52,6 +54,7 @@ class QuantizedInput(nn.Module):
         activation_quantizer: The quantizer in use, or None. Once measured, its grid is the
             unsigned one if a step is kept and no input was negative.
         input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
+        input_step_knee: A buffer beside a learned step, which keeps the step in use positive.
         input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
             2 measured for the unsigned grid of as many bits.
     """
@@ -59,6 +62,7 @@ class QuantizedInput(nn.Module):
     weight: nn.Parameter
     activation_quantizer: Quantizer | None
     input_step: Tensor | None
+    input_step_knee: Tensor | None
     input_state: Tensor | None
     _given: Quantizer | None
     # Mirrors input_state, together with activation_quantizer: reading a buffer would make every
@@ -70,6 +74,7 @@ class QuantizedInput(nn.Module):
         """Begin to quantize inputs; None leaves them alone."""
         self.activation_quantizer = self._given = quantizer
         self._measured, self._tally = True, None
+        self.register_buffer("input_step_knee", None)
         if quantizer is None or not quantizer.scale.has_state:
             self.register_buffer("input_step", None)
             self.register_buffer("input_state", None)
@@ -79,6 +84,7 @@ class QuantizedInput(nn.Module):
         step = torch.full((1, 1), value, dtype=weight.dtype, device=weight.device)
         if quantizer.scale.kind == "learned":
             self.register_parameter("input_step", nn.Parameter(step))
+            self.input_step_knee = knee_of(step)
         else:
             self.register_buffer("input_step", step)
         self.register_buffer(
@@ -88,7 +94,7 @@ class QuantizedInput(nn.Module):
 
     def detach_input(self) -> None:
         """Leave nothing of `attach_input` behind."""
-        del self.activation_quantizer, self.input_step, self.input_state
+        del self.activation_quantizer, self.input_step, self.input_step_knee, self.input_state
         del self._given, self._measured, self._tally
 
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -109,7 +115,10 @@ class QuantizedInput(nn.Module):
                 return args
         assert self.activation_quantizer is not None
         quantize = self.activation_quantizer.quantize_input
-        return quantize(x, self.input_step, feature_dim, self.training), *args[1:]
+        step, knee = self.input_step, self.input_step_knee
+        if step is not None and knee is not None:
+            step = positive_step(step, knee)
+        return quantize(x, step, feature_dim, self.training), *args[1:]
 
     def _measure(self, x: Tensor, feature_dim: int) -> None:
         assert self._given is not None
@@ -126,6 +135,8 @@ class QuantizedInput(nn.Module):
         assert isinstance(tally.steps, Tensor)
         with torch.no_grad():  # in place, as an optimizer may hold the parameter already
             self.input_step.copy_(tally.steps[0 if as_given else 1] / tally.count)
+            if self.input_step_knee is not None:
+                self.input_step_knee.copy_(knee_of(self.input_step))
             self.input_state.fill_(AS_GIVEN if as_given else UNSIGNED)
         self._mirror(AS_GIVEN if as_given else UNSIGNED)
 
@@ -160,6 +171,10 @@ class QuantizedInput(nn.Module):
             values = _initial(self._given)
             state_dict[step] = torch.full_like(self.input_step, values[0])
             state_dict[state] = torch.full_like(self.input_state, values[1])
+        knee = f"{prefix}input_step_knee"
+        if self.input_step_knee is not None and step in state_dict and knee not in state_dict:
+            loaded = state_dict[step].abs()  # had it crossed zero, no better measure is left
+            state_dict[knee] = loaded_knee(full(loaded), self.input_step_knee)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._mirror(int(self.input_state))
 
@@ -261,6 +276,7 @@ def _check(name: str, layer: nn.Module, quantizer: object) -> None:
     weight: Any = layer.weight
     features = getattr(layer, "in_channels", weight.shape[1 if isinstance(layer, nn.Linear) else 0])
     try:
+        quantizer.check_dtype(weight.dtype)
         quantizer.quantize_input(torch.ones(1, features), torch.ones(1, 1))
     except ValueError as error:
         raise ValueError(f"cannot quantize the input of {name!r}: {error}") from None

@@ -1,7 +1,8 @@
 """Attaching quantizers to a model in place, listing what they quantize, and baking them in."""
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, TypeVar, cast
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.activations import Activations, QuantizedInput, activation_quantizers
-from fogzo.collectives import full, is_sharded, reshard, sharded_dims
+from fogzo.collectives import distributed_like, full, is_sharded, reshard, sharded_dims
 from fogzo.quantizers import Quantizer, Surrogate
+from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step
 from fogzo.selection import FilterFn, check_ties, output_dim, select_layers
 from fogzo.weights import QuantizedWeight, check_parameter
 
@@ -25,12 +27,15 @@ class QuantizedLayer(QuantizedInput):
 
     ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
     weight tying are untouched. ``layer.weight_step`` holds the step sizes of fixed scales (a
-    buffer) and learned ones (a parameter).
+    buffer) and learned ones (a parameter, which an optimizer may move anywhere: `step_size` is
+    positive, by the buffer ``weight_step_knee``). To begin from steps of your own, load them:
+    ``layer.load_state_dict({"weight_step": steps}, strict=False)`` finds the knee that fits.
     """
 
     quantizer: Quantizer
     weight: nn.Parameter
     weight_step: Tensor | None
+    weight_step_knee: Tensor | None
     output_dim: int
     _frozen_step: Tensor | None
     _forward_dtype: torch.dtype | None = None  # in which FSDP gathers the weight
@@ -61,9 +66,7 @@ class QuantizedLayer(QuantizedInput):
 
     def codes(self) -> Tensor:
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
-        step = self._step()
-        step = None if step is None else full(step)
-        return self.quantizer.codes(self._whole_weight(), step, self.output_dim)
+        return self.quantizer.codes(self._whole_weight(), self._step(), self.output_dim)
 
     @contextmanager
     def frozen_step(self) -> Iterator[None]:
@@ -79,7 +82,13 @@ class QuantizedLayer(QuantizedInput):
             self._frozen_step = None
 
     def _step(self) -> Tensor | None:
-        return self.weight_step if self._frozen_step is None else self._frozen_step
+        """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
+        if self._frozen_step is not None:
+            return self._frozen_step
+        if self.weight_step is None:
+            return None
+        step = full(self.weight_step)
+        return step if self.weight_step_knee is None else positive_step(step, self.weight_step_knee)
 
     def _whole_weight(self) -> Tensor:
         """The weight as a forward sees it, outside of one."""
@@ -91,13 +100,20 @@ class QuantizedLayer(QuantizedInput):
     def _gathered(self) -> tuple[Tensor, Tensor | None]:
         """The weight and all of its step sizes; of the weight only the shape if it has some."""
         step = self._step()
-        return (self._whole_weight(), None) if step is None else (self.weight, full(step))
+        return (self._whole_weight(), None) if step is None else (self.weight, step)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A float checkpoint has no step sizes: measure its weights instead of keeping stale ones.
         weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"
         if self.weight_step is not None and weight is not None and step not in state_dict:
-            state_dict[step] = self.quantizer.initial_step(weight, self.output_dim)
+            # A float checkpoint has no step sizes: measure its weights instead of keeping old ones.
+            own = full(weight).to(self.weight.dtype)
+            measured, empty = self.quantizer.find_step(own, self.output_dim)
+            assert measured is not None
+            state_dict[step] = distributed_like(measured, self.weight_step)
+            _warn_of_empty_groups(self.quantizer, {prefix.removesuffix("."): (empty, self)})
+        knee = f"{prefix}weight_step_knee"
+        if self.weight_step_knee is not None and step in state_dict and knee not in state_dict:
+            state_dict[knee] = loaded_knee(full(state_dict[step]), self.weight_step_knee)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -146,6 +162,11 @@ def quantize_(
     Returns:
         The same model.
 
+    Warns:
+        UserWarning: If weights that share a step size are all zero, or next to nothing beside the
+            layer's others: fixed and learned scales then have nothing to measure it from, and take
+            it from the layer's other groups.
+
     Raises:
         ValueError: If nothing is selected, a layer is quantized already or cannot be, or a tied
             weight is selected in one place and not in another. The model is then untouched.
@@ -168,23 +189,26 @@ def quantize_(
 
     # Two passes: every error comes before the first change.
     steps: dict[int, Tensor | None] = {}
+    empty_groups: dict[str, tuple[int, nn.Module]] = {}
     for name, layer in selected.items():
         _check_layer(name, layer)
         if id(layer.weight) not in steps:
             weight, dim = cast(Tensor, layer.weight), output_dim(layer) or 0
             try:
-                step = quantizer.initial_step(weight, dim)
+                step, empty = quantizer.find_step(weight, dim)
                 quantizer.codes(weight, step, dim)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
             if step is not None and quantizer.scale.kind == "learned":
                 step = nn.Parameter(step)
             steps[id(layer.weight)] = step
+            empty_groups[name] = empty, layer
     inputs = activation_quantizers(selected, activations)
     for name, layer in selected.items():
         _attach(layer, quantizer, steps[id(layer.weight)])
         cast(QuantizedLayer, layer).attach_input(inputs[name])
     _leave_fast_path(model)
+    _warn_of_empty_groups(quantizer, empty_groups)
 
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         logger.warning("nn.MultiheadAttention bypasses its layers' forward and is not quantized")
@@ -238,9 +262,9 @@ def dequantize_(model: ModelT) -> ModelT:
         with torch.no_grad():
             if id(layer.weight) not in baked:
                 baked.add(id(layer.weight))
-                nearest = layer.quantizer(layer.weight, layer.weight_step, layer.output_dim)
-                layer.weight.copy_(nearest)
-        del layer.quantizer, layer.weight_step, layer.output_dim, layer._frozen_step
+                layer.weight.copy_(layer.quantizer(layer.weight, layer._step(), layer.output_dim))
+        del layer.quantizer, layer.weight_step, layer.weight_step_knee
+        del layer.output_dim, layer._frozen_step
         layer.__dict__.pop("_forward_dtype", None)
         layer.detach_input()
         cast(nn.Module, layer).__class__ = _plain_class(layer)
@@ -280,12 +304,38 @@ def _attach(plain: nn.Module, quantizer: Quantizer, step: Tensor | None) -> None
     layer.quantizer = quantizer
     layer.output_dim = dim or 0
     layer._frozen_step = None
+    layer.weight_step_knee = None
     if isinstance(step, nn.Parameter):
         layer.register_parameter("weight_step", step)
+        del layer.weight_step_knee
+        layer.register_buffer("weight_step_knee", knee_of(step))
     elif step is not None:
         layer.register_buffer("weight_step", step)
     else:
         layer.weight_step = None
+
+
+def _warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, nn.Module]]) -> None:
+    """Say which layers have groups without a step size of their own, and what was done."""
+    layers = []
+    for name, (count, layer) in found.items():
+        if count:
+            total = cast(Tensor, layer.weight_step).numel()
+            layers.append(f"{name!r} ({count} of {total} groups)" if total > 1 else f"{name!r}")
+    if not layers:
+        return
+    grid = quantizer.grid.name
+    zero = f"stay zero on the grid {grid}"
+    if quantizer.grid.offset:
+        zero = f'do not stay zero, as {grid} has no level there (levels="integer" has one)'
+    warnings.warn(
+        "no step size can be measured from weights that are zero, or next to nothing beside the "
+        f"layer's others: {', '.join(layers)}. Such groups got the median step size of their "
+        "layer's other groups; layers without others, that of torch's default initialization. "
+        f"Weights of zero {zero}. To leave a layer in float: fogzo.quantize_(model, quantizer, "
+        "filter_fn=lambda module, name: name not in {...})",
+        stacklevel=3,
+    )
 
 
 def _leave_fast_path(model: nn.Module) -> None:
@@ -329,8 +379,20 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         if quantizer.rotation is None
         else partial(quantizer.rotate, output_dim=layer.output_dim),
         codes=layer.codes,
+        grid=quantizer.grid,
+        held=_padding(layer),
         frozen_step=nullcontext if quantizer.scale.has_state else frozen_steps,
     )
+
+
+def _padding(layer: nn.Module) -> Tensor | None:
+    """Which rows of an embedding are padding, and must stay what they are."""
+    index = getattr(layer, "padding_idx", None)
+    if not isinstance(layer, nn.Embedding) or index is None:
+        return None
+    rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
+    rows[index] = True
+    return rows
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

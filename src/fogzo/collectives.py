@@ -100,6 +100,15 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return part.to(tensor.device)  # offloaded weights are not where their mesh is
 
 
+def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all ranks hold in whole, cut into shards if ``like`` is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
 def sum_over_shards(
     numbers: Sequence[float | Tensor], tensors: Sequence[Tensor]
 ) -> list[float | Tensor]:

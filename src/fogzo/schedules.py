@@ -7,16 +7,17 @@ refined gradient, takes into account.
 """
 
 import math
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 NoiseShare = Callable[[int], float | None]
 """The noise share at a step, or None while the first-order gradient is to be left alone."""
 
 
-def default_kappa(num_weights: int) -> float:
-    """1 up to about 1e5 weights, .01 from about 1e6: Adam on deep nets wants less noise."""
-    return 1.0 if num_weights < 300_000 else 0.01
+DEFAULT_KAPPA = 1e-3
+"""So little that no optimizer notices: Muon and Adam make full steps of noise, and lose by 0.01."""
 
 
 def noise_share_from_kappa(kappa: float, num_weights: int, num_samples: int = 1) -> float:
@@ -25,13 +26,9 @@ def noise_share_from_kappa(kappa: float, num_weights: int, num_samples: int = 1)
     Raises:
         ValueError: If kappa is negative or not finite, or a count is not positive.
     """
-    if not (kappa >= 0 and math.isfinite(kappa)):
-        raise ValueError(
-            f"kappa is a noise-to-signal power, 0 or more and finite, got {kappa}: try kappa=1.0 "
-            "below 1e5 weights, kappa=0.01 for Adam and 1e6 or more"
-        )
-    _require_count("num_weights", num_weights, "sum(w.param.numel() for w in weights)")
-    _require_count("num_samples", num_samples, "1")
+    check_kappa(kappa)
+    require_count("num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)")
+    require_count("num_samples", num_samples, "num_samples=1")
     return kappa * num_samples / (num_weights + kappa * num_samples)
 
 
@@ -44,61 +41,108 @@ def kappa_from_noise_share(noise_share: float, num_weights: int, num_samples: in
 
 @dataclass(frozen=True)
 class LinearNoiseShare:
-    """Zero at ``start_step``, then linear to ``final`` at ``total_steps``; None before.
+    """Zero at ``start_step``, then linear to kappa's share at ``total_steps``; None before.
 
     Attributes:
-        final: Noise share at the end, the paper's 1 - beta_min.
+        kappa: Noise-to-signal power at the end; None is `DEFAULT_KAPPA`.
         start_step: First step that is refined at all.
         total_steps: Steps of the whole run.
+        num_weights: d, which the estimator fills in, as it does n: kappa is said once.
+        num_samples: n.
     """
 
-    final: float
+    kappa: float | None
     start_step: int
     total_steps: int
+    num_weights: int | None = None
+    num_samples: int | None = None
+
+    def bind(self, num_weights: int, num_samples: int) -> "LinearNoiseShare":
+        """The schedule of an estimator with these numbers.
+
+        Raises:
+            ValueError: If it was made for others.
+        """
+        for name, own, given in (
+            ("num_weights", self.num_weights, num_weights),
+            ("num_samples", self.num_samples, num_samples),
+        ):
+            if own not in (None, given):
+                raise ValueError(
+                    f"the schedule was made for {name}={own}, but this estimator has {given}: "
+                    f"leave {name} out, linear_noise_share(kappa=..., total_steps=...), and the "
+                    "estimator fills it in"
+                )
+        return replace(self, num_weights=num_weights, num_samples=num_samples)
 
     def __call__(self, step: int) -> float | None:
-        """The share at a step counted from 0."""
+        """The share at a step counted from 0.
+
+        Raises:
+            ValueError: If the number of weights is not known.
+        """
         if step < self.start_step:
             return None
         done = (step - self.start_step) / (self.total_steps - self.start_step)
         return self.final * min(done, 1.0)
 
+    @property
+    def final(self) -> float:
+        """Noise share at the end, the paper's 1 - beta_min."""
+        if self.num_weights is None:
+            raise ValueError(
+                "the share depends on the number of weights, which the estimator fills in: "
+                "FogzoEstimator(weights, noise_share=schedule); to read the schedule by itself, "
+                "linear_noise_share(..., num_weights=sum(w.param.numel() for w in weights))"
+            )
+        kappa = DEFAULT_KAPPA if self.kappa is None else self.kappa
+        return noise_share_from_kappa(kappa, self.num_weights, self.num_samples or 1)
+
 
 def linear_noise_share(
     *,
-    num_weights: int,
     total_steps: int,
     kappa: float | None = None,
-    num_samples: int = 1,
     start: float = 0.0,
+    num_weights: int | None = None,
+    num_samples: int | None = None,
 ) -> LinearNoiseShare:
     """The paper's schedule: beta = 1 at switch-on, falling linearly to the end of training.
 
     Args:
-        num_weights: d, how many weights are perturbed.
         total_steps: Optimizer steps of the whole run.
-        kappa: Noise-to-signal power at the end; by default chosen from ``num_weights``.
-        num_samples: n, as given to the estimator.
+        kappa: Noise-to-signal power at the end. Small networks and plain SGD bear 0.1 to 1, which
+            revives masked weights faster; Adam and Muon less.
         start: Fraction of the run that is plain STE before; .7 is the paper's
             "70% STE + 30% FOGZO".
+        num_weights: d, how many weights are perturbed. Only to read a schedule that no estimator
+            has: each knows its own.
+        num_samples: n, likewise.
 
     Raises:
         ValueError: If a count is not positive, kappa is negative or start is outside [0, 1).
 
-    >>> schedule = linear_noise_share(num_weights=999, total_steps=100, kappa=1.0, start=0.5)
+    >>> schedule = linear_noise_share(total_steps=100, kappa=1.0, start=0.5, num_weights=999)
     >>> [schedule(step) for step in (0, 50, 75, 100)]
     [None, 0.0, 0.0005, 0.001]
     """
-    _require_count("total_steps", total_steps, "1000")
-    if not 0 <= start < 1:
+    total_steps = require_count("total_steps", total_steps, "total_steps=1000")
+    if isinstance(start, bool) or not isinstance(start, float | int) or not 0 <= start < 1:
         raise ValueError(
-            f"start is the fraction of steps before FOGZO, in [0, 1), got {start}: "
+            f"start is the fraction of steps before FOGZO, in [0, 1), got {start!r}: "
             "start=0.7 for 70% STE and 30% FOGZO"
         )
-    if kappa is None:
-        kappa = default_kappa(num_weights)
-    final = noise_share_from_kappa(kappa, num_weights, num_samples)
-    return LinearNoiseShare(final, round(start * total_steps), total_steps)
+    if kappa is not None:
+        check_kappa(kappa)
+    if num_weights is not None:
+        require_count(
+            "num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)"
+        )
+    if num_samples is not None:
+        require_count("num_samples", num_samples, "num_samples=1")
+    # At least the last step is refined, or a short run would never see what was asked for.
+    start_step = min(round(start * total_steps), total_steps - 1)
+    return LinearNoiseShare(kappa, start_step, total_steps, num_weights, num_samples)
 
 
 @dataclass(frozen=True)
@@ -113,13 +157,17 @@ class EveryNoiseShare:
     interval: int
     noise_share: NoiseShare
 
+    def bind(self, num_weights: int, num_samples: int) -> "EveryNoiseShare":
+        """The schedule of an estimator with these numbers."""
+        return replace(self, noise_share=bind(self.noise_share, num_weights, num_samples))
+
     def __call__(self, step: int) -> float | None:
         """The share at a step counted from 0."""
         return None if step % self.interval else self.noise_share(step)
 
 
 def every(interval: int, noise_share: float | NoiseShare) -> EveryNoiseShare:
-    """Probe at every ``interval``-th step only, for 1/interval of the extra forwards.
+    """Probe at every ``interval``-th step only, for 1/interval of the extra forward passes.
 
     The mean over steps is then the mixture of ``1 - 1/interval`` of STE's gradient and
     ``1/interval`` of FOGZO's, and the noise of the probes is as much rarer.
@@ -127,12 +175,43 @@ def every(interval: int, noise_share: float | NoiseShare) -> EveryNoiseShare:
     Raises:
         ValueError: If the interval is not a positive integer.
 
-    >>> schedule = every(2, linear_noise_share(num_weights=999, total_steps=4, kappa=1.0))
+    >>> schedule = every(2, linear_noise_share(total_steps=4, kappa=1.0, num_weights=999))
     >>> [schedule(step) for step in range(5)]
     [0.0, None, 0.0005, None, 0.001]
     """
-    _require_count("interval", interval, "4")
+    interval = require_count("interval", interval, "interval=4")
     return EveryNoiseShare(interval, as_noise_share(noise_share))
+
+
+@dataclass(frozen=True)
+class ConstantNoiseShare:
+    """The same share in every step."""
+
+    share: float
+
+    def __call__(self, step: int) -> float:
+        """The share."""
+        return self.share
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A schedule of the user's, whose every value is checked."""
+
+    noise_share: NoiseShare
+
+    def bind(self, num_weights: int, num_samples: int) -> "_Checked":
+        return replace(self, noise_share=bind(self.noise_share, num_weights, num_samples))
+
+    def __call__(self, step: int) -> float | None:
+        share = self.noise_share(step)
+        return None if share is None else check_noise_share(share)
+
+
+def bind(noise_share: NoiseShare, num_weights: int, num_samples: int) -> NoiseShare:
+    """The schedule with an estimator's numbers, if it wants them."""
+    own: Any = getattr(noise_share, "bind", None)
+    return noise_share if own is None else cast(NoiseShare, own(num_weights, num_samples))
 
 
 def as_noise_share(noise_share: float | NoiseShare) -> NoiseShare:
@@ -141,15 +220,9 @@ def as_noise_share(noise_share: float | NoiseShare) -> NoiseShare:
     Raises:
         ValueError: If a constant is outside [0, 1); the function raises it too.
     """
-    if not callable(noise_share):
-        share = check_noise_share(noise_share)
-        return lambda step: share
-
-    def checked(step: int) -> float | None:
-        share = noise_share(step)
-        return None if share is None else check_noise_share(share)
-
-    return checked
+    if callable(noise_share):
+        return _Checked(noise_share)
+    return ConstantNoiseShare(check_noise_share(noise_share))
 
 
 def check_noise_share(noise_share: float) -> float:
@@ -158,15 +231,38 @@ def check_noise_share(noise_share: float) -> float:
     Raises:
         ValueError: If it is outside [0, 1).
     """
-    share = float(noise_share)
+    try:
+        share = math.nan if isinstance(noise_share, bool) else float(noise_share)
+    except (TypeError, ValueError):
+        share = math.nan
     if not 0 <= share < 1:
         raise ValueError(
-            f"noise_share is q = 1 - beta, in [0, 1), got {noise_share}: beta = 0.999 is "
+            f"noise_share is q = 1 - beta, in [0, 1), got {noise_share!r:.80}: beta = 0.999 is "
             "noise_share=1e-3; for pure noise use fogzo.SpsaEstimator"
         )
     return share
 
 
-def _require_count(name: str, value: int, example: str) -> None:
-    if not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}: {name}={example}")
+def check_kappa(kappa: float) -> None:
+    """Raise a `ValueError` unless it is a power: 0 or more, and finite."""
+    number = isinstance(kappa, float | int) and not isinstance(kappa, bool)
+    if not (number and kappa >= 0 and math.isfinite(kappa)):
+        raise ValueError(
+            f"kappa is a noise-to-signal power, 0 or more and finite, got {kappa!r}: try kappa=1.0 "
+            "below 1e5 weights, kappa=0.01 for Adam and 1e6 or more"
+        )
+
+
+def require_count(name: str, value: object, example: str) -> int:
+    """The value as an int.
+
+    Raises:
+        ValueError: If it is no positive integer, of Python or NumPy.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(cast(int, value))
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}: {example}")
+    return count

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import check_placements
+from fogzo.collectives import check_placements, full
+from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import Surrogate, identity
 
 StepSize = Callable[[], Tensor]
@@ -32,6 +34,9 @@ class QuantizedWeight:
             so the one in which it is perturbed; None perturbs the weight itself. Of a sharded
             weight it is given this rank's shard.
         codes: Returns the current integer codes, for counting flips.
+        grid: The levels, in steps; None stands for evenly spaced ones, one step apart.
+        held: True where an entry must not move, such as the row of an embedding's ``padding_idx``;
+            broadcastable to the weight. A weight that does not require a gradient is held whole.
         frozen_step: A context in which the quantizer keeps its present step sizes although its
             weights move, for scales that are measured from the weights.
     """
@@ -43,6 +48,8 @@ class QuantizedWeight:
     model: nn.Module | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     codes: Callable[[], Tensor] | None = None
+    grid: Grid | None = None
+    held: Tensor | None = None
     frozen_step: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -56,6 +63,11 @@ def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]
         ValueError: If the list is empty, a weight appears twice, is not a floating-point
             parameter with memory of its own, or has a step size that does not fit it.
     """
+    if isinstance(weights, nn.Module) or not isinstance(weights, Iterable):
+        raise ValueError(
+            f"expected a list of quantized weights, got {type(weights).__name__}: "
+            "FogzoEstimator(fogzo.quantized_weights(model), ...)"
+        )
     records = [_as_record(weight) for weight in weights]
     if not records:
         raise ValueError(
@@ -107,7 +119,18 @@ def _as_record(weight: WeightLike) -> QuantizedWeight:
     name, param, step = weight
     if callable(step):
         return QuantizedWeight(name, param, step)
-    return QuantizedWeight(name, param, lambda: torch.as_tensor(step))
+    try:
+        constant = torch.as_tensor(step)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"the step size of {name!r} must be a number, a tensor or a function that returns "
+            f'one, got {step!r:.80}: ("{name}", parameter, 0.05)'
+        ) from None
+    return QuantizedWeight(name, param, partial(_same, constant))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _check_step(record: QuantizedWeight) -> None:
@@ -125,5 +148,12 @@ def _check_step(record: QuantizedWeight) -> None:
         raise ValueError(
             f"the step size of {record.name!r} has shape {tuple(step.shape)}, which does not "
             f"broadcast to the weight's {shape}: give a scalar, or "
-            f"step.reshape({', '.join(['-1'] + ['1'] * (len(shape) - 1))}) for one a channel"
+            f"step.reshape({', '.join(['-1'] + ['1'] * (len(shape) - 1))}) for one per channel"
+        )
+    step = full(step.detach())
+    if not (step.isfinite().all() and (step >= 0).all() and (step > 0).any()):
+        raise ValueError(
+            f"the step size of {record.name!r} must be positive and finite, got "
+            f"{step.min().item():g} to {step.max().item():g}: the distance of neighbouring levels "
+            "of the quantized weight, (name, parameter, step_size)"
         )

@@ -24,7 +24,7 @@ def test_rademacher_noise_is_a_fair_coin():
     assert (law.radius, law.kurtosis) == (1.0, 1.0)
     z = torch.tensor([-1.1, -1.0, 0.0, 0.9, 1.0, 2.0])
     assert law.cdf(z).tolist() == [0.0, 0.5, 0.5, 0.5, 1.0, 1.0]
-    with pytest.raises(ValueError, match="--perturbation rademacher"):
+    with pytest.raises(ValueError, match="keep the slope of another law"):
         law.pdf(z)
 
 

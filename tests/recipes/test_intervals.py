@@ -58,6 +58,7 @@ def test_of_five_seeds_student_errs_as_often_as_promised_and_the_bootstrap_more_
 def test_no_interval_is_made_up_where_there_is_none(gaps):
     if gaps:
         found = paired_interval(gaps)
+        assert math.isnan(found["low"]) and math.isnan(found["high"])
         assert all(math.isnan(value) for name, value in found.items() if name != "mean")
         assert verdict(found, True) is None
     assert math.isnan(spread(gaps))

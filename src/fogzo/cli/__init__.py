@@ -1,1 +1,1 @@
-"""The commands: fogzo train and fogzo compare."""
+"""The commands: fogzo train, eval, compare and bench."""

@@ -1,4 +1,4 @@
-"""A comparison in words and tables, for the terminal, the report and the README."""
+"""A comparison in words and tables, for the terminal, the report and docs/results.md."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,6 +201,25 @@ def findings(results: Results) -> list[str]:
     if sentences:
         return [*sentences, "Each by a 95% interval of differences paired by seed."]
     return [_no_interval(results)] if results["differences"] else []
+
+
+def fallback_words(numbers: Results) -> str:
+    """How many refined steps of a run, or of a row's runs, fell back and why; empty if none."""
+    counts = numbers.get("fallbacks", {})
+    if not counts:
+        return ""
+    reasons = sorted(counts, key=counts.__getitem__, reverse=True)
+    said = [reason if len(counts) == 1 else f"{reason} ({counts[reason]:,})" for reason in reasons]
+    return (
+        f"{sum(counts.values()):,} of {numbers['refined_steps']:,} refined steps kept STE's "
+        f"gradient: {'; '.join(said)}."
+    )
+
+
+def fallbacks(results: Results) -> list[str]:
+    """A sentence for every row of which some steps fell back."""
+    words = [(row_label(row), fallback_words(row)) for row in results["rows"]]
+    return [f"{label}: {said}" for label, said in words if said]
 
 
 def story(results: Results) -> list[str]:

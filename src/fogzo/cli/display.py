@@ -58,8 +58,11 @@ def train_result(result: Metrics, report: Path) -> None:
     """The final numbers of one run."""
     _console().print(
         f"{quality(result)} after {result['steps']} steps in {result['seconds']:.1f} s, "
-        f"{result['extra_forwards']} extra forwards\nreport: {report}"
+        f"{result['extra_forwards']} extra forwards"
     )
+    if said := comparison.fallback_words(result):
+        _console().print(said)
+    _console().print(f"report: {report}")
 
 
 def quality(result: Metrics) -> str:
@@ -90,7 +93,7 @@ def compare_results(results: Results, report: Path) -> None:
     """The table of a comparison, and what it says."""
     table = comparison.quality_table(results)
     print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
-    for sentence in comparison.findings(results):
+    for sentence in (*comparison.findings(results), *comparison.fallbacks(results)):
         _console().print(sentence)
     _console().print(f"report: {report}")
 

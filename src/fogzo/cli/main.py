@@ -3,6 +3,7 @@
 It imports nothing that takes time before it has seen to signals.
 """
 
+import atexit
 import io
 import os
 import sys
@@ -49,7 +50,7 @@ def _import_commands() -> ModuleType:
 
 def _end(code: int, error: BaseException, said: str = "") -> NoReturn:
     """Exit, with a line of what is said and of the notes that were added to the error."""
-    signals.ignore()  # a second one, while the interpreter shuts down
+    atexit.register(signals.ignore)  # a second one would find the interpreter half shut down
     if said:
         with suppress(OSError):  # the terminal may be what has gone
             print(f"fogzo: {'; '.join([said, *getattr(error, '__notes__', [])])}", file=sys.stderr)

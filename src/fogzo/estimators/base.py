@@ -1,6 +1,5 @@
 """What every gradient estimator shares: one call between backward and step."""
 
-import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -13,10 +12,21 @@ from torch import Tensor, nn
 
 from fogzo.collectives import compute_device
 from fogzo.directions import Coordinates, Directions, NoiseShape, Probe
-from fogzo.estimators.cautions import mention_loud_noise, warn_if_scaled
-from fogzo.estimators.combination import Combination
+from fogzo.estimators.agreement import agreement_error, is_explained
+from fogzo.estimators.audit import Audit
+from fogzo.estimators.cautions import (
+    NO_STEP,
+    NOT_FINITE,
+    advice,
+    coarse_loss,
+    doubt,
+    mention_loud_noise,
+    name_of,
+)
+from fogzo.estimators.combination import Combination, mean_along_probes
 from fogzo.estimators.measure import Measurement, measure
-from fogzo.estimators.options import check_choice
+from fogzo.estimators.options import check_choice, check_options, check_seed
+from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
 from fogzo.estimators.stats import RefineStats
 from fogzo.lean_probes import check_lean
 from fogzo.noise import is_kept, mix_seed
@@ -25,12 +35,14 @@ from fogzo.probes import Closure, Probes
 from fogzo.schedules import (
     NoiseShare,
     as_noise_share,
+    bind,
     kappa_from_noise_share,
 )
 from fogzo.stacked_probes import AtOnce, check_at_once
 from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
 
-logger = logging.getLogger(__name__)
+# Differences of fewer units in the last place than this may be the rounding of the loss.
+_RESOLVED = 4
 
 
 class GradientEstimator(ABC):
@@ -42,13 +54,14 @@ class GradientEstimator(ABC):
     Args:
         weights: What `quantized_weights` lists, or ``(name, param, step_size)`` triples of your
             own fake quantization.
-        num_samples: n, how many directions are averaged a step.
+        num_samples: n, how many directions are averaged per step.
         noise_share: q = 1 - beta in [0, 1), or a function of the step that may return None to
             leave the gradient alone. By default the member's own.
         seed: Directions follow from it and the step. Give every rank the same.
         coordinates: See `Directions`.
-        noise_shape: See `Directions`.
-        noise_on_masked: See `Directions`.
+        noise_shape: See `Directions`. By default ``"tensor_rms"`` where there is a guide:
+            optimizers that normalise gradients, and clipping, turn the paper's isotropic noise
+            into a random walk of all layers whose gradients are small.
         one_sided: Measure ``L(w + v) - L(w)`` instead of ``[L(w + v) - L(w - v)] / 2``: n forwards
             a step, as backward's own loss is L(w). `refine_grads_` then needs ``expected_loss`` in
             every step, from a forward in the same mode and random state. The mean is the same
@@ -79,6 +92,7 @@ class GradientEstimator(ABC):
     """
 
     needs_gradient = True
+    noise_shape: NoiseShape = "tensor_rms"
 
     def __init__(
         self,
@@ -88,8 +102,7 @@ class GradientEstimator(ABC):
         noise_share: float | NoiseShare | None = None,
         seed: int = 0,
         coordinates: Coordinates = "scaled",
-        noise_shape: NoiseShape = "isotropic",
-        noise_on_masked: bool = True,
+        noise_shape: NoiseShape | None = None,
         one_sided: bool = False,
         track_flips: bool = False,
         probes_at_once: AtOnce = 1,
@@ -99,11 +112,15 @@ class GradientEstimator(ABC):
         model: nn.Module | None = None,
     ) -> None:
         self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"num_samples must be an integer of 1 or more, got {num_samples!r}: "
-                f"{type(self).__name__}(weights, num_samples=1)"
-            )
+        self.num_samples = check_options(
+            type(self).__name__,
+            num_samples=num_samples,
+            one_sided=one_sided,
+            track_flips=track_flips,
+            lean=lean,
+            model=model,
+        )
+        noise_shape = self.noise_shape if noise_shape is None else noise_shape
         check_choice("coordinates", coordinates, ("scaled", "global"))
         check_choice("noise_shape", noise_shape, ("isotropic", "tensor_rms"))
         if track_flips and any(weight.codes is None for weight in self.weights):
@@ -111,24 +128,22 @@ class GradientEstimator(ABC):
                 "track_flips needs the integer codes of every weight: give "
                 "QuantizedWeight(..., codes=lambda: ...), or leave track_flips=False"
             )
-        self.num_samples = num_samples
-        self.num_weights = sum(weight.param.numel() for weight in self.weights)
-        default = self.default_noise_share()
-        self.noise_share = (
-            (lambda _: default) if noise_share is None else as_noise_share(noise_share)
-        )
+        trained = [weight for weight in self.weights if weight.param.requires_grad]
+        self.num_weights = sum(weight.param.numel() for weight in trained or self.weights)
+        given = self.default_noise_share() if noise_share is None else noise_share
+        self.noise_share: NoiseShare = self._schedule(given)
         if isinstance(noise_share, float):
-            mention_loud_noise(noise_share, self.num_weights, num_samples)
-        self.seed = seed
+            mention_loud_noise(noise_share, self.num_weights, self.num_samples)
+        self.seed = check_seed(seed)
         self.step = 0
         self.one_sided = one_sided
         self.track_flips = track_flips
         self._probes = Probes(self.weights, model)
-        kept = is_kept(keep_noise, self.weights, num_samples, lean)
+        kept = is_kept(keep_noise, self.weights, self.num_samples, lean)
         self._direction_options: dict[str, Any] = {
             "coordinates": coordinates,
             "noise_shape": noise_shape,
-            "noise_on_masked": noise_on_masked,
+            "guided": self.needs_gradient,
             "buffers": self._probes.buffers if kept else None,
         }
         check_at_once(probes_at_once, self.weights, self._probes)
@@ -142,11 +157,11 @@ class GradientEstimator(ABC):
             check_lean(self.weights, self._probes.models)
         self.lean = lean
         self._pace = None if overhead is None else Pace(overhead)
-        self._audited = False
-        self._warned = False
+        self._audit = Audit()
+        self._warned: set[str] = set()
 
     @abstractmethod
-    def default_noise_share(self) -> float:
+    def default_noise_share(self) -> float | NoiseShare:
         """The noise share used where none is given."""
 
     @abstractmethod
@@ -161,6 +176,7 @@ class GradientEstimator(ABC):
         slopes: Sequence[float],
         directions: Directions,
         norm: float,
+        error: float,
     ) -> Combination:
         """The refined gradient, from the slopes ``(L+ - L-) / 2`` measured along the probes.
 
@@ -169,7 +185,9 @@ class GradientEstimator(ABC):
             probes: What `plan` returned.
             slopes: One a probe, in the loss's units.
             directions: As given to `plan`.
-            norm: N, in the loss's units.
+            norm: Norm of the first-order gradient in scale-normalised coordinates, in the loss's
+                units.
+            error: Standard error of the agreement.
         """
 
     @contextmanager
@@ -189,18 +207,22 @@ class GradientEstimator(ABC):
         Args:
             closure: Recomputes the scalar loss that backward() differentiated, on the same
                 batches, without backward. Called 2n times.
-            expected_loss: That loss. The first call then checks, with one more forward, that the
-                closure reproduces it. One-sided differences start from it.
+            expected_loss: That loss. The first, tenth, hundredth, ... call then checks, with one
+                more forward pass, that the closure reproduces it, and every call looks whether
+                the probes lie near it. One-sided differences start from it. Give it on all ranks
+                or on none.
             grad_scale: What the gradients are multiplied by at present:
                 ``scaler.get_scale()`` before ``scaler.unscale_(optimizer)``, else 1.
 
         Returns:
-            The step's statistics. Where a loss or the gradient is not finite, or the gradient
-            is zero, ``fallback`` says so and the gradients are as backward left them.
+            The step's statistics. Where nothing could be measured (a loss or the gradient is not
+            finite, no weight rounds differently, the loss is too coarse), ``fallback`` says why
+            and the gradients are as backward left them, bit for bit.
 
         Raises:
-            ValueError: If there are no gradients, or the closure is not that loss. Weights,
-                gradients, buffers, modes and random streams are then as before the call.
+            ValueError: If there are no gradients, they were refined already, or the closure is not
+                that loss. Weights, gradients, buffers, modes and random streams are then as
+                before the call.
         """
         if self._pace is not None:
             self._pace.begin(compute_device(self.weights[0].param))
@@ -237,9 +259,12 @@ class GradientEstimator(ABC):
                 f"expected two integers, step and seed, got {state_dict!r:.80}: "
                 "estimator.load_state_dict(checkpoint['estimator'])"
             )
-        self.step, self.seed = given["step"], given["seed"]
+        self.step, self.seed = int(given["step"]), int(given["seed"])
         if self._pace is not None:
             self._pace.interval = given.get("interval")
+
+    def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
+        return bind(as_noise_share(noise_share), self.num_weights, self.num_samples)
 
     def _refine(
         self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
@@ -254,42 +279,68 @@ class GradientEstimator(ABC):
         directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
         probes = self.plan(share, directions)
         measured = self._measure(directions, probes, closure, expected_loss)
-        losses, norm = measured.losses, float(directions.norm)
+        norm = float(directions.norm)
 
-        fallback = self._reason_to_fall_back(norm, measured)
-        agreement = None
+        fallback = self._reason_to_fall_back(directions, norm, measured)
+        refined = Combination(1.0, [])
+        error = None
         if fallback is None:
-            guide, noise, agreement = self.combine(share, probes, measured.slopes, directions, norm)
-            directions.write_grads_(guide, noise)
-        if losses and fallback is None:
-            if not self._audited:
-                warn_if_scaled(agreement, grad_scale)
-            self._audited = True
+            if probes and self.needs_gradient:
+                error = self._agreement_error(share, directions, norm, measured, probes)
+            refined = self.combine(
+                share,
+                probes,
+                measured.slopes,
+                directions,
+                norm,
+                math.inf if error is None else error,
+            )
+            directions.write_grads_(refined.guide, refined.noise)
+            if self.needs_gradient:
+                mark_refined(weights)
+        if measured.losses:
+            if measured.is_finite and math.isfinite(norm):
+                self._audit.step_passed()
+            self._warn(fallback, refined.agreement, error, grad_scale, measured.dtype)
         return RefineStats(
             step=self.step,
-            agreement=agreement,
-            noise_share=share,
-            kappa=kappa_from_noise_share(share, self.num_weights, self.num_samples),
-            probe_losses=tuple(losses),
+            agreement=refined.agreement,
+            agreement_error=None if refined.agreement is None else error,
+            applied_agreement=None if refined.agreement is None else refined.guide,
+            probe_losses=tuple(measured.losses),
             base_loss=measured.base,
-            gradient_norm=norm,
+            gradient_norm=norm if self.needs_gradient else None,
             flip_rate=measured.flip_rate,
             fallback=fallback,
+            **self._noise_stats(share),
         )
 
+    def _noise_stats(self, share: float) -> dict[str, float]:
+        kappa = kappa_from_noise_share(share, self.num_weights, self.num_samples)
+        return {"noise_share": share, "kappa": kappa}
+
     def _weights_to_refine(self) -> list[QuantizedWeight]:
-        if not self.needs_gradient:
-            return self.weights
-        # A weight without gradient took no part in this step (an unused expert): leave it alone.
-        weights = [weight for weight in self.weights if weight.param.grad is not None]
+        weights = [weight for weight in self.weights if weight.param.requires_grad]
         if not weights:
+            raise ValueError(
+                "no quantized weight requires a gradient, they are all frozen: "
+                "model.requires_grad_(True), or train without an estimator"
+            )
+        if not self.needs_gradient:
+            return weights
+        # A weight without gradient took no part in this step (an unused expert): leave it alone.
+        used = [weight for weight in weights if weight.param.grad is not None]
+        if len(used) < len(weights):
+            check_still_held(weights, self._probes.models)
+        if not used:
             raise ValueError(
                 "no quantized weight has a gradient. Call it after backward and before zero_grad: "
                 "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
                 "these weights belong to another model than the loss (a deep copy made after "
                 "quantized_weights(model), say), or were sharded after it: call fully_shard first"
             )
-        return weights
+        check_not_refined(used)
+        return used
 
     def _measure(
         self,
@@ -318,26 +369,63 @@ class GradientEstimator(ABC):
             at_once=self.probes_at_once,
             lean=self.lean,
             track_flips=self.track_flips,
-            expected_loss=None if self._audited else expected_loss,
-            base_loss=expected_loss if self.one_sided else None,
-            # Without a gradient there is no direction either.
-            check_dependence=not self._audited
-            and (not self.needs_gradient or bool(directions.norm > 0)),
+            expected_loss=expected_loss,
+            one_sided=self.one_sided,
+            audit=self._audit,
         )
 
-    def _reason_to_fall_back(self, norm: float, measured: Measurement) -> str | None:
+    def _agreement_error(
+        self,
+        share: float,
+        directions: Directions,
+        norm: float,
+        measured: Measurement,
+        probes: Sequence[Probe],
+    ) -> float:
+        error = agreement_error(
+            directions.moments(), share, norm, measured.loss_error, len(probes), self.one_sided
+        )
+        agreement = mean_along_probes(probes, measured.slopes, norm).guide
+        if is_explained(agreement, error):
+            return error
+        return math.hypot(error, directions.unevenness())
+
+    def _reason_to_fall_back(
+        self, directions: Directions, norm: float, measured: Measurement
+    ) -> str | None:
         if self.needs_gradient and not math.isfinite(norm):
             return "the first-order gradient is not finite"
         if self.needs_gradient and norm == 0:
-            return "the first-order gradient is zero"
-        if all(map(math.isfinite, (*measured.losses, measured.base or 0.0))):
+            return NO_STEP if directions.has_gradient() else "the first-order gradient is zero"
+        if not measured.is_finite:
+            return NOT_FINITE
+        if measured.unchanged is not None:
+            return measured.unchanged
+        resolved = _RESOLVED * measured.loss_error
+        if not measured.losses:
             return None
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "a probe loss is not finite: this step keeps its first-order gradient. Said once; "
-                "see stats.fallback for later steps",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return "a probe loss is not finite"
+        gap = 2 * max(map(abs, measured.slopes))
+        if gap <= resolved or (self.needs_gradient and 2 * norm <= measured.loss_error):
+            return f"the probes change the loss by less than {name_of(measured.dtype)} resolves"
+        return None
+
+    def _warn(
+        self,
+        fallback: str | None,
+        agreement: float | None,
+        error: float | None,
+        grad_scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        """Say once per run what deserves to be known of a step."""
+        kind, text = fallback, None
+        if fallback is not None:
+            text = advice(fallback)
+        elif dtype.itemsize < 4:
+            kind, text = "half", coarse_loss(dtype)
+        elif agreement is not None and error is not None:
+            first = self._audit.steps == 1
+            kind, text = "agreement", doubt(agreement, error, grad_scale, first)
+        if kind and text and kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -1,13 +1,17 @@
 """What an estimator says of settings that are allowed and seldom meant."""
 
 import logging
-import warnings
 
+import torch
+
+from fogzo.estimators.measure import NO_EFFECT, NO_FLIP
 from fogzo.schedules import kappa_from_noise_share, noise_share_from_kappa
 
 logger = logging.getLogger(__name__)
 
 _LOUD_KAPPA = 100
+NO_STEP = "the step size of every weight that has a gradient is zero"
+NOT_FINITE = "a probe loss is not finite"
 
 
 def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -> None:
@@ -24,14 +28,72 @@ def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -
         )
 
 
-def warn_if_scaled(agreement: float | None, grad_scale: float) -> None:
-    """A tiny first agreement is what a GradScaler's factor in the gradients looks like."""
-    if grad_scale != 1 or not agreement or abs(agreement) > 2**-10:
-        return
-    warnings.warn(
-        f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
-        "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "
-        "grad_scale=scaler.get_scale()",
-        RuntimeWarning,
-        stacklevel=5,
+def advice(fallback: str) -> str | None:
+    """What to say of a reason to fall back; nothing where another part of the loop will."""
+    remedy = {
+        NO_FLIP: (
+            "Weights that lie on their levels (a dequantized checkpoint, a pull to the grid) have "
+            "nothing to measure until they move"
+        ),
+        NO_EFFECT: (
+            "Does the closure evaluate the model whose weights these are? Behind an adapter or a "
+            "gate that starts at zero it may"
+        ),
+        NO_STEP: (
+            "Layers of zeros have no step size: give the quantizer one, fogzo.fixed(2, step=0.05), "
+            "or leave them out with filter_fn"
+        ),
+        NOT_FINITE: "Look for an overflow in the closure, or lower the learning rate",
+    }.get(fallback)
+    if fallback.endswith("resolves"):
+        remedy = (
+            "Compute the loss in float32, cross_entropy(logits.float(), y), and return it so; if "
+            "it is, these weights hardly matter to the loss yet"
+        )
+    if remedy is None:
+        return None
+    return (
+        f"{fallback}: this step keeps its first-order gradient. {remedy}. Said once; see "
+        "stats.fallback for later steps"
     )
+
+
+def coarse_loss(dtype: torch.dtype) -> str:
+    """A loss of few digits hides the differences that are measured."""
+    return (
+        f"the closure's loss has the precision of {name_of(dtype)}, too coarse for the small "
+        "differences that are measured: compute it in float32, "
+        "cross_entropy(logits.float(), y), and return it so"
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as users write it, without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def doubt(agreement: float, error: float, grad_scale: float, first: bool) -> str | None:
+    """What is probably wrong where an agreement is none that rounding explains.
+
+    Args:
+        agreement: As measured.
+        error: Its standard error.
+        grad_scale: As the user gave it.
+        first: Whether it is the run's first.
+    """
+    tiny = 0 < abs(agreement) <= 2**-10
+    if grad_scale == 1 and tiny and (first or error < 0.1):
+        return (
+            f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
+            "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "
+            "grad_scale=scaler.get_scale()"
+        )
+    if abs(agreement) > 8 * (1 + error):
+        return (
+            f"the loss's slope is {agreement:.3g} times what the gradient predicts, with a "
+            f"standard error of {error:.2g}. Usual causes: dropout that the probes draw anew "
+            "(`with estimator.record_rng(): loss = ...` around the first forward pass), a closure "
+            "over another batch, a sum against a mean, gradients clipped before. Pass "
+            "expected_loss=loss to have that checked"
+        )
+    return None

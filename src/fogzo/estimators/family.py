@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 from fogzo.directions import Directions, Probe
+from fogzo.estimators.agreement import shrink
 from fogzo.estimators.base import GradientEstimator
 from fogzo.estimators.combination import Combination, mean_along_probes
-from fogzo.estimators.options import EstimatorOptions
-from fogzo.schedules import default_kappa, noise_share_from_kappa
+from fogzo.estimators.options import EstimatorOptions, check_choice, check_options
+from fogzo.schedules import (
+    DEFAULT_KAPPA,
+    ConstantNoiseShare,
+    NoiseShare,
+    noise_share_from_kappa,
+)
 from fogzo.weights import WeightLike
 
 
@@ -22,10 +28,14 @@ class FogzoEstimator(GradientEstimator):
 
     Args:
         weights: See `GradientEstimator`.
-        paired: Probe each u_i with both signs of the guide: four forwards a sample, and the
-            noise that carries no information about the loss cancels.
-        **options: See `GradientEstimator`. Without ``noise_share``, a constant one with kappa 1
-            (below about 1e5 weights) or .01.
+        paired: Probe each u_i with both signs of the guide: four forward passes per sample, and
+            the noise that carries no information about the loss cancels.
+        agreement: ``"shrunk"`` draws the measured agreement towards 1 by its own standard error,
+            so that a slope lost in the noise of few roundings changes nothing and never turns the
+            gradient round; see `fogzo.estimators.agreement`. ``"measured"`` is the paper's
+            estimator to the letter, with ``noise_shape="isotropic"``.
+        **options: See `GradientEstimator`. Without ``noise_share``, a constant one of kappa
+            1e-3.
     """
 
     def __init__(
@@ -33,15 +43,18 @@ class FogzoEstimator(GradientEstimator):
         weights: Iterable[WeightLike],
         *,
         paired: bool = False,
+        agreement: Literal["shrunk", "measured"] = "shrunk",
         **options: Unpack[EstimatorOptions],
     ) -> None:
         super().__init__(weights, **options)
+        check_options(type(self).__name__, num_samples=1, model=None, paired=paired)
+        check_choice("agreement", agreement, ("shrunk", "measured"))
         self.paired = paired
+        self.agreement = agreement
 
     def default_noise_share(self) -> float:
-        """From kappa, chosen by the number of weights."""
-        kappa = default_kappa(self.num_weights)
-        return noise_share_from_kappa(kappa, self.num_weights, self.num_samples)
+        """That of the default kappa."""
+        return noise_share_from_kappa(DEFAULT_KAPPA, self.num_weights, self.num_samples)
 
     def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
         """One direction a sample, or two that differ in the sign of the guide."""
@@ -61,19 +74,23 @@ class FogzoEstimator(GradientEstimator):
         slopes: Sequence[float],
         directions: Directions,
         norm: float,
+        error: float,
     ) -> Combination:
         """The mean of ``slope * v``; the guide's share of it is the agreement."""
         combination = mean_along_probes(probes, slopes, norm)
-        return combination._replace(agreement=combination.guide)
+        measured = combination.guide
+        guide = measured if self.agreement == "measured" else shrink(measured, error)
+        return combination._replace(guide=guide, agreement=measured)
 
 
 class SpsaEstimator(GradientEstimator):
     """n-SPSA: smoothing by noise alone (beta = 0). Needs no backward pass, and far more samples."""
 
     needs_gradient = False
+    noise_shape = "isotropic"
 
     def __init__(self, weights: Iterable[WeightLike], **options: Unpack[EstimatorOptions]) -> None:
-        if "noise_share" in options:
+        if options.get("noise_share") is not None:
             raise ValueError(
                 "SpsaEstimator has no guide, its directions are noise only: leave noise_share out, "
                 "or use fogzo.FogzoEstimator(weights, noise_share=...)"
@@ -85,9 +102,15 @@ class SpsaEstimator(GradientEstimator):
             )
         super().__init__(weights, **options)
 
-    def default_noise_share(self) -> float:
+    def default_noise_share(self) -> NoiseShare:
         """All of it."""
-        return 1.0
+        return ConstantNoiseShare(1.0)
+
+    def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
+        return self.default_noise_share()  # the only share outside [0, 1)
+
+    def _noise_stats(self, share: float) -> dict[str, float]:
+        return {}
 
     def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
         """Pure noise."""
@@ -100,6 +123,7 @@ class SpsaEstimator(GradientEstimator):
         slopes: Sequence[float],
         directions: Directions,
         norm: float,
+        error: float,
     ) -> Combination:
         """The mean of ``slope * u``."""
         return mean_along_probes(probes, slopes, norm)
@@ -123,6 +147,7 @@ class PlaceboEstimator(FogzoEstimator):
         slopes: Sequence[float],
         directions: Directions,
         norm: float,
+        error: float,
     ) -> Combination:
         """The gradient as it is, and noise of its norm."""
         size = norm * math.sqrt(noise_share) / self.num_samples
@@ -132,14 +157,38 @@ class PlaceboEstimator(FogzoEstimator):
 class ControlVariateEstimator(GradientEstimator):
     """``g + (w/n) sum_i (slope_i - u_i . g) u_i / eps``: only the surprise becomes noise.
 
-    ``noise_share`` is the weight w, the fraction of STE's bias that is removed in expectation.
-    By default the one of least squared error, ``n / (n + d + kurtosis - 2)``.
+    Args:
+        weights: See `GradientEstimator`.
+        weight: w, the fraction of STE's bias that is removed in expectation, in [0, 1), or a
+            function of the step that may return None to leave the gradient alone. By default the
+            one of least squared error, ``n / (n + d + kurtosis - 2)``.
+        **options: See `GradientEstimator`; there is no noise share.
     """
+
+    noise_shape = "isotropic"
+
+    def __init__(
+        self,
+        weights: Iterable[WeightLike],
+        *,
+        weight: float | NoiseShare | None = None,
+        **options: Unpack[EstimatorOptions],
+    ) -> None:
+        if options.pop("noise_share", None) is not None:
+            raise ValueError(
+                "ControlVariateEstimator has no noise share but a weight, the fraction of STE's "
+                "bias that it removes: fogzo.ControlVariateEstimator(weights, weight=1e-3)"
+            )
+        options["noise_share"] = weight
+        super().__init__(weights, **options)
 
     def default_noise_share(self) -> float:
         """The weight of least squared error where the guide is orthogonal to the loss."""
         kurtosis = self.weights[0].surrogate.perturbation.kurtosis
         return self.num_samples / (self.num_samples + self.num_weights + kurtosis - 2)
+
+    def _noise_stats(self, share: float) -> dict[str, float]:
+        return {}
 
     def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
         """Pure noise, as the gradient's own share is known."""
@@ -152,6 +201,7 @@ class ControlVariateEstimator(GradientEstimator):
         slopes: Sequence[float],
         directions: Directions,
         norm: float,
+        error: float,
     ) -> Combination:
         """The gradient, corrected by what it did not predict."""
         predicted = directions.projections([probe.sample for probe in probes])

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fogzo.collectives import compute_device, local, mean_over_ranks, shard_like, sum_over_shards
 from fogzo.directions import Directions, Probe
+from fogzo.estimators.audit import Audit
 from fogzo.lean_probes import moved_in_forwards
-from fogzo.probes import Closure, Probes, as_loss, check_same_loss
+from fogzo.probes import Closure, Probes, as_loss
 from fogzo.stacked_probes import AtOnce, chunk_size, evaluate_stacked
 from fogzo.weights import QuantizedWeight
 
@@ -22,11 +23,22 @@ class Measurement(NamedTuple):
         losses: In the order ``L1+, L1-, L2+, ...``, one-sided ``L1+, L2+, ...``.
         base: The loss at the weights themselves, one-sided only.
         flip_rate: Share of codes that differ between the first two of these losses.
+        loss_error: Rounding error of one loss, in the loss's units.
+        dtype: In which the closure computes it.
+        unchanged: Why all losses are the same, if they are.
     """
 
     losses: list[float]
     base: float | None = None
     flip_rate: float | None = None
+    loss_error: float = 0.0
+    dtype: torch.dtype = torch.float32
+    unchanged: str | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(map(math.isfinite, (*self.losses, self.base or 0.0)))
 
     @property
     def slopes(self) -> list[float]:
@@ -35,6 +47,10 @@ class Measurement(NamedTuple):
             return [loss - self.base for loss in self.losses]
         pairs = zip(self.losses[::2], self.losses[1::2], strict=True)
         return [(plus - minus) / 2 for plus, minus in pairs]
+
+
+NO_FLIP = "no weight rounds differently between the probes"
+NO_EFFECT = "the probes do not change the loss"
 
 
 def measure(
@@ -47,8 +63,8 @@ def measure(
     lean: bool = False,
     track_flips: bool = False,
     expected_loss: Tensor | float | None = None,
-    base_loss: Tensor | float | None = None,
-    check_dependence: bool = False,
+    one_sided: bool = False,
+    audit: Audit,
 ) -> Measurement:
     """The losses at ``w + v`` and ``w - v`` for every probe of a plan.
 
@@ -60,18 +76,18 @@ def measure(
         at_once: How many probes are evaluated together.
         lean: Move weights one layer at a time instead of copying all.
         track_flips: Count the codes that differ between the first two losses.
-        expected_loss: What the closure must return at the unperturbed weights, if it is to be
-            checked.
-        base_loss: The loss at the unperturbed weights: only ``w + v`` is evaluated then.
-        check_dependence: If all losses are the same, check that the closure uses these weights.
+        expected_loss: What the closure must return at the unperturbed weights.
+        one_sided: Evaluate ``w + v`` only; differences start from the expected loss.
+        audit: Whether it does is asked by this.
 
     Raises:
         ValueError: If the closure fails a check.
     """
-    weights, two_sided = directions.weights, base_loss is None
+    weights, two_sided = directions.weights, not one_sided
     with probes.loan(weights, copy=not lean):
-        if expected_loss is not None:
-            check_same_loss(probes.evaluate(closure), as_loss(expected_loss))
+        audited = expected_loss is not None and audit.due
+        if audited:
+            audit.check(probes, closure, cast(Tensor, expected_loss), weights)
         size = chunk_size(at_once, weights)
         if lean:
             losses = _layer_by_layer(probes, directions, plan, closure, two_sided)
@@ -84,14 +100,56 @@ def measure(
             probes.reset_()
             probes.reshard()  # codes are to be those of the shards as they are then
             flip_rate = _flip_rate(directions, plan[0], two_sided)
-        base = [] if base_loss is None else [as_loss(base_loss).to(losses[0])]
+        known = [] if expected_loss is None else [as_loss(expected_loss, _EXPECTED).to(losses[0])]
         # The step's one wait for the device.
-        means = mean_over_ranks([*losses, *base], compute_device(weights[0].param))
-        same = math.isfinite(means[0]) and all(mean == means[0] for mean in means)
-        if same and check_dependence and not lean:  # lean probes know what they have moved
-            _check_dependence(probes, directions, closure, losses[0])
-    count = len(losses)
-    return Measurement(means[:count], None if two_sided else means[count], flip_rate)
+        means = mean_over_ranks([*losses, *known], compute_device(weights[0].param))
+        count = len(losses)
+        means, expected = means[:count], means[count:]
+        dtype = _loss_dtype(losses[0], means, weights)
+        loss_error = torch.finfo(dtype).eps * max(map(abs, means))
+        measured = Measurement(
+            means, expected[0] if one_sided else None, flip_rate, loss_error, dtype
+        )
+        if not (measured.is_finite and all(map(math.isfinite, expected))):
+            return measured
+        if two_sided and expected and not audited:
+            reach = float(directions.norm) + max(map(abs, measured.slopes))
+            if audit.suspects(math.fsum(means) / count, expected[0], reach):
+                probes.reset_()
+                audit.check(probes, closure, cast(Tensor, expected_loss), weights)
+        if any(measured.slopes):
+            return measured
+        probes.reset_()
+        if not lean and not audit.passed:  # lean probes know what they have moved
+            _check_dependence(probes, directions, closure, losses[0], loss_error)
+            probes.reset_()
+        return measured._replace(unchanged=_why_unchanged(probes, directions, plan[0], two_sided))
+
+
+_EXPECTED = "expected_loss must be"
+
+
+def _loss_dtype(
+    loss: Tensor, values: Sequence[float], weights: Sequence[QuantizedWeight]
+) -> torch.dtype:
+    """The coarsest precision that these losses show."""
+    dtype = loss.dtype if loss.is_floating_point() else torch.float32
+    if dtype == torch.float64 and all(w.param.dtype != torch.float64 for w in weights):
+        dtype = torch.float32  # .item() and .double() make nothing finer
+    if len(set(values)) > 1:
+        exact = torch.tensor(values, dtype=torch.float64)
+        for half in (torch.bfloat16, torch.float16):
+            if torch.equal(exact.to(half).double(), exact):  # computed in it, then converted
+                return half
+    return dtype
+
+
+def _why_unchanged(probes: Probes, directions: Directions, probe: Probe, two_sided: bool) -> str:
+    """Every probe gave the same loss: see whether it was because no code changed."""
+    if any(weight.codes is None for weight in directions.weights):
+        return NO_EFFECT
+    probes.reshard()
+    return NO_EFFECT if _flip_rate(directions, probe, two_sided) else NO_FLIP
 
 
 def _one_by_one(
@@ -153,14 +211,27 @@ def _together(
 
 
 def _check_dependence(
-    probes: Probes, directions: Directions, closure: Closure, loss: Tensor
+    probes: Probes, directions: Directions, closure: Closure, loss: Tensor, loss_error: float
 ) -> None:
-    """Every probe gave the same loss: see whether the closure uses these weights at all."""
-    for weight, u in zip(directions.weights, directions.noise(0), strict=True):
-        param = local(weight.param)
-        if param.numel():  # a rank may hold no row of a small weight
-            param.add_(u * param.abs().max())
-    if torch.equal(probes.evaluate(closure).to(loss), loss):
+    """Every probe gave the same loss: see whether the closure uses these weights at all.
+
+    That can be told only where the gradient says that a larger move would change the loss. It
+    does not behind a layer that starts at zero, an adapter's say, or a tiny gate.
+    """
+    predicted = 0.0
+    for weight in directions.weights:
+        param, grad = local(weight.param), weight.param.grad
+        if not (directions.guided and grad is not None and param.numel()):
+            continue  # a rank may hold no row of a small weight
+        size = param.abs().max()
+        predicted += float(size * local(grad).abs().sum()) / directions.grad_scale
+        param.sub_(local(grad).sign().to(param.dtype), alpha=float(size))
+    if not directions.guided:
+        return
+    same = torch.equal(probes.evaluate(closure).to(loss), loss)
+    told = torch.tensor(float(same and predicted > 1e3 * loss_error))
+    # On all ranks or on none, or one would wait for the others.
+    if mean_over_ranks([told], compute_device(directions.weights[0].param)) == [1.0]:
         raise ValueError(
             "the closure's loss does not depend on the quantized weights: it evaluates another "
             "model, or a cached output. List the weights of the model in the closure: "

@@ -12,12 +12,19 @@ class RefineStats:
         agreement: lambda, the measured slope of the quantized loss along the first-order
             gradient over the slope that gradient predicts: 1 where STE is right, 0 where it is
             orthogonal to the loss, negative where it climbs. None without such a measurement.
-        noise_share: q = 1 - beta of this step, or None where the gradient was left alone.
+        agreement_error: Its standard error where STE is right, from the number of codes that can
+            change and the rounding of the loss; an agreement within it of 1 says nothing against
+            STE.
+        applied_agreement: The factor that the first-order gradient was given: the agreement, drawn
+            towards 1 by its error unless ``agreement="measured"``.
+        noise_share: q = 1 - beta of this step; None where the gradient was left alone and for
+            estimators without a guide or without its share.
         kappa: Noise-to-signal power ``q d / (n beta)``, or None likewise.
         probe_losses: The 2n losses in the order of evaluation, ``L1+, L1-, L2+, ...``; if
             one-sided the n losses ``L1+, L2+, ...``.
         base_loss: The loss at the weights themselves that one-sided differences start from.
-        gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates.
+        gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates;
+            None for estimators that use none.
         flip_rate: Fraction of integer codes that differ between the first pair of probes; None
             unless asked for.
         fallback: Why the first-order gradient was kept, or None.
@@ -25,6 +32,8 @@ class RefineStats:
 
     step: int
     agreement: float | None = None
+    agreement_error: float | None = None
+    applied_agreement: float | None = None
     noise_share: float | None = None
     kappa: float | None = None
     probe_losses: tuple[float, ...] = ()

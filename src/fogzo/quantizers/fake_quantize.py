@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fogzo.quantizers.grids import Grid
-from fogzo.quantizers.scales import MIN_STEP
 from fogzo.quantizers.surrogates import Surrogate
 
 
@@ -37,17 +36,6 @@ def fake_quantize(
     if not _needs_grad(weight, step):
         return _FakeQuantize.forward(*arguments)
     return cast(Tensor, _FakeQuantize.apply(*arguments))
-
-
-def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The step size that the forward uses: positive, and rounded to ``dtype`` if one is given.
-
-    The gradient passes straight through, so a learned step that has strayed below the minimum
-    can come back.
-    """
-    if not _needs_grad(step):
-        return _EffectiveStep.forward(step, dtype)
-    return cast(Tensor, _EffectiveStep.apply(step, dtype))
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -113,30 +101,7 @@ def _sum_to(step: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum_to_size(step.shape)
 
 
-class _EffectiveStep(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-        own = torch.finfo(step.dtype)
-        if dtype is None:
-            # float16 has no MIN_STEP: there, its smallest number (subnormal) is the minimum.
-            return step.clamp(min=max(own.tiny * own.eps, MIN_STEP))
-        limits = torch.finfo(dtype)
-        smallest = max(limits.smallest_normal, MIN_STEP)
-        # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
-        largest = limits.max * (1 - own.eps)
-        return step.clamp(smallest, largest).to(dtype).to(step.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None
-
-
-for _function in (_FakeQuantize, _EffectiveStep):
-    # apply() binds this signature at every call; looking it up is most of what a call costs.
-    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
+# apply() binds this signature at every call; looking it up is most of what a call costs.
+setattr(  # noqa: B010
+    _FakeQuantize.forward, "__signature__", inspect.signature(_FakeQuantize.forward)
+)

@@ -5,14 +5,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from fogzo.quantizers.checks import is_int
+
 Granularity = Literal["tensor", "channel", "token"] | int
 
 
 def check_granularity(granularity: Granularity) -> None:
     """Raise a `ValueError` unless it is one of the words or a positive int."""
-    if granularity in ("tensor", "channel", "token"):
+    if isinstance(granularity, str) and granularity in ("tensor", "channel", "token"):
         return
-    if not isinstance(granularity, int) or isinstance(granularity, bool) or granularity < 1:
+    if not is_int(granularity) or granularity < 1:
         raise ValueError(
             'granularity must be "tensor", "channel" (of weights), "token" (of activations) or a '
             f"group size, got {granularity!r}: "

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fogzo.quantizers.checks import is_int, is_number, require_type
+
 Levels = Literal["half", "integer", "unsigned"]
 
 
@@ -34,15 +36,23 @@ class Grid:
     spacing: float = 1.0
 
     def __post_init__(self) -> None:
+        require_type("name", self.name, str, 'Grid("ternary", -1, 1)')
+        if not (is_int(self.low_code) and is_int(self.high_code)):
+            raise ValueError(
+                f"the codes of a grid must be integers, got {self.low_code!r}..{self.high_code!r}: "
+                'for example Grid("ternary", -1, 1)'
+            )
         if self.low_code >= self.high_code:
             raise ValueError(
                 f"a grid needs two levels or more, got codes {self.low_code}..{self.high_code}: "
-                "use low_code < high_code"
+                'use low_code < high_code, for example Grid("ternary", -1, 1)'
             )
-        if self.spacing <= 0 or self.offset not in (0.0, self.spacing / 2):
+        numbers = is_number(self.offset) and is_number(self.spacing)
+        if not (numbers and 0 < self.spacing < math.inf and self.offset in (0.0, self.spacing / 2)):
             raise ValueError(
-                f"got offset={self.offset} and spacing={self.spacing}: the spacing must be "
-                "positive and the offset 0 (a level at zero) or spacing / 2 (a threshold at zero)"
+                f"got offset={self.offset!r} and spacing={self.spacing!r}: the spacing must be "
+                "positive and the offset 0 (a level at zero) or spacing / 2 (a threshold at zero), "
+                'for example Grid("half", -2, 1, offset=0.5)'
             )
 
     @property
@@ -127,14 +137,14 @@ def uniform(bits: int, levels: Levels | None = None) -> Grid:
     Raises:
         ValueError: If ``bits`` is not an integer from 1 to 8 or ``levels`` is unknown.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+    if not is_int(bits) or not 1 <= bits <= 8:
         raise ValueError(
             f"bits must be an integer from 1 to 8, got {bits!r}: for example fogzo.fixed(bits=2); "
             "for three levels use fogzo.ternary()"
         )
     if levels is None:
         levels = "half" if bits <= 2 else "integer"
-    if levels not in ("half", "integer", "unsigned"):
+    if not (isinstance(levels, str) and levels in ("half", "integer", "unsigned")):
         raise ValueError(
             f'levels must be "half", "integer" or "unsigned", got {levels!r}: '
             f'for example fogzo.fixed(bits={bits}, levels="half")'
@@ -151,6 +161,7 @@ def unsigned(grid: Grid) -> Grid:
     >>> unsigned(uniform(2, "half")).name, unsigned(TERNARY).name
     ('uniform2-unsigned', 'ternary')
     """
+    require_type("grid", grid, Grid, "unsigned(uniform(2))")
     bits = grid.num_levels.bit_length() - 1
     if 1 <= bits <= 8 and grid in (uniform(bits, "half"), uniform(bits, "integer")):
         return uniform(bits, "unsigned")

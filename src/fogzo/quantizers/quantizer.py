@@ -1,11 +1,13 @@
 """The quantizer: grid x scale x surrogate x rotation, a pure function from tensor to tensor."""
 
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor
 
-from fogzo.quantizers.fake_quantize import effective_step, fake_quantize
+from fogzo.quantizers.checks import require_type
+from fogzo.quantizers.fake_quantize import fake_quantize
 from fogzo.quantizers.granularity import (
     Granularity,
     broadcast_step,
@@ -17,6 +19,7 @@ from fogzo.quantizers.granularity import (
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
+from fogzo.quantizers.steps import effective_step, smallest_step
 from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
 
 
@@ -57,18 +60,56 @@ class Quantizer:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
+        require_type("grid", self.grid, Grid, "grid=fogzo.quantizers.uniform(2)")
+        require_type("scale", self.scale, Scale, "scale=fogzo.quantizers.learned_scale()")
+        require_type("rotation", self.rotation, (Hadamard, NoneType), "rotation=Hadamard(128)")
+        require_type("stochastic", self.stochastic, bool, "stochastic=True")
         check_granularity(self.granularity)
         object.__setattr__(self, "surrogate", resolve_surrogate(self.surrogate, self.grid))
-        if self.scale_dtype is not None and not self.scale_dtype.is_floating_point:
+        if self.scale_dtype is None:
+            return
+        if not (isinstance(self.scale_dtype, torch.dtype) and self.scale_dtype.is_floating_point):
             raise ValueError(
-                f"scale_dtype must be a floating-point dtype, got {self.scale_dtype}: "
+                f"scale_dtype must be a floating-point dtype, got {self.scale_dtype!r}: "
                 "for example scale_dtype=torch.float16"
             )
+        self._check_step_fits(self.scale_dtype, "scale_dtype")
 
     def initial_step(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
         """Step sizes to keep for this weight, of shape (groups, 1); None for dynamic scales."""
+        return self.find_step(weight, output_dim)[0]
+
+    def find_step(self, weight: Tensor, output_dim: int = 0) -> tuple[Tensor | None, int]:
+        """`initial_step`, and of how many groups it could not be measured.
+
+        Those are zero, or so small beside the others that they are as good as zero, and get a step
+        size from the layer's other groups (see `Scale.measure_once`).
+
+        Raises:
+            ValueError: If the weight's dtype cannot hold the step size that was given.
+        """
+        if not self.scale.has_state:
+            return None, 0
+        self.check_dtype(weight.dtype)
         groups = self._groups(weight.detach(), output_dim)
-        return self._measure(groups).to(weight.dtype) if self.scale.has_state else None
+        wide = torch.promote_types(groups.dtype, torch.float32)
+        fan_in = weight.numel() // weight.shape[output_dim]
+        smallest = smallest_step(weight.dtype, self.scale_dtype)
+        step, empty = self.scale.measure_once(groups.to(wide), self.grid, fan_in, smallest)
+        return step.to(weight.dtype), int(empty.sum())
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise a `ValueError` unless a step size that was given fits weights of this dtype."""
+        self._check_step_fits(dtype, "a weight of")
+
+    def _check_step_fits(self, dtype: torch.dtype, what: str) -> None:
+        limits, value = torch.finfo(dtype), self.scale.value
+        if value is not None and not limits.smallest_normal <= value <= limits.max:
+            raise ValueError(
+                f"a step size of {value:g} does not fit {what} {dtype}, which holds "
+                f"{limits.smallest_normal:.2g} to {limits.max:.2g}: use a wider dtype, "
+                "torch.bfloat16 or torch.float32, or leave step out to measure it from the weights"
+            )
 
     def __call__(
         self,
@@ -136,14 +177,13 @@ class Quantizer:
     def codes(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """Integer codes of the weight's shape, in the rotated basis if there is one.
 
-        They are int8, or uint8 where no level is negative.
+        They are int8, uint8 where no code is negative, or wider where the grid has more codes.
         """
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
             step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
             codes = self.grid.round_to_code(groups / step)
-            codes = codes.to(torch.uint8 if self.grid.low_code >= 0 else torch.int8)
-            return self._arrange(codes, weight, output_dim)
+            return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
 
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
@@ -217,6 +257,14 @@ class Quantizer:
         if self.granularity == "tensor" and self.rotation is None:
             return groups.reshape(like.shape)
         return _like_a_parameter(groups.reshape(like.shape[output_dim], -1), like, output_dim)
+
+
+def _code_dtype(grid: Grid) -> torch.dtype:
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        limits = torch.iinfo(dtype)
+        if limits.min <= grid.low_code and grid.high_code <= limits.max:
+            return dtype
+    return torch.int32
 
 
 def _like_a_parameter(rows: Tensor, like: Tensor, output_dim: int) -> Tensor:

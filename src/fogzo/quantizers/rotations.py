@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fogzo.quantizers.checks import is_int
+
 
 @dataclass(frozen=True)
 class Hadamard:
@@ -22,9 +24,9 @@ class Hadamard:
     block: int = 128
 
     def __post_init__(self) -> None:
-        if self.block < 2 or self.block & (self.block - 1):
+        if not is_int(self.block) or self.block < 2 or self.block & (self.block - 1):
             raise ValueError(
-                f"a Hadamard block must be a power of two, 2 or more, got {self.block}: "
+                f"a Hadamard block must be a power of two, 2 or more, got {self.block!r}: "
                 "for example Hadamard(block=128)"
             )
 

@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fogzo.quantizers.checks import require_positive
 from fogzo.quantizers.grids import Grid
+from fogzo.quantizers.steps import MIN_STEP, without_a_step
 
 Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max"]
-MIN_STEP = 1e-8
+_KINDS = ("fixed", "learned", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,31 @@ class Scale:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in _RULES:
+        if not (isinstance(self.rule, str) and self.rule in _RULES):
             raise ValueError(
                 f"unknown rule {self.rule!r} for a step size: use one of {', '.join(_RULES)}, "
                 'for example fixed_scale(init="mse")'
             )
-        if self.value is not None and not (math.isfinite(self.value) and self.value > 0):
+        if self.kind not in _KINDS:
             raise ValueError(
-                f"a step size must be positive and finite, got {self.value!r}: "
-                "for example fixed_scale(0.05), or fixed_scale() to choose it from the weights"
+                f"kind must be one of {', '.join(_KINDS)}, got {self.kind!r}: "
+                'for example Scale("mse", "fixed"), or learned_scale()'
             )
+        if self.value is None:
+            return
+        example = "fogzo.fixed(2, step=0.05) or fixed_scale(0.05), or none to measure it"
+        require_positive("step", self.value, example)
+        if self.value < MIN_STEP:
+            raise ValueError(
+                f"step must be {MIN_STEP:g} or more, the smallest that is used, got "
+                f"{self.value!r}: for example {example}"
+            )
+        if self.kind == "dynamic":
+            raise ValueError(
+                f"a dynamic scale measures its step size in every forward, but value={self.value!r}"
+                f" was given: fixed_scale({self.value!r})"
+            )
+        object.__setattr__(self, "value", float(self.value))
 
     @property
     def has_state(self) -> bool:
@@ -50,6 +67,32 @@ class Scale:
         if self.value is not None:
             return groups.new_full((len(groups), 1), self.value)
         return _RULES[self.rule](groups.detach(), grid)
+
+    def measure_once(
+        self, groups: Tensor, grid: Grid, fan_in: int, smallest: float
+    ) -> tuple[Tensor, Tensor]:
+        """Step sizes to keep, of shape (groups, 1), and which of them could not be measured.
+
+        A group of zeros, or of weights that are next to nothing beside the layer's others, has no
+        step size with which it could be trained. It gets the median of the other groups; where all
+        are such groups, what the rule finds for torch's default initialization.
+
+        Args:
+            groups: Weights of shape (groups, group size).
+            grid: The levels.
+            fan_in: Inputs that each output of the layer has.
+            smallest: The smallest step size that is worth keeping.
+        """
+        step = self.measure(groups, grid)
+        empty = without_a_step(step, smallest)
+        if self.value is not None or not bool(empty.any()):
+            return step, torch.zeros_like(empty)
+        others = step[~empty]
+        if not len(others):
+            bound = 1 / math.sqrt(fan_in)
+            default = torch.linspace(-bound, bound, 1001, dtype=step.dtype, device=step.device)
+            others = self.measure(default.reshape(1, -1), grid)
+        return step.where(~empty, others.median()), empty
 
     def grad_scale(self, size: int, grid: Grid) -> float:
         """LSQ's gradient scale ``1 / sqrt(size * largest level)`` (arXiv 1902.08153).
@@ -76,7 +119,15 @@ def rms_scale(rule: Literal["rms", "quest"] = "rms") -> Scale:
 
     ``"quest"`` takes the constants that QuEST published (arXiv 2502.05003), so that its models
     quantize to the same weights here; ``"rms"`` solves for the optimum (1% wider at 8 bits).
+
+    Raises:
+        ValueError: If the rule is another.
     """
+    if rule not in ("rms", "quest"):
+        raise ValueError(
+            f'rms_scale takes the rule "rms" or "quest", got {rule!r}: for example '
+            'rms_scale("quest"); any rule makes a dynamic scale by Scale("mse", "dynamic")'
+        )
     return Scale(rule, "dynamic")
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from fogzo.quantizers.checks import is_int, require_positive, require_type
+
 
 class SmoothingLaw(ABC):
     """A symmetric, zero-mean law p(z), z in units of the step size."""
@@ -50,6 +52,9 @@ class Uniform(SmoothingLaw):
 
     width: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_positive("the width of uniform noise", self.width, "identity(spacing=1.0)")
+
     @property
     def radius(self) -> float:
         return self.width / math.sqrt(12)
@@ -82,6 +87,9 @@ class Triangular(SmoothingLaw):
 
     half_width: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_positive("half_width", self.half_width, "Triangular(half_width=1.0)")
+
     @property
     def radius(self) -> float:
         return self.half_width / math.sqrt(6)
@@ -111,7 +119,7 @@ class Logistic(SmoothingLaw):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("tau", self.tau, "tanh(tau=1.0)")
+        require_positive("tau", self.tau, "tanh(tau=1.0)")
 
     @property
     def radius(self) -> float:
@@ -141,7 +149,7 @@ class Normal(SmoothingLaw):
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_positive("sigma", self.sigma, "erf(sigma=0.5)")
+        require_positive("sigma", self.sigma, "erf(sigma=0.5)")
 
     @property
     def radius(self) -> float:
@@ -196,11 +204,12 @@ class BSpline(SmoothingLaw):
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("width", self.width, "bspline(order=3, width=1.0)")
-        if not 1 <= self.order <= 8:
+        require_positive("width", self.width, "bspline(order=3, width=1.0)")
+        if not is_int(self.order) or not 1 <= self.order <= 8:
             # The alternating sum below loses all digits for high orders.
             raise ValueError(
-                f"order must be from 1 to 8, got {self.order}: for example bspline(order=3); "
+                f"order must be an integer from 1 to 8, got {self.order!r}: "
+                "for example bspline(order=3); "
                 "for a smoother law use erf(sigma=...)"
             )
 
@@ -250,8 +259,9 @@ class Rademacher(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         raise ValueError(
-            "two points have no density, so no slope comes from Rademacher noise: perturb with it, "
-            "--perturbation rademacher, and keep the surrogate of another law"
+            "two points have no density, so no slope comes from Rademacher noise: perturb with it "
+            "and keep the slope of another law, for example "
+            "dataclasses.replace(identity(), perturbation=Rademacher())"
         )
 
     def cdf(self, z: Tensor) -> Tensor:
@@ -267,6 +277,10 @@ class Scaled(SmoothingLaw):
 
     law: SmoothingLaw
     factor: float
+
+    def __post_init__(self) -> None:
+        require_type("law", self.law, SmoothingLaw, "Scaled(Uniform(), 2.0)")
+        require_positive("factor", self.factor, "Scaled(Uniform(), 2.0)")
 
     @property
     def radius(self) -> float:
@@ -291,7 +305,13 @@ class Scaled(SmoothingLaw):
 
 
 def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
-    """The law, stretched to a standard deviation of ``radius`` steps."""
+    """The law, stretched to a standard deviation of ``radius`` steps.
+
+    Raises:
+        ValueError: If it is no law, or the radius is not positive and finite.
+    """
+    require_type("law", law, SmoothingLaw, "with_radius(Uniform(), 0.5)")
+    require_positive("radius", radius, "with_radius(Uniform(), 0.5)")
     return Scaled(law, radius / law.radius)
 
 
@@ -331,11 +351,6 @@ def random_odd_codes(words: Tensor, generator: Generator | None) -> Tensor:
     """
     words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
     return words.view(torch.int16)
-
-
-def _require_positive(name: str, value: float, example: str) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}: for example {example}")
 
 
 LAWS: dict[str, SmoothingLaw] = {

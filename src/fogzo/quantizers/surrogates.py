@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import NoneType
 
 import torch
 from torch import Tensor
 
+from fogzo.quantizers.checks import is_number, require_positive, require_type
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.smoothing import (
     BSpline,
@@ -46,6 +48,23 @@ class Surrogate:
     perturbation: SmoothingLaw
     range_slack: float | None = None
     kernel: Kernel | None = None
+
+    def __post_init__(self) -> None:
+        example = 'Surrogate("wide", Uniform(2.0), Uniform(2.0))'
+        require_type("name", self.name, str, example)
+        require_type("law", self.law, (SmoothingLaw, NoneType), example)
+        require_type("perturbation", self.perturbation, SmoothingLaw, example)
+        slack = self.range_slack
+        if slack is not None and not (is_number(slack) and slack >= 0):
+            raise ValueError(
+                f"range_slack must be a number of steps, 0 or more, or None, got {slack!r}: "
+                "for example 0.0 for a mask at the end levels, math.inf for none"
+            )
+        if self.kernel is not None and not callable(self.kernel):
+            raise ValueError(
+                f"kernel must be a function from tensor to tensor, got {self.kernel!r:.80}: "
+                "for example the pdf of a law, Uniform(2.0).pdf"
+            )
 
     @property
     def radius(self) -> float:
@@ -223,6 +242,9 @@ def bspline(order: int = 3, width: float = 1.0) -> Surrogate:
 class _Cauchy:
     gamma: float
 
+    def __post_init__(self) -> None:
+        require_positive("gamma", self.gamma, "arctan(gamma=0.5)")
+
     def __call__(self, z: Tensor) -> Tensor:
         return self.gamma / (math.pi * (z * z + self.gamma**2))
 
@@ -230,6 +252,9 @@ class _Cauchy:
 @dataclass(frozen=True)
 class _FastSigmoid:
     alpha: float
+
+    def __post_init__(self) -> None:
+        require_positive("alpha", self.alpha, "fast_sigmoid(alpha=2.0)")
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.alpha / 2 / (1 + self.alpha * z.abs()).square()
@@ -277,9 +302,10 @@ def resolve_surrogate(surrogate: str | Surrogate, grid: Grid) -> Surrogate:
     """
     if isinstance(surrogate, Surrogate):
         return surrogate
-    if surrogate in _AS_WIDE_AS_THE_GRID:
+    if isinstance(surrogate, str) and surrogate in _AS_WIDE_AS_THE_GRID:
+        require_type("grid", grid, Grid, 'resolve_surrogate("identity", uniform(2))')
         return _AS_WIDE_AS_THE_GRID[surrogate](grid.spacing)
-    if surrogate in _FIXED_WIDTH:
+    if isinstance(surrogate, str) and surrogate in _FIXED_WIDTH:
         return _FIXED_WIDTH[surrogate]()
     close = get_close_matches(str(surrogate), SURROGATE_NAMES, n=1)
     suggestion = close[0] if close else "identity"

@@ -68,6 +68,9 @@ class TrainConfig:
     noise_shape: Literal["isotropic", "tensor_rms"] = "isotropic"
     """isotropic is the paper's; tensor_rms gives each weight noise in proportion to its gradient,
     so that layers of small gradients do not wander under Adam."""
+    agreement: Literal["shrunk", "measured"] = "shrunk"
+    """What fogzo multiplies the gradient by: the measured agreement, drawn towards 1 by its
+    standard error, or, as in the paper, as it was measured."""
     start: float = 0.0
     """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
     perturbation: Perturbation = "auto"

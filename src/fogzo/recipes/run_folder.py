@@ -200,6 +200,8 @@ class _Line(TypedDict):
     loss: float | None
     seconds: float
     fallback: NotRequired[str | None]
+    agreement: NotRequired[float | None]
+    flip_rate: NotRequired[float | None]
 
 
 class _Result(TypedDict):
@@ -209,6 +211,7 @@ class _Result(TypedDict):
     seconds: float
     diverged: NotRequired[bool]
     run: NotRequired[str]  # which one of a comparison
+    fallbacks: NotRequired[dict[str, int]]
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -15,7 +15,7 @@ from fogzo.recipes.config import TrainConfig
 from fogzo.recipes.evaluate import EvalConfig, evaluate_run
 from fogzo.recipes.rows import ROWS
 from fogzo.recipes.run_cache import RunCache, config_hash, finish
-from fogzo.recipes.run_folder import Metrics, read_metrics
+from fogzo.recipes.run_folder import Metrics, read_result
 from fogzo.recipes.train import DivergedError, train
 
 
@@ -111,13 +111,12 @@ def _train(config: TrainConfig) -> Metrics:
     try:
         return train(config)
     except DivergedError:
-        last = read_metrics(config.output_dir / "metrics.jsonl")[-1]
-        # No losses: this learning rate can never be chosen.
-        return {"steps": last["step"], "seconds": last["seconds"], "diverged": True}
+        # It has no losses: this learning rate can never be chosen.
+        return read_result(config.output_dir)
 
 
 def _quantize(run: Run, trained: Path) -> Metrics:
-    result: Metrics = json.loads((trained / "result.json").read_text(encoding="utf-8"))
+    result = read_result(trained)
     training = {name: result[name] for name in ("steps", "seconds")}
     if result.get("diverged"):
         return training | {"diverged": True}

@@ -140,10 +140,6 @@ class TextSplit:
         offsets = torch.arange(self.context + 1, device=indices.device)
         return self.tokens[indices[:, None] * self.context + offsets].long()
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        """The same, for a DataLoader with a batch sampler and a collate_fn that changes nothing."""
-        return self.batch(torch.tensor(indices))
-
 
 @dataclass(frozen=True, eq=False)
 class StreamedText:

@@ -41,7 +41,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
     Returns:
         The final numbers, as in result.json: for train, validation and test the loss in nats and
         the accuracy of the hard-quantized network, and the perplexity where it is one of text;
-        steps, training seconds, and forwards beyond STE's one a step.
+        steps, training seconds, forwards beyond STE's one a step, steps that were refined, and
+        by reason how many of them fell back to the gradient of backward, if any did.
 
     Raises:
         DivergedError: If a loss is not finite or, for some steps, beyond all sense; result.json
@@ -69,6 +70,7 @@ def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics
                 _end_diverged(training, folder, "a loss of the evaluation is not finite", 0)
             if training.estimator is not None and training.estimator.interval is not None:
                 result |= {"probe_every": training.estimator.interval}
+            result |= training.refinements()
             folder.write_result(result)
             track({"step": training.step} | result)
     return result
@@ -142,6 +144,7 @@ def _end_diverged(training: Training, folder: RunFolder, why: str, steps: int) -
             "extra_forwards": training.extra_forwards,
             "diverged": True,
         }
+        | training.refinements()
     )
     raise DivergedError(
         f"{why} at step {training.step}: try a smaller --learning-rate than "
@@ -188,7 +191,7 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
     scaler.unscale_(optimizer)
     if estimator is not None:
         stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
-        training.extra_forwards += len(stats.probe_losses) * config.probe_fraction
+        training.count(stats)
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)
     scaler.step(optimizer)

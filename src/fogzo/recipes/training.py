@@ -1,6 +1,7 @@
 """The parts of a run, put together from its config, and what a checkpoint holds of them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,7 +22,7 @@ from fogzo import (
     quantized_weights,
 )
 from fogzo.collectives import local
-from fogzo.estimators import GradientEstimator
+from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
     STRANGE,
@@ -61,6 +62,8 @@ class TrainingState(TypedDict):
     step: int
     seconds: float
     extra_forwards: float
+    refined_steps: NotRequired[int]
+    fallbacks: NotRequired[dict[str, int]]
     first_loss: NotRequired[float | None]
     model: dict[str, Tensor]
     optimizer: OptimizerState
@@ -95,6 +98,8 @@ class Training:
         step: Optimizer steps taken.
         seconds: Time they took.
         extra_forwards: Forwards of the probes, in whole batches.
+        refined_steps: Steps in which the estimator was to measure.
+        fallbacks: How many of them kept the gradient of backward, by reason.
         first_loss: The loss of the first step, once it is taken.
         senseless: For how many steps until now the loss has been beyond all sense.
         log_position: What was logged when the checkpoint was written.
@@ -121,6 +126,7 @@ class Training:
         self._learning_rate = learning_rate_factor(config)
         self.step, self.seconds = 0, 0.0
         self.extra_forwards: float = 0
+        self.refined_steps, self.fallbacks = 0, Counter[str]()
         self.first_loss: float | None = None
         self.senseless = 0
         self.log_position: LogPosition | None = None
@@ -172,6 +178,19 @@ class Training:
         bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
         return not self.ranks.sum(bad)
 
+    def count(self, stats: RefineStats) -> None:
+        """Keep count of what the estimator has done in a step."""
+        self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+        if stats.probe_losses or stats.fallback is not None:
+            self.refined_steps += 1
+        if stats.fallback is not None:
+            self.fallbacks[stats.fallback] += 1
+
+    def refinements(self) -> Metrics:
+        """For result.json: the steps that were refined, and by reason those that fell back."""
+        found: Metrics = {"refined_steps": self.refined_steps} if self.refined_steps else {}
+        return found | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
+
     def state_dict(self) -> dict[str, Any]:
         """All that the run needs to go on as if nothing had happened."""
         share_buffers(self.model, self.ranks)
@@ -179,6 +198,8 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "extra_forwards": self.extra_forwards,
+            "refined_steps": self.refined_steps,
+            "fallbacks": dict(self.fallbacks),
             "first_loss": self.first_loss,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -208,6 +229,8 @@ class Training:
     def _load(self, state: TrainingState, checkpoint: Path) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.extra_forwards = state["extra_forwards"]
+        self.refined_steps = state.get("refined_steps", 0)
+        self.fallbacks.update(state.get("fallbacks", {}))
         self.first_loss, self.log_position = state.get("first_loss"), state.get("log")
         named = step_of(checkpoint)
         if not 0 <= self.step <= self.config.max_steps or self.step != (named or self.step):
@@ -259,8 +282,6 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         return ControlVariateEstimator(weights, **options)
     schedule: NoiseShare = linear_noise_share(
         kappa=0.0 if config.estimator == "lambda" else config.kappa,
-        num_weights=sum(weight.param.numel() for weight in weights),
-        num_samples=config.num_samples,
         total_steps=config.max_steps,
         start=config.start,
     )
@@ -269,7 +290,9 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
     if config.estimator == "placebo":
         return PlaceboEstimator(weights, noise_share=schedule, **options)
     paired = config.estimator == "fogzo-paired"
-    return FogzoEstimator(weights, noise_share=schedule, paired=paired, **options)
+    return FogzoEstimator(
+        weights, noise_share=schedule, paired=paired, agreement=config.agreement, **options
+    )
 
 
 def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:

@@ -1,0 +1,195 @@
+"""What to make of a measured agreement: rules compared where the right answer is known.
+
+    python experiments/agreement.py [--quick] [--output-dir FOLDER]
+
+A probe measures the slope of the quantized loss along the straight-through gradient from few
+roundings, so the agreement scatters by its standard error. Each rule turns the pair into the factor
+that the gradient gets. Three settings:
+
+- `toy`: a quadratic of d quantized weights whose gradient is right, four times too large, without
+  any relation to the loss, or reversed. Plain SGD; the excess loss that remains, of what it was.
+- `regression`: 2-bit linear regression against a known teacher (see regression.py), at the learning
+  rate and kappa that FOGZO was tuned to there; the excess risk.
+- `quest-mlp`: the MNIST perceptron with QuEST's quantizer, where the unshrunk estimator loses
+  points, at FOGZO's tuned learning rate, beside STE and the placebo at theirs. Needs data/mnist.
+
+Writes results.json.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import regression
+import torch
+
+import fogzo
+from fogzo.estimators.agreement import shrink
+from fogzo.recipes.config import TrainConfig, from_dict
+from fogzo.recipes.environment import environment
+from fogzo.recipes.intervals import paired_interval
+
+FOLDER = Path(__file__).parent / "agreement"
+Rule = Callable[[float, float], float]
+
+
+RULES: dict[str, Rule] = {
+    "measured": lambda agreement, error: agreement,
+    "clamped at 0": lambda agreement, error: max(agreement, 0.0),
+    "shrunk by 1 error": partial(shrink, errors=1),
+    "shrunk by 2 errors": shrink,
+    "shrunk by 3 errors": partial(shrink, errors=3),
+    "always 1": lambda agreement, error: 1.0,
+}
+TRUTHS = ("right", "too large", "unrelated", "reversed")
+
+
+def main() -> None:
+    """Run all settings and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few and short runs")
+    parser.add_argument("--output-dir", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = range(3 if options.quick else 8)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"environment": environment()}
+
+    def keep(name: str, rows: list[dict[str, Any]]) -> None:
+        results[name] = rows
+        text = json.dumps(results, indent=1) + "\n"
+        (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+
+    keep("toy", toys(seeds, (100,) if options.quick else (100, 1000, 10_000)))
+    if Path("data/mnist").exists() and not options.quick:
+        keep("quest-mlp", quest_mlp(range(5)))
+    keep("regression", regressions(seeds, quick=options.quick))
+
+
+@contextmanager
+def rule(name: str) -> Any:
+    """Every estimator inside follows this rule."""
+    with mock.patch("fogzo.estimators.family.shrink", RULES[name]):
+        yield
+
+
+def toys(seeds: range, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Every rule on every truth."""
+    return [
+        {"truth": truth, "weights": d, "rule": name}
+        | summary([toy(truth, d, name, seed) for seed in seeds])
+        for truth in TRUTHS
+        for d in sizes
+        for name in RULES
+    ]
+
+
+def toy(truth: str, d: int, name: str, seed: int, steps: int = 200) -> float:
+    """The excess loss that SGD leaves, as a share of what it was."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.nn.Parameter(torch.randn(d, generator=generator))
+    target = torch.randn(d, generator=generator)
+    step = 0.25
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+
+    def loss() -> torch.Tensor:
+        return 0.5 * ((weight / step).round() * step - target).square().sum()
+
+    estimator = fogzo.FogzoEstimator([("weight", weight, step)], noise_share=0.0, seed=seed)
+    with torch.no_grad(), rule(name):
+        start = float(loss())
+        for _ in range(steps):
+            gradient = (weight / step).round() * step - target
+            if truth == "too large":
+                gradient = 4 * gradient
+            elif truth == "reversed":
+                gradient = -gradient
+            elif truth == "unrelated":
+                gradient = torch.randn(d, generator=generator) * gradient.norm() / math.sqrt(d)
+            weight.grad = gradient
+            estimator.refine_grads_(loss)
+            optimizer.step()
+        return min(float(loss()) / start, 1e3)
+
+
+def regressions(seeds: range, *, quick: bool) -> list[dict[str, Any]]:
+    """Every rule in the regression, with what FOGZO was tuned to."""
+    config = regression.QUICK if quick else regression.Config()
+    tuned = json.loads((regression.FOLDER / "results.json").read_text(encoding="utf-8"))
+    found = []
+    for setting in tuned["settings"][: len(config.omegas)]:
+        for row in setting["rows"]:
+            if row["name"] not in ("fogzo", "fogzo-unmasked"):
+                continue
+            which = regression.Row(row["name"].split("-")[0], row["name"].endswith("unmasked"))
+            choice = regression.Choice(row["learning_rate"], row["strength"])
+            for name in RULES:
+                risks = []
+                for seed in seeds:
+                    data = regression.draw(seed, config)
+                    with rule(name):
+                        run = regression.run(which, choice, setting["omega"], seed, data, config)
+                    risks.append(run["risk"])
+                found.append(
+                    {"omega": setting["omega"], "row": row["name"], "rule": name} | summary(risks)
+                )
+    return found
+
+
+def quest_mlp(seeds: range) -> list[dict[str, Any]]:
+    """The perceptron that FOGZO loses on, by every rule; test accuracy in %."""
+    folder = FOLDER.parent / "mnist-mlp-quest-w2"
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    rates = {row["name"]: row["learning_rate"] for row in rows if row["budget"] == "steps"}
+    tuned = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = from_dict(TrainConfig, tuned["base"])
+    runs: list[tuple[str, TrainConfig]] = []
+    for estimator in ("ste", "placebo", "fogzo"):
+        config = replace(base, estimator=estimator, learning_rate=rates[estimator])
+        names = RULES if estimator == "fogzo" else ("always 1",)
+        runs += [(name, config) for name in names]
+    default = replace(runs[-1][1], noise_shape="tensor_rms", kappa=1e-3)
+    runs.append(("shrunk by 2 errors", default))
+    accuracies = [accuracy(name, config, seeds) for name, config in runs]
+    return [
+        {
+            "estimator": config.estimator,
+            "noise_shape": config.noise_shape,
+            "kappa": config.kappa,
+            "learning_rate": config.learning_rate,
+            "rule": name,
+            "minus_ste": paired_interval([a - b for a, b in zip(own, accuracies[0], strict=True)]),
+        }
+        | summary(own)
+        for (name, config), own in zip(runs, accuracies, strict=True)
+    ]
+
+
+def accuracy(name: str, config: TrainConfig, seeds: range) -> list[float]:
+    """Test accuracy in %, by seed."""
+    from fogzo.recipes.train import train
+
+    found = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder, rule(name):
+            result = train(replace(config, seed=seed, output_dir=Path(folder) / "run"))
+        found.append(100 * result["test_accuracy"])
+    return found
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean and spread over seeds."""
+    return {"values": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
+
+
+if __name__ == "__main__":
+    main()

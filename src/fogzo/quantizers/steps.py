@@ -1,0 +1,113 @@
+"""Step sizes: the smallest that can be used, and how a learned one stays positive."""
+
+import torch
+from torch import Tensor, nn
+
+MIN_STEP = 1e-8
+# A group whose step is this much smaller than the layer's mean adds 1e-8 of a typical group's
+# energy to the output, below what bfloat16 and float16 resolve: a dead channel, not a small one.
+_DEAD = 1e-4
+
+
+def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The step size that the forward uses: positive, and rounded to ``dtype`` if one is given.
+
+    The gradient passes straight through.
+    """
+    own, value = torch.finfo(step.dtype), step.detach()
+    if dtype is None:
+        value = value.clamp(min=_minimum(step.dtype))
+    else:
+        limits = torch.finfo(dtype)
+        smallest = max(limits.smallest_normal, MIN_STEP)
+        # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
+        largest = limits.max * (1 - own.eps)
+        value = value.clamp(smallest, largest).to(dtype).to(step.dtype)
+    return _straight_through(step, value)
+
+
+def knee_of(step: Tensor) -> Tensor:
+    """The knee of a learned step (see `positive_step`): half of the step that was measured."""
+    return step.detach() / 2
+
+
+def loaded_knee(step: Tensor, own: Tensor) -> Tensor:
+    """The knee for a loaded step whose checkpoint, older than knees, has none.
+
+    Args:
+        step: Its forward remains the same to the bit, as long as it has not crossed zero.
+        own: The knee of the layer that it is loaded into, for where it has.
+    """
+    knee = knee_of(step)
+    if step.shape != own.shape:
+        return knee  # of another model, as loading will say
+    return knee.where(step > MIN_STEP, own.to(knee)).clamp(min=_minimum(knee.dtype))
+
+
+def positive_step(step: Tensor, knee: Tensor) -> Tensor:
+    """The step size that a learned parameter stands for: positive, whatever an optimizer did.
+
+    It is the parameter ``s`` itself from the knee ``k`` up, so LSQ to the bit, and
+    ``k / (2 - s / k)`` below, which continues it smoothly and approaches zero like ``1 / |s|``:
+    n optimizer steps of size k beyond the knee leave it at ``k / (1 + n)``.
+
+    The gradient passes straight through, which makes an optimizer's step on ``s`` a step of mirror
+    descent on the step size, with a logarithmic barrier at zero. The derivative of the map would
+    instead hold a step that has become small where it is.
+
+    >>> positive_step(torch.tensor([0.2, 0.1, 0.05, 0.0, -1.0]), torch.tensor(0.1))
+    tensor([0.2000, 0.1000, 0.0667, 0.0500, 0.0083])
+    """
+    knee = knee.to(step)
+    if _is_readable(step) and _is_readable(knee) and _all_above(step, knee):
+        return step
+    value = step.detach()
+    return _straight_through(step, torch.maximum(value, knee / (2 - value / knee).clamp(min=1)))
+
+
+def smallest_step(*dtypes: torch.dtype | None) -> float:
+    """The smallest step size that is worth keeping in all of these dtypes.
+
+    Twice the minimum, as some rules add the minimum to what they measure. A quarter of a dtype's
+    smallest normal number still has 8 significant bits in float16.
+    """
+    return max(2 * MIN_STEP, *(torch.finfo(dtype).smallest_normal / 4 for dtype in dtypes if dtype))
+
+
+def without_a_step(steps: Tensor, smallest: float) -> Tensor:
+    """Which of a layer's measured step sizes are those of zeros, or of next to nothing."""
+    measurable = steps >= smallest
+    typical = steps.where(measurable, 0).sum() / measurable.sum().clamp(min=1)
+    return (steps < smallest) | (steps < _DEAD * typical)
+
+
+def _minimum(dtype: torch.dtype) -> float:
+    # float16 has no MIN_STEP: there, its smallest number (subnormal) is the minimum.
+    limits = torch.finfo(dtype)
+    return max(limits.tiny * limits.eps, MIN_STEP)
+
+
+def _straight_through(step: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the gradient of ``step``."""
+    backward = torch.is_grad_enabled() and step.requires_grad
+    forward = torch.autograd.forward_ad._current_level >= 0
+    # The difference is exactly zero, and differentiable in either mode and by any transform.
+    return value + (step - step.detach()) if backward or forward else value
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its values may decide what runs: at hand, and not those of a trace or a batch."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0  # nobody records operations (make_fx)
+    )
+
+
+def _all_above(step: Tensor, knee: Tensor) -> bool:
+    if step.numel() == 1:
+        return step.item() >= knee.item()
+    return bool((step >= knee).all())

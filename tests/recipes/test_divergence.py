@@ -26,6 +26,7 @@ def config(tmp_path):
     return replace(recipe, output_dir=tmp_path / "run", max_steps=20, checkpoint_every=1)
 
 
+@pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")
 @pytest.mark.parametrize("steps", [2, 5, 20])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("quantizer", [FLOAT, QuantizerConfig(preset="lsq")])

@@ -58,6 +58,9 @@ from fogzo.rng import RngState
 
 _LOG = logging.getLogger(__name__)
 
+STRANGE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+"""Whatever loaders say of a state that is not their own."""
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be written. Earlier ones are as they were."""
@@ -215,7 +218,7 @@ def restore_rng(state: dict[str, Any]) -> None:
             if not 0 <= position <= len(words):
                 raise ValueError(f"{position} is no position in {len(words)} words")
         RngState.from_state_dict(streams).restore()
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except STRANGE as error:
         raise ValueError(
             f"the random streams of rank {rank} cannot be put back ({error})"
         ) from error

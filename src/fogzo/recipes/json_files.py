@@ -16,7 +16,8 @@ from typing import Any
 # Far more than any run writes, and little enough to be read at once.
 LARGEST = 2**28
 
-_PLAIN = str | float | bool | None
+# What keys hold that a TypedDict does not name.
+_PLAIN = float | None
 _NAMES = {
     int: "an integer",
     float: "a number",
@@ -107,8 +108,8 @@ def checked(hint: Any, value: Any, where: str = "") -> Any:
     """The value itself, if it is of the expected type.
 
     Args:
-        hint: A TypedDict (what it has beyond the hinted keys must be plain values), dict[str, X],
-            list[X], a union, Any, or any class.
+        hint: A TypedDict (further keys must hold numbers or null), dict[str, X], list[X], a union,
+            Any, or any class.
         value: From `json.loads`, or a nesting of the kind.
         where: Name of the place, for the error.
 

@@ -194,20 +194,23 @@ class RunFolder(ExitStack):
 
 
 class _Line(TypedDict):
-    """What every line of metrics.jsonl has; the rest are plain values."""
+    """A line of metrics.jsonl; the rest are numbers."""
 
     step: int
     loss: float | None
     seconds: float
+    fallback: NotRequired[str | None]
     agreement: NotRequired[float | None]
     flip_rate: NotRequired[float | None]
 
 
 class _Result(TypedDict):
-    """What every result.json has; the rest are plain values."""
+    """What result.json holds; the rest are numbers."""
 
     steps: int
     seconds: float
+    diverged: NotRequired[bool]
+    run: NotRequired[str]  # which one of a comparison
     fallbacks: NotRequired[dict[str, int]]
 
 

@@ -25,6 +25,7 @@ from fogzo.collectives import local
 from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
+    STRANGE,
     load_checkpoint,
     newest_checkpoint,
     on_all_ranks,
@@ -66,7 +67,7 @@ class TrainingState(TypedDict):
     first_loss: NotRequired[float | None]
     model: dict[str, Tensor]
     optimizer: OptimizerState
-    estimator: dict[str, int] | None
+    estimator: dict[str, Any] | None
     scaler: dict[str, float]
     ema: EmaState | None
     windows: dict[str, Any]
@@ -221,8 +222,7 @@ class Training:
             self._load(checked(TrainingState, state), checkpoint)
         except torch.OutOfMemoryError:
             raise
-        # Whatever a loader says of a state that is not its own.
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except STRANGE as error:
             reason = " ".join(str(error).split())
             raise invalid(checkpoint, f"is of another training ({reason:.300})") from error
 
@@ -246,6 +246,8 @@ class Training:
             raise ValueError("one has an estimator, and the other none")
         if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
+            if (self.estimator.step, self.estimator.seed) != (self.step, self.config.seed):
+                raise ValueError(f"estimator.step is {self.estimator.step}")
         if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
             raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
         self.scaler.load_state_dict(state["scaler"])

@@ -16,6 +16,7 @@ LEVELS = {
     "": 2,
     "quantizers": 0,
     "buffers": 0,
+    "processes": 0,
     "collectives": 0,
     "rng": 0,
     "schedules": 0,
@@ -154,8 +155,12 @@ def test_there_are_no_cycles():
         visit(name)
 
 
-def test_importing_the_package_loads_torch_and_nothing_else_of_weight():
-    program = "import sys, fogzo; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight():
+    program = (
+        "import sys, fogzo; import fogzo.cli.main, fogzo.processes.workers;"
+        "assert 'torch' not in sys.modules; fogzo.lsq;"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
     )
@@ -164,9 +169,9 @@ def test_importing_the_package_loads_torch_and_nothing_else_of_weight():
     assert not loaded & HEAVY
 
 
-def test_importing_the_package_adds_only_its_own_modules_to_torchs():
+def test_using_the_package_adds_only_its_own_modules_to_torchs():
     program = (
-        "import sys, torch; before = set(sys.modules); import fogzo;"
+        "import sys, torch; before = set(sys.modules); import fogzo; fogzo.lsq;"
         "print(*sorted(set(sys.modules) - before))"
     )
     result = subprocess.run(
@@ -181,5 +186,12 @@ def test_importing_the_package_adds_only_its_own_modules_to_torchs():
 
 def test_all_that_is_public_exists_and_has_a_docstring():
     assert len(set(fogzo.__all__)) == len(fogzo.__all__)
+    assert set(fogzo.__all__) <= set(dir(fogzo))
     for name in fogzo.__all__:
         assert getattr(fogzo, name).__doc__
+
+
+def test_modules_of_the_core_are_found_as_if_the_package_had_imported_them():
+    program = "import fogzo; fogzo.attach.QuantizedLayer, fogzo.noise; print(fogzo.nothing)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "AttributeError: module 'fogzo' has no attribute 'nothing'" in done.stderr

@@ -1,10 +1,5 @@
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -277,7 +272,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
     cache = run_cache.RunCache(tmp_path / "runs", code="0" * 12)
     with (
         cache.lock(),
-        pytest.raises(ValueError, match=r"another comparison is at work.*--output-dir .*runs-2"),
+        pytest.raises(ValueError, match=r"another process is at work.*--output-dir .*runs-2"),
     ):
         compare(config)
     with cache.lock():  # given back
@@ -298,38 +293,6 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
     assert len(hashes) == 3
     file.write_text("four")
     assert run_cache.config_hash(config) in hashes  # a comparison reads them once
-
-
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, "-m", "fogzo.cli.main", "compare", "digits-mlp", "--output-dir"]
-    command += [str(tmp_path), "--rows", "ste", "fogzo", "--learning-rates", "0.003", "0.01"]
-    command += ["--num-seeds", "2", "--max-steps", "100", "--workers", "1", "--no-equal-time"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-    def finished():
-        found = tmp_path.glob("runs/*/result.json")
-        return {path: path.stat().st_mtime_ns for path in found if '"run"' in path.read_text()}
-
-    while len(before := finished()) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # its worker too
-    process.wait()
-    assert not (tmp_path / "results.json").exists()
-    config = from_dict(CompareConfig, json.loads((tmp_path / "config.json").read_text()))
-    results = compare(config)
-    after = finished()
-    assert len(after) == 8
-    assert all(after[path] == mtime for path, mtime in before.items())
-    assert compare(config) == results
-    # As if it had never been killed, but for the seconds.
-    whole = compare(replace(config, base=replace(config.base, output_dir=tmp_path / "whole")))
-    for killed, uninterrupted in zip(results["rows"], whole["rows"], strict=True):
-        for key in killed.keys() - {"seeds", "curve", "seconds"}:
-            assert killed[key] == uninterrupted[key]
-    assert results["differences"] == whole["differences"]
 
 
 @pytest.mark.parametrize(
@@ -390,3 +353,44 @@ def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path
     config = replace(config, base=replace(config.base, output_dir=tmp_path))
     html = write_compare_report(config, results).read_text()
     assert html.count("<table") == 2 + bool(results["differences"])
+
+
+FINISHED = {"steps": 10, "seconds": 1.5, "validation_loss": 2.0, "test_loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda result: [result], "it must be an object"),
+        (lambda result: result | {"steps": "10"}, "steps must be an integer"),
+        (lambda result: result | {"validation_loss": [2.0]}, "validation_loss must be a number"),
+        (lambda result: result | {"fallbacks": {"reason": "1"}}, "fallbacks.reason must be"),
+        (lambda result: {k: v for k, v in result.items() if k != "seconds"}, "seconds is missing"),
+        (lambda result: {k: v for k, v in result.items() if "val" not in k}, "no validation_loss"),
+        (lambda result: result | {"log_lines": 2}, "1 lines of 2"),
+        (lambda result: result | {"run": 7}, "run must be a text"),
+    ],
+)
+def test_a_result_of_another_structure_is_set_aside(damage, says, tmp_path, caplog):
+    cache = run_cache.RunCache(tmp_path, code="0" * 12)
+    path = cache.path("ste", "1" * 12)
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0, "seconds": 1.5}\n')
+    run_cache.finish(path, digits(path), FINISHED)
+    result = cache.result(path)
+    assert result == FINISHED | {"run": "1" * 12 + "-" + "0" * 12, "log_lines": 1}
+    (path / "result.json").write_text(json.dumps(damage(result)))
+    assert cache.result(path) is None
+    assert says in caplog.text
+    assert not path.exists()
+    assert len(list((tmp_path / "corrupt").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": "1"}', '{"a": 0}', "{"])
+def test_damaged_step_times_are_measured_again_and_that_is_said(text, tmp_path, caplog):
+    (tmp_path / "timing.json").write_text(text)
+    timing = run_cache.RunCache(tmp_path, code="0" * 12).timing()
+    assert timing.get("a") is None
+    assert "timing.json" in caplog.text
+    timing.add({"a": 0.5})
+    assert run_cache.RunCache(tmp_path, code="0" * 12).timing().get("a") == 0.5

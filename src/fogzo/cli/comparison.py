@@ -203,6 +203,25 @@ def findings(results: Results) -> list[str]:
     return [_no_interval(results)] if results["differences"] else []
 
 
+def fallback_words(numbers: Results) -> str:
+    """How many refined steps of a run, or of a row's runs, fell back and why; empty if none."""
+    counts = numbers.get("fallbacks", {})
+    if not counts:
+        return ""
+    reasons = sorted(counts, key=counts.__getitem__, reverse=True)
+    said = [reason if len(counts) == 1 else f"{reason} ({counts[reason]:,})" for reason in reasons]
+    return (
+        f"{sum(counts.values()):,} of {numbers['refined_steps']:,} refined steps kept STE's "
+        f"gradient: {'; '.join(said)}."
+    )
+
+
+def fallbacks(results: Results) -> list[str]:
+    """A sentence for every row of which some steps fell back."""
+    words = [(row_label(row), fallback_words(row)) for row in results["rows"]]
+    return [f"{label}: {said}" for label, said in words if said]
+
+
 def story(results: Results) -> list[str]:
     """The findings with their numbers, for somebody who has not read the paper."""
     main = main_metric(results)

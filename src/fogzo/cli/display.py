@@ -22,7 +22,7 @@ def progress(total: int, description: str, speaks: bool = True) -> Iterator[Adva
     if not speaks:
         yield lambda done, total, text: None
         return
-    console = Console()
+    console = _Console()
     if not console.is_terminal:
         tenths = -1
 
@@ -58,8 +58,11 @@ def train_result(result: Metrics, report: Path) -> None:
     """The final numbers of one run."""
     _console().print(
         f"{quality(result)} after {result['steps']} steps in {result['seconds']:.1f} s, "
-        f"{result['extra_forwards']} extra forwards\nreport: {report}"
+        f"{result['extra_forwards']} extra forwards"
     )
+    if said := comparison.fallback_words(result):
+        _console().print(said)
+    _console().print(f"report: {report}")
 
 
 def quality(result: Metrics) -> str:
@@ -90,7 +93,7 @@ def compare_results(results: Results, report: Path) -> None:
     """The table of a comparison, and what it says."""
     table = comparison.quality_table(results)
     print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
-    for sentence in comparison.findings(results):
+    for sentence in (*comparison.findings(results), *comparison.fallbacks(results)):
         _console().print(sentence)
     _console().print(f"report: {report}")
 
@@ -108,12 +111,18 @@ def compare_plan(plan: Results) -> None:
 
 def print_table(table: comparison.Table, title: str) -> None:
     """A table of text, names to the left and the rest to the right."""
-    printed = Table(title=title)
+    console = _console()
+    # Where rich draws its boxes in ASCII, the text in them must do without the rest too.
+    shown = _IN_ASCII if console.options.ascii_only else {}
+    printed = Table(title=title.translate(shown))
     for number, heading in enumerate(table.heading):
-        printed.add_column(heading, justify="right" if number else "left")
+        printed.add_column(heading.translate(shown), justify="right" if number else "left")
     for row in table.rows:
-        printed.add_row(*row)
-    _console().print(printed)
+        printed.add_row(*(cell.translate(shown) for cell in row))
+    console.print(printed)
+
+
+_IN_ASCII = str.maketrans({"±": "+-", "–": "-"})
 
 
 def _duration(seconds: float) -> str:
@@ -122,7 +131,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as `print` does; rich itself would exit with 1
+
+
 def _console() -> Console:
-    console = Console()
+    console = _Console()
     # rich wraps at 80 columns where there is no terminal to ask, which breaks tables in logs
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else _Console(width=160)

@@ -74,11 +74,13 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
             _mark_one(axes)
 
         plots.append(_plot("Agreement", _AGREEMENT, agreement))
-    numbers = {name: f"{value:.5g}" for name, value in result.items()}
+    said_in_words = ("refined_steps", "fallbacks")
+    numbers = {name: f"{result[name]:.5g}" for name in result if name not in said_in_words}
+    sentences = [f"After {result['steps']} steps: {display.quality(result)}."]
     return _write(
         config.output_dir,
         title=f"{config.recipe}: one run with {config.estimator}",
-        sentences=[f"After {result['steps']} steps: {display.quality(result)}."],
+        sentences=[*sentences, *filter(None, [comparison.fallback_words(result)])],
         tables=[Table("Result", "", list(numbers), [list(numbers.values())])],
         plots=plots,
         configs={"Configuration": to_json(config)},
@@ -148,7 +150,7 @@ def write_compare_report(config: CompareConfig, results: Results) -> Path:
     return _write(
         config.base.output_dir,
         title=f"{config.base.recipe}: gradient estimators compared",
-        sentences=[_QUESTION, *comparison.story(results)],
+        sentences=[_QUESTION, *comparison.story(results), *comparison.fallbacks(results)],
         method=_method(config, results),
         tables=[table for table in tables if table is not None],
         plots=plots,

@@ -1,5 +1,6 @@
 """The order of the data: the same for every estimator and number of ranks, and resumable."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, TypeVar, cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fogzo.processes.signals import ENDING
 from fogzo.recipes.tokens import StreamState, TokenStream
 
 BatchT = TypeVar("BatchT", covariant=True)
@@ -123,8 +125,15 @@ def load(split: Split[BatchT], indices: Iterable[Tensor], workers: int = 0) -> I
         # Without one of its own it would draw from the global stream.
         generator=torch.Generator(),
         prefetch_factor=4,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Go on while the parent ends its step, as signals reach whole groups of processes."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamedBatches(Iterator[list[Tensor]]):

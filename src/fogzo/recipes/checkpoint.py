@@ -29,34 +29,37 @@ and goes on from it, on as many ranks as it likes, whether FSDP2 shards the mode
 All ranks call `save_checkpoint`, `newest_checkpoint` and `rng_state` together.
 """
 
+import errno
 import importlib
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 
 from fogzo.recipes.checkpoint_format import (
     FORMAT,
+    DamagedCheckpoint,
     Layout,
     Reader,
-    check_file,
     own_piece,
-    read_manifest,
     safetensors_chunks,
+    step_of,
     write_file,
     write_json,
 )
+from fogzo.recipes.json_files import checked
 from fogzo.rng import RngState
 
 _LOG = logging.getLogger(__name__)
-_STEP = re.compile(r"step-(\d+)|\.step-(\d+)\.replaced")
+
+STRANGE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+"""Whatever loaders say of a state that is not their own."""
 
 
 class CheckpointError(OSError):
@@ -93,8 +96,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         layout.skeleton = layout.add(state, ())
         if rank == 0:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            for stale in partial.parent.glob(".step-*.partial"):
-                shutil.rmtree(stale)
+            clear_partial(folder)
             partial.mkdir()
 
     def write_own() -> dict[str, Any]:
@@ -119,19 +121,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         _rename_over(partial, final)
 
     try:
-        _on_all_ranks(prepare)
-        reports = _on_all_ranks(write_own)
-        _on_all_ranks(finish if rank == 0 else lambda: None)
+        on_all_ranks(prepare)
+        reports = on_all_ranks(write_own)
+        on_all_ranks(finish if rank == 0 else lambda: None)
     except BaseException as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
         newest = newest_checkpoint(folder)
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {error}; "
             + (f"the newest good one is {newest}" if newest else "there is no earlier one")
-            + f": free space under {folder}, then run the same command with --resume"
+            + (f": free space under {folder}, then" if full else ": mend that, then")
+            + " run the same command with --resume"
         ) from error
     if rank == 0:
         _delete_older(final, keep)
@@ -143,16 +147,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Others are left where they are, with a warning in the log. The ranks share the reading.
     """
+    return next(whole_checkpoints(folder), None)
+
+
+def whole_checkpoints(folder: Path, damaged: list[str] | None = None) -> Iterator[Path]:
+    """The same for the earlier ones too, newest first.
+
+    Args:
+        folder: Run folder.
+        damaged: Where to note what is wrong with those passed over.
+    """
     rank, world = _rank_and_world()
     names = [path.name for path in _checkpoints(folder / "checkpoints")]
-    for name in _exchange(names)[0]:  # rank 0's, should a shared file system lag behind
+    for name in exchange(names)[0]:  # rank 0's, should a shared file system lag behind
         path = folder / "checkpoints" / name
-        reasons = [reason for reason in _exchange(_why_invalid(path, rank, world)) if reason]
+        reasons = [reason for reason in exchange(_why_invalid(path, rank, world)) if reason]
         if not reasons:
-            return path
+            yield path
+            continue
+        if damaged is not None:
+            damaged += reasons
         if rank == 0:
             _LOG.warning("skipped a checkpoint that is not whole: %s", reasons[0])
-    return None
 
 
 def load_checkpoint(
@@ -171,28 +187,52 @@ def load_checkpoint(
         only: Keys of the state that are read, such as ``["model"]``; by default all.
 
     Raises:
-        ValueError: If a file that is read is not as it was written.
+        ValueError: If a file that is read is not as it was written; a `DamagedCheckpoint`.
     """
     with Reader(path) as reader:
-        skeleton = json.loads(reader.verified("state.json").read_bytes())
-        if only is not None:
-            skeleton["dict"] = [(key, node) for key, node in skeleton["dict"] if key in only]
-        return reader.build(skeleton, like)
+        return reader.load(like, only)
 
 
 def rng_state() -> dict[str, Any]:
     """Every rank's global random streams (torch, CUDA, Python, NumPy) as plain lists."""
-    return {"ranks": _exchange(_streams().state_dict())}
+    return {"ranks": exchange(_streams().state_dict())}
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put this rank's streams back; a rank that the saved run did not have keeps its own."""
+    """Put this rank's streams back; a rank that the saved run did not have keeps its own.
+
+    Raises:
+        ValueError: If they are no streams.
+    """
     rank, _ = _rank_and_world()
-    if rank < len(state["ranks"]):
-        streams = state["ranks"][rank]
+    ranks = checked(_RngState, state)["ranks"]
+    if rank >= len(ranks):
+        return
+    streams = ranks[rank]
+    try:
         if streams["numpy"] is not None:
             importlib.import_module("numpy.random")
+        if isinstance(streams["numpy"], list):
+            # NumPy takes any position at its word, and would read beyond its words.
+            _, words, position, *_ = streams["numpy"]
+            if not 0 <= position <= len(words):
+                raise ValueError(f"{position} is no position in {len(words)} words")
         RngState.from_state_dict(streams).restore()
+    except STRANGE as error:
+        raise ValueError(
+            f"the random streams of rank {rank} cannot be put back ({error})"
+        ) from error
+
+
+class _Streams(TypedDict):
+    torch: list[int]
+    accelerators: list[list[Any]]
+    python: list[Any]
+    numpy: list[Any] | dict[str, Any] | None
+
+
+class _RngState(TypedDict):
+    ranks: list[_Streams]
 
 
 def _streams() -> RngState:
@@ -200,29 +240,45 @@ def _streams() -> RngState:
     return RngState(torch.device("cuda", index) for index in range(count))
 
 
+def clear_partial(folder: Path) -> None:
+    """Delete what a killed process had begun to write, or to delete; nobody else may write now."""
+    for stale in (folder / "checkpoints").glob(".step-*.partial"):
+        delete(stale)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Every checkpoint, whole or not, newest first.
 
     One that is being replaced by another of its step counts, lest a crash in between lose both.
     """
-    found = [path for path in folder.glob("*step-*") if _STEP.fullmatch(path.name)]
+    found = [path for path in folder.glob("*step-*") if step_of(path) is not None]
     return sorted(found, key=lambda path: (_step(path), path.name[0] != "."), reverse=True)
 
 
 def _step(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    assert match is not None
-    return int(match[1] or match[2])
+    step = step_of(path)
+    assert step is not None
+    return step
 
 
 def _why_invalid(path: Path, rank: int, world: int) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files."""
     try:
-        manifest = read_manifest(path)
-        for name in sorted(manifest)[rank::world]:
-            check_file(path, name, manifest)
-    except ValueError as error:
-        return str(error)
+        # A link that somebody names is theirs to give; one that lies there may lead anywhere.
+        if path.is_symlink():
+            return f"{path} is a symbolic link where a folder was expected"
+        with Reader(path) as reader:
+            reader.check_share(rank, world)
+    except DamagedCheckpoint as error:
+        return error.reason
     return None
 
 
@@ -230,7 +286,7 @@ def _rename_over(partial: Path, final: Path) -> None:
     if final.exists():
         replaced = final.with_name(f".{final.name}.replaced")
         if replaced.exists():
-            shutil.rmtree(replaced)
+            delete(replaced)
         os.replace(final, replaced)
     os.replace(partial, final)
     _flush_folder(final.parent)
@@ -246,7 +302,7 @@ def _delete_older(final: Path, keep: int) -> None:
         doomed = path.with_name(f".{path.name.lstrip('.')}.partial")
         try:
             os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            delete(doomed)
         except OSError as error:
             _LOG.warning("an old checkpoint could not be deleted: %s", error)
 
@@ -267,28 +323,40 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _on_all_ranks(action: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank, wait for all, and raise on all if it failed on any."""
+def on_all_ranks(action: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank, wait for all, and raise on all if it failed on any.
+
+    Returns:
+        Every rank's result, which JSON must be able to hold.
+    """
     error: Exception | None = None
     result = None
     try:
         result = action()
     except Exception as raised:
         error = raised
-    text = (str(error) or repr(error)) if error else None
-    outcomes = _exchange((result, text, isinstance(error, OSError)))
-    failures = [(rank, text, os_error) for rank, (_, text, os_error) in enumerate(outcomes) if text]
+    kinds = [kind.__name__ for kind in _SHARED if isinstance(error, kind)]
+    text = getattr(error, "reason", str(error) or repr(error)) if error else None
+    outcomes = exchange((result, text, kinds))
+    failures = [(rank, text, kinds) for rank, (_, text, kinds) in enumerate(outcomes) if text]
     if not failures:
         return [result for result, *_ in outcomes]
-    # The same kind of error on all ranks, as what the caller does about it is collective too.
-    kind = OSError if all(os_error for *_, os_error in failures) else RuntimeError
-    if error is not None and isinstance(error, OSError) == (kind is OSError):
+    # What a caller does about an error is collective too, so its kind is the same on all ranks.
+    for kind in _SHARED:
+        if all(kind.__name__ in kinds for *_, kinds in failures):
+            if error is not None:
+                raise error
+            raise kind(f"{failures[0][1]} (rank {failures[0][0]})")
+    if error is not None and not kinds:
         raise error
-    rank, text = next((r, t) for r, t, os_error in failures if os_error == (kind is OSError))
-    raise kind(f"{text} (rank {rank})") from error
+    rank, text, _ = min(failures, key=lambda failure: len(failure[2]))  # the least expected
+    raise RuntimeError(f"{text} (rank {rank})") from error
 
 
-def _exchange(value: Any) -> list[Any]:
+_SHARED: tuple[type[Exception], ...] = (DamagedCheckpoint, ValueError, OSError)
+
+
+def exchange(value: Any) -> list[Any]:
     """Every rank's value, on every rank; as JSON, if there are several."""
     _, world = _rank_and_world()
     if world == 1:

@@ -12,21 +12,29 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fogzo.collectives import is_sharded, local
+from fogzo.recipes.json_files import LARGEST, check_regular, checked, parse_json, read_regular
 
 FORMAT = 1
 
-FileRecord = dict[str, Any]
 Manifest = dict[str, tuple[int, str]]
+
+_STEP = re.compile(r"step-(\d+)|\.step-(\d+)\.replaced", re.ASCII)
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
+# torch counts elements in 63 bits, and NumPy's tensors have 64 dimensions at most.
+_MOST_ELEMENTS = 2**60
+_MOST_DIMS = 64
+_DEEPEST = 100
 
 _NATIVE = {
     torch.float64: "F64",
@@ -40,6 +48,27 @@ _NATIVE = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
+}
+
+
+class FileRecord(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class _TensorNode(TypedDict):
+    """A tensor in state.json; a piece is a file, an offset and a size."""
+
+    tensor: str
+    dtype: str
+    shape: list[int]
+    pieces: list[list[Any]]
 
 
 class Layout:
@@ -56,6 +85,11 @@ class Layout:
         Raises:
             ValueError: If it is nothing that a checkpoint can hold.
         """
+        if len(path) > _DEEPEST:
+            raise ValueError(
+                f"a checkpoint is nested {_DEEPEST} deep at most, got "
+                f"state{_subscripts(path)[:60]}...: does the state contain itself?"
+            )
         if value is None or isinstance(value, bool | int | str):
             return value
         if isinstance(value, float):
@@ -100,35 +134,165 @@ class Layout:
 
 
 class Reader(contextlib.ExitStack):
-    """Reads a checkpoint's files, each checked when it is first needed."""
+    """Reads a checkpoint's files, each checked when it is first needed.
+
+    A checkpoint may come from anywhere, so nothing in it is taken at its word.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        DamagedCheckpoint: As all methods do, if a file is not what it should be.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
         self._manifest = read_manifest(path)
         self._open: dict[str, Any] = {}
+        self._checked: set[str] = set()
 
-    def verified(self, name: str) -> Path:
-        """A file whose bytes are the manifest's."""
-        check_file(self._path, name, self._manifest)
-        return self._path / name
+    def check_share(self, rank: int, world: int) -> None:
+        """Raise unless this rank's share of the files is as written; rank 0 looks into all."""
+        for name in sorted(self._manifest)[rank::world]:
+            self._check(name)
+        if rank == 0:
+            self._checked = set(self._manifest)  # the rest by the other ranks, meanwhile
+            _, tensors = self._state()
+            for node in tensors:
+                self._check_pieces(node)
 
-    def build(self, node: Any, like: Any) -> Any:
+    def load(self, like: Any, only: Collection[str] | None) -> Any:
+        """The state; see `load_checkpoint`."""
+        root, _ = self._state()
+        if only is not None:
+            root = {"dict": [(key, node) for key, node in root["dict"] if key in only]}
+        return self._build(root, like)
+
+    def _check(self, name: str) -> None:
+        """Raise unless a file's bytes are the manifest's; once is enough."""
+        if name not in self._checked:
+            check_file(self._path, name, self._manifest)
+            self._checked.add(name)
+
+    def _state(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The nesting, every node of which is one that `Layout.add` makes, and its tensors."""
+        file = self._path / "state.json"
+        self._check("state.json")
+        try:
+            root = parse_json(read_regular(file, links=False), dict[str, Any])
+        except ValueError as error:
+            raise invalid(file, str(error)) from error
+        if "dict" not in root:
+            raise invalid(file, "is not the state of anything")
+        tensors = list(self._tensor_nodes(root, ()))
+        if len({node["tensor"] for node in tensors}) < len(tensors):
+            raise invalid(file, "has two tensors of one name")
+        return root, tensors
+
+    def _tensor_nodes(self, node: Any, place: tuple[str | int, ...]) -> Iterator[dict[str, Any]]:
+        """Every tensor of a nesting, which is checked on the way."""
+        if len(place) > _DEEPEST:
+            raise invalid(self._path / "state.json", "is nested too deep")
+        if isinstance(node, list):
+            for index, item in enumerate(node):
+                yield from self._tensor_nodes(item, (*place, index))
+            return
+        if not isinstance(node, dict):
+            return
+        value = next(iter(node.values()), None)
+        match sorted(node):
+            case ["dict"] if isinstance(value, list):
+                keys = set()
+                for pair in value:
+                    if not (isinstance(pair, list) and len(pair) == 2):
+                        raise self._odd(place, pair)
+                    key, item = pair
+                    if not isinstance(key, str | int) or key in keys:
+                        raise self._odd(place, key)
+                    keys.add(key)
+                    yield from self._tensor_nodes(item, (*place, key))
+            case ["tuple"] if isinstance(value, list):
+                yield from self._tensor_nodes(value, place)
+            case ["float"] if isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value):
+                pass
+            case ["dtype", "pieces", "shape", "tensor"]:
+                yield self._tensor_node(node, place)
+            case _:
+                raise self._odd(place, node)
+
+    def _tensor_node(self, node: Any, place: tuple[str | int, ...]) -> dict[str, Any]:
+        """The same node, if it is one of a tensor."""
+        try:
+            checked(_TensorNode, node)
+            boxes = [node["shape"]]
+            for name, *box in node["pieces"]:
+                if name not in self._manifest:
+                    raise ValueError(f"the manifest names no {name!r}")
+                low, size = checked(list[list[int]], box)
+                boxes += low, size
+            if any(len(box) != len(boxes[0]) or min(box, default=0) < 0 for box in boxes):
+                raise ValueError("the shapes of its pieces do not fit")
+            if len(boxes[0]) > _MOST_DIMS or math.prod(boxes[0]) >= _MOST_ELEMENTS:
+                raise ValueError("no tensor is so large")
+            if node["dtype"] not in _DTYPES:
+                raise ValueError(f"torch {torch.__version__} has no dtype {node['dtype']!r}")
+        except (ValueError, TypeError) as error:
+            raise self._odd(place, node, f" ({error})") from error
+        return cast(dict[str, Any], node)
+
+    def _odd(self, place: tuple[str | int, ...], found: Any, why: str = "") -> "DamagedCheckpoint":
+        what = f"has {found!r:.60} in state{_subscripts(place)}, which no checkpoint is made of"
+        return invalid(self._path / "state.json", what + why)
+
+    def _build(self, node: Any, like: Any) -> Any:
         """The value that `Layout.add` turned into JSON."""
         if isinstance(node, list):
-            return [self.build(item, _child(like, key)) for key, item in enumerate(node)]
+            return [self._build(item, _child(like, key)) for key, item in enumerate(node)]
         if not isinstance(node, dict):
             return node
         if "dict" in node:
-            return {key: self.build(item, _child(like, key)) for key, item in node["dict"]}
+            return {key: self._build(item, _child(like, key)) for key, item in node["dict"]}
         if "tuple" in node:
-            return tuple(self.build(node["tuple"], like))
+            return tuple(self._build(node["tuple"], like))
         if "float" in node:
             return struct.unpack(">d", bytes.fromhex(node["float"]))[0]
+        self._check_pieces(node)
         shape = node["shape"]
         if is_sharded(like) and list(like.shape) == shape:
             return self._read_shard(node, like)
         return self._read(node, [0] * len(shape), shape)
+
+    def _check_pieces(self, node: dict[str, Any]) -> None:
+        """Raise unless the pieces of a tensor are in their files, and make up the whole of it."""
+        file, key, shape = self._path / "state.json", node["tensor"], node["shape"]
+        dtype = _DTYPES[node["dtype"]]
+        raw = [] if dtype in _NATIVE else [dtype.itemsize]
+        lows, highs = [], []
+        for name, offset, size in node["pieces"]:
+            try:
+                there = self._tensors(name).get_slice(key)
+                found = there.get_dtype(), there.get_shape()
+            except SafetensorError as error:
+                raise invalid(self._path / name, f"has no tensor {key!r} ({error})") from error
+            expected = _NATIVE.get(dtype, "U8"), size + raw
+            if found != expected:
+                raise invalid(
+                    self._path / name,
+                    f"has {key!r} as {found[0]} of shape {found[1]}, and state.json as "
+                    f"{expected[0]} of shape {expected[1]}",
+                )
+            lows.append(offset)
+            highs.append([a + n for a, n in zip(offset, size, strict=True)])
+            if any(high > n for high, n in zip(highs[-1], shape, strict=True)):
+                raise invalid(file, f"{key} has a piece outside of its shape")
+        if sum(math.prod(size) for *_, size in node["pieces"]) != math.prod(shape):
+            raise invalid(file, f"{key} has missing pieces, or more than one of a part")
+        if len(lows) > 1 and math.prod(shape):
+            low, high = torch.tensor(lows), torch.tensor(highs)
+            common = (torch.minimum(high[:, None], high) > torch.maximum(low[:, None], low)).all(-1)
+            if int(common.sum()) > int(common.diagonal().sum()):
+                raise invalid(file, f"{key} has pieces that overlap")
 
     def _read_shard(self, node: dict[str, Any], like: Any) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -140,11 +304,10 @@ class Reader(contextlib.ExitStack):
 
     def _read(self, node: dict[str, Any], start: list[int], shape: list[int]) -> Tensor:
         """A box of a tensor, put together from those pieces that it overlaps."""
-        dtype: torch.dtype = getattr(torch, node["dtype"])
+        dtype = _DTYPES[node["dtype"]]
         raw = [] if dtype in _NATIVE else [dtype.itemsize]
         # Copied out of the file's memory map, so that nothing depends on the file any more.
         out = torch.empty([*shape, *raw], dtype=torch.uint8 if raw else dtype)
-        filled = 0
         for name, offset, size in node["pieces"]:
             low = [max(a, b) for a, b in zip(start, offset, strict=True)]
             high = [
@@ -156,14 +319,16 @@ class Reader(contextlib.ExitStack):
             here = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
             file, key = self._tensors(name), node["tensor"]
             out[here] = file.get_slice(key)[there] if there else file.get_tensor(key)
-            filled += math.prod(b - a for a, b in zip(low, high, strict=True))
-        if filled != math.prod(shape):
-            raise invalid(self._path / "state.json", f"{node['tensor']} has missing pieces")
         return out.view(-1).view(dtype).view(shape) if raw else out
 
     def _tensors(self, name: str) -> Any:
+        """A file of tensors, whose bytes are checked when it is opened."""
         if name not in self._open:
-            opened = safe_open(self.verified(name), framework="pt")
+            self._check(name)
+            try:
+                opened = safe_open(self._path / name, framework="pt")
+            except SafetensorError as error:
+                raise invalid(self._path / name, f"holds no tensors ({error})") from error
             self._open[name] = self.enter_context(opened)
         return self._open[name]
 
@@ -216,8 +381,18 @@ def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[Any]:
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
-    """Write a JSON file; see `write_file`."""
-    return write_file(path, [json.dumps(value, allow_nan=False).encode()])
+    """Write a JSON file; see `write_file`.
+
+    Raises:
+        ValueError: If it would be larger than is ever read again.
+    """
+    text = json.dumps(value, allow_nan=False).encode()
+    if len(text) > LARGEST:
+        raise ValueError(
+            f"{path.name} would have {len(text)} bytes, and at most {LARGEST} are read again: "
+            "keep long lists in the state as tensors"
+        )
+    return write_file(path, [text])
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> FileRecord:
@@ -234,51 +409,83 @@ def write_file(path: Path, chunks: Iterable[Any]) -> FileRecord:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The sizes and hashes of a checkpoint's files.
+    """The sizes and hashes of a checkpoint's files, which lie in its folder under plain names.
 
     Raises:
-        ValueError: If there is no manifest that this version can read.
+        DamagedCheckpoint: If there is no manifest that this version can read.
     """
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_bytes())
-        version = manifest["format"]
-        files = {name: (r["size"], r["sha256"]) for name, r in manifest["files"].items()}
-    except OSError as error:
-        raise invalid(file, f"cannot be read ({error.strerror})") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise invalid(file, f"is not a checkpoint's manifest ({error!r})") from error
+        data = read_regular(file, links=False)
+    except ValueError as error:
+        raise invalid(file, str(error)) from error
+    try:
+        manifest = parse_json(data, dict[str, Any])
+        version = checked(int, manifest.get("format"), "format")
+        if version == FORMAT:
+            records = checked(dict[str, FileRecord], manifest.get("files"), "files")
+            step = checked(int | None, manifest.get("step"), "step")
+            if step is not None and step < 0:
+                raise ValueError(f"step must be 0 or more, got {step}")
+    except ValueError as error:
+        raise invalid(file, f"is not a checkpoint's manifest ({error})") from error
     if version != FORMAT:
         raise invalid(file, f"is of format {version!r}, and this version of fogzo reads {FORMAT}")
-    if "state.json" not in files:
+    if "state.json" not in records:
         raise invalid(file, "does not name state.json")
-    return files
+    for name, record in records.items():
+        if not _PLAIN_NAME.fullmatch(name):
+            raise invalid(file, f"names {name!r}, which is not a plain name of a file beside it")
+        if record["size"] < 0:
+            raise invalid(file, f"gives {name} {record['size']} bytes")
+    expected = step_of(path)
+    if expected is not None and step != expected:
+        raise invalid(file, f"is of step {step}, unlike its folder")
+    return {name: (record["size"], record["sha256"]) for name, record in records.items()}
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None if it is named otherwise."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1] or match[2]) if match else None
 
 
 def check_file(path: Path, name: str, manifest: Manifest) -> None:
-    """Raise a `ValueError` unless a file's bytes are the manifest's."""
+    """Raise a `DamagedCheckpoint` unless a file's bytes are the manifest's."""
     file = path / name
-    if name not in manifest:
-        raise invalid(file, "is not in the manifest")
     expected_size, expected_digest = manifest[name]
     try:
-        size = file.stat().st_size
+        size = check_regular(file, links=False, largest=None)
         if size != expected_size:
-            raise invalid(file, f"has {size} bytes instead of {expected_size}")
+            raise ValueError(f"has {size} bytes instead of {expected_size}")
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != expected_digest:
+            raise ValueError("has other bytes than were written (SHA-256)")
     except OSError as error:
         raise invalid(file, f"cannot be read ({error.strerror})") from error
-    if digest != expected_digest:
-        raise invalid(file, "has other bytes than were written (SHA-256)")
+    except ValueError as error:
+        raise invalid(file, str(error)) from error
 
 
-def invalid(file: Path, why: str) -> ValueError:
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be loaded.
+
+    Attributes:
+        reason: The file, and what is wrong with it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}: use an earlier checkpoint, as --resume and newest_checkpoint(run_folder) "
+            "do by themselves"
+        )
+        self.reason = reason
+
+
+def invalid(file: Path, why: str) -> DamagedCheckpoint:
     """The error of a checkpoint that cannot be loaded."""
-    return ValueError(
-        f"{file} {why}: use an earlier checkpoint, as --resume and newest_checkpoint(run_folder) "
-        "do by themselves"
-    )
+    return DamagedCheckpoint(f"{file} {why}")
 
 
 def _stored_itemsize(dtype: torch.dtype) -> int:

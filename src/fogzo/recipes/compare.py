@@ -9,12 +9,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
 
+from fogzo.processes.workers import Call, Workers
 from fogzo.recipes.config import TrainConfig, to_json
 from fogzo.recipes.devices import find_device
 from fogzo.recipes.environment import environment
@@ -129,6 +129,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
     Raises:
         ValueError: If it cannot be run, the folder holds its runs by other code, or another
             comparison is at work there.
+        ChildProcessError: If the process of a run dies, and dies again.
     """
     folder = config.base.output_dir
     cache = _open(config)
@@ -248,7 +249,7 @@ def _cells(config: CompareConfig, seconds: dict[str, float]) -> list[_Cell]:
 def _seconds(
     config: CompareConfig,
     cache: RunCache,
-    pool: ProcessPoolExecutor,
+    pool: Workers,
     rounds: int = 15,
     keep: bool = True,
 ) -> dict[str, float]:
@@ -267,7 +268,9 @@ def _seconds(
         reference = keys["fogzo" if "fogzo" in keys else config.rows[0]]
         unknown = {k: c for k, c in by_key.items() if k not in found or k == reference}
         steps = min(20, max(5, config.base.max_steps // rounds))
-        measured = pool.submit(run_seconds, unknown, rounds, steps).result()
+        call = Call("the measurement of step times", run_seconds, (unknown, rounds, steps))
+        measured: dict[str, float]
+        [measured] = pool.results([call])
         # Should the machine be busier than it was then, it is so for the reference too.
         pace = found.get(reference, measured[reference]) / measured[reference]
         found = {key: seconds * pace for key, seconds in measured.items()} | found

@@ -2,12 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded, local, reshard, shard_like
+
+
+class EmaState(TypedDict):
+    """What a checkpoint holds of it."""
+
+    updates: int
+    average: dict[str, Tensor]
 
 
 class Ema:
@@ -76,19 +83,23 @@ class Ema:
         finally:
             self._overwrite(kept)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> EmaState:
         """The average by name, sharded where the model is, and the number of updates."""
         return {"updates": self.updates, "average": dict(self._average)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: EmaState) -> None:
         """Load what `state_dict` gave; whole tensors are sharded as the model is.
 
         Raises:
             ValueError: If it is of another model.
         """
-        given: dict[str, Tensor] = state["average"]
-        differing = sorted(given.keys() ^ self._average.keys())
+        given = state["average"]
+        own = {name: (t.shape, t.dtype) for name, t in self._average.items()}
+        theirs = {name: (t.shape, t.dtype) for name, t in given.items()}
+        differing = sorted({name for name, _ in own.items() ^ theirs.items()})
+        if state["updates"] < 0:
+            raise ValueError(f"an average has 0 updates or more, got {state['updates']}")
         if differing:
             raise ValueError(
                 f"this average is of another model, which differs in {', '.join(differing[:5])}: "

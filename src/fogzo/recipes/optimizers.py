@@ -1,12 +1,14 @@
 """The optimizer of a run by its name, and which parameters weight decay spares."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo.collectives import reshard
@@ -172,3 +174,71 @@ def _muon(
         return matrices
     others = torch.optim.AdamW(_groups(rest, weight_decay), lr=lr, **_betas(config))
     return JointOptimizer([matrices, others])
+
+
+class OptimizerState(TypedDict):
+    """What a checkpoint holds of an optimizer."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+def load_optimizer(optimizer: Optimizer, given: OptimizerState) -> None:
+    """Load the state of an optimizer of the same config, which is where its options come from.
+
+    Raises:
+        ValueError: If it is not what this optimizer would have after a step.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in given["param_groups"]] != [g["params"] for g in own]:
+        raise ValueError("its optimizer has other groups of parameters")
+    unknown = given["state"].keys() - {number for group in own for number in group["params"]}
+    if unknown:
+        raise ValueError(f"its optimizer has a parameter {unknown.pop()}")
+    number = 0
+    for each in optimizer.optimizers if isinstance(optimizer, JointOptimizer) else [optimizer]:
+        for group in each.param_groups:
+            for parameter in group["params"]:
+                if found := given["state"].get(number):
+                    _check_state(number, parameter, found, _state_of_small(each, group, parameter))
+                number += 1
+    optimizer.load_state_dict({"state": given["state"], "param_groups": own})
+
+
+def _state_of_small(
+    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
+) -> dict[str, Any]:
+    """What an optimizer keeps of a small parameter of the same kind, after a step."""
+    small = torch.zeros([2] * parameter.ndim, dtype=parameter.dtype, device=parameter.device)
+    small.grad = torch.zeros_like(small)
+    twin = copy.copy(optimizer)
+    twin.param_groups, twin.state = [{**group, "params": [small]}], defaultdict(dict)
+    twin.step()
+    return dict(twin.state[small])
+
+
+def _check_state(
+    number: int, parameter: Tensor, found: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Raise unless a parameter's state is of the kind that a small one of its kind has."""
+    odd = found.keys() ^ expected.keys()
+    for name in found.keys() & expected.keys():
+        value, small = found[name], expected[name]
+        if not isinstance(value, Tensor) or not isinstance(small, Tensor):
+            if type(value) is not type(small):
+                odd.add(name)
+            continue
+        # Moments are as large as the parameter; others are numbers, or factors of moments.
+        moment = small.ndim == parameter.ndim and set(small.shape) <= {2}
+        same = value.shape == parameter.shape if moment else _divides(value, parameter)
+        if (value.dtype, value.ndim) != (small.dtype, small.ndim) or not same:
+            odd.add(name)
+    if odd:
+        raise ValueError(
+            f"its optimizer keeps another {', '.join(sorted(map(str, odd)))} of parameter {number}"
+        )
+
+
+def _divides(factor: Tensor, whole: Tensor) -> bool:
+    sizes = zip(reversed(factor.shape), reversed(whole.shape), strict=False)
+    return all(own in (1, size) for own, size in sizes)

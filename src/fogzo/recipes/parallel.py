@@ -44,6 +44,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.cpu()
 
+    def most(self, value: int) -> int:
+        """The largest of a number over ranks."""
+        if self.count == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def mean(self, value: Tensor) -> float:
         """The mean over ranks of a scalar."""
         return self.sum(value.double()).item() / self.count

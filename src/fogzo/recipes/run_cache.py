@@ -10,19 +10,20 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
-from filelock import FileLock, Timeout
 
 import fogzo
 from fogzo.recipes.config import TrainConfig, to_json
 from fogzo.recipes.data_config import DataConfig
 from fogzo.recipes.data_record import Digests, digest_data
+from fogzo.recipes.folder_lock import locked
+from fogzo.recipes.json_files import read_json
 from fogzo.recipes.run_folder import Metrics, dumps, read_metrics, write_text
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def code_version() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if not name.startswith(("cli/", "bench/")):
+        if not name.startswith(("cli/", "bench/", "processes/")):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:_DIGITS]
 
@@ -93,7 +94,7 @@ class RunCache:
         """
         try:
             return _read(path)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, OSError) as error:
             aside = _set_aside(path)
             _LOG.warning("%s cannot be read (%s) and runs again; it is now %s", path, error, aside)
             return None
@@ -120,22 +121,13 @@ class RunCache:
                 f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"
             )
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep other comparisons out of the folder; it ends with the process, however that ends.
 
         Raises:
             ValueError: If another one is at work there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise ValueError(
-                f"another comparison is at work in {self.folder}: wait for it, or give this one "
-                f"--output-dir {self.folder}-2"
-            ) from error
+        return locked(self.folder, "comparison")
 
     def timing(self) -> "Timing":
         """Measured step times."""
@@ -152,10 +144,12 @@ class Timing:
     def __init__(self, cache: RunCache) -> None:
         self._path = cache.folder / "timing.json"
         self._cache = cache
-        try:
-            self._stored: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._stored = {}
+        self._stored: dict[str, float] = {}
+        if self._path.exists():
+            try:
+                self._stored = _read_times(self._path)
+            except ValueError as error:
+                _LOG.warning("%s; step times are measured again", error)
 
     def get(self, key: str) -> float | None:
         """Seconds a step, or None if they were not measured."""
@@ -175,18 +169,50 @@ def finish(path: Path, config: TrainConfig, result: Metrics) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "config.json").exists():
         write_text(path / "config.json", to_json(config))
-    write_text(path / "result.json", dumps({**result, "run": _identity(path)}, indent=2) + "\n")
+    marked = {**result, "run": _identity(path)}
+    marked["log_lines"] = len(read_metrics(path / "metrics.jsonl"))
+    write_text(path / "result.json", dumps(marked, indent=2) + "\n")
+
+
+class _Finished(TypedDict):
+    """What the summary needs of a result.json to be as it should."""
+
+    run: NotRequired[str]
+    log_lines: NotRequired[int]
+    steps: int
+    seconds: float
+    diverged: NotRequired[bool]
+    extra_forwards: NotRequired[float]
+    refined_steps: NotRequired[int]
+    fallbacks: NotRequired[dict[str, int]]
+    validation_loss: NotRequired[float | None]
+    train_loss: NotRequired[float | None]
+    test_loss: NotRequired[float | None]
+    test_accuracy: NotRequired[float | None]
+    test_perplexity: NotRequired[float | None]
+
+
+def _read_times(path: Path) -> dict[str, float]:
+    times: dict[str, float] = read_json(path, dict[str, float], "it is written anew")
+    bad = [value for value in times.values() if value <= 0]
+    if bad:
+        raise ValueError(f"{path} has a time of {bad[0]} seconds")
+    return times
 
 
 def _read(path: Path) -> Metrics | None:
     if not (path / "result.json").exists():
         return None
-    result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    result: Metrics = read_json(path / "result.json", _Finished, "it is trained again")
     if "run" not in result:
         return None  # killed between training and `finish`
     if result["run"] != _identity(path):
         raise ValueError(f"its result.json is of another run, {result['run']}")
+    if not result.get("diverged") and "validation_loss" not in result:
+        raise ValueError("its result.json has no validation_loss")
     metrics = read_metrics(path / "metrics.jsonl")
+    if len(metrics) != result.get("log_lines", len(metrics)):
+        raise ValueError(f"its metrics.jsonl has {len(metrics)} lines of {result['log_lines']}")
     if metrics and metrics[-1]["step"] != result["steps"]:
         raise ValueError(f"its metrics.jsonl ends at step {metrics[-1]['step']}")
     return result

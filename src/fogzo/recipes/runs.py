@@ -3,20 +3,19 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from fogzo.processes.workers import Call, Workers
 from fogzo.recipes.checkpoint import newest_checkpoint
 from fogzo.recipes.config import TrainConfig
 from fogzo.recipes.evaluate import EvalConfig, evaluate_run
 from fogzo.recipes.rows import ROWS
 from fogzo.recipes.run_cache import RunCache, config_hash, finish
-from fogzo.recipes.run_folder import Metrics, read_metrics
+from fogzo.recipes.run_folder import Metrics, read_result
 from fogzo.recipes.train import DivergedError, train
 
 
@@ -72,34 +71,25 @@ class Run:
         return cache.path(self.label, self.key)
 
 
-def start_pool(workers: int) -> ProcessPoolExecutor:
+def start_pool(workers: int) -> Workers:
     """Processes of one thread each."""
-    return ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_use_one_thread
-    )
+    return Workers(workers, _use_one_thread)
 
 
 def execute(
-    pool: ProcessPoolExecutor,
-    cache: RunCache,
-    runs: Iterable[Run],
-    on_run: Callable[[], None],
+    pool: Workers, cache: RunCache, runs: Iterable[Run], on_run: Callable[[], None]
 ) -> None:
     """Run what is not finished; what trains comes before what is quantized from it."""
     runs = list(runs)
     trainings = [run.trained for run in runs]
     for wave in (trainings, [run for run in runs if run.trained is not run]):
         waiting = {run.path(cache): run for run in wave if cache.result(run.path(cache)) is None}
-        futures = [
-            pool.submit(_run, run, path, run.trained.path(cache)) for path, run in waiting.items()
+        calls = [
+            Call(run.label, _run, (run, path, run.trained.path(cache)))
+            for path, run in waiting.items()
         ]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                on_run()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is running may finish
-            raise
+        for _ in pool.results(calls):
+            on_run()
 
 
 def missing(cache: RunCache, runs: Sequence[Run]) -> list[Run]:
@@ -121,13 +111,12 @@ def _train(config: TrainConfig) -> Metrics:
     try:
         return train(config)
     except DivergedError:
-        last = read_metrics(config.output_dir / "metrics.jsonl")[-1]
-        # No losses: this learning rate can never be chosen.
-        return {"steps": last["step"], "seconds": last["seconds"], "diverged": True}
+        # It has no losses: this learning rate can never be chosen.
+        return read_result(config.output_dir)
 
 
 def _quantize(run: Run, trained: Path) -> Metrics:
-    result: Metrics = json.loads((trained / "result.json").read_text(encoding="utf-8"))
+    result = read_result(trained)
     training = {name: result[name] for name in ("steps", "seconds")}
     if result.get("diverged"):
         return training | {"diverged": True}

@@ -1,5 +1,6 @@
 """From the runs of a comparison to its rows: the tuning, the chosen candidate, the differences."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def summarise(
     grid = sorted({rate for rate, _ in validation})
     seeds = [_outcome(cache, run) for run in chosen]
     steps = chosen[0].recipe.max_steps
-    extra = next((s["extra_forwards"] for s in seeds if "extra_forwards" in s), None)
+    whole = [seed for seed in seeds if not seed.get("diverged")]
+    extra = next((s["extra_forwards"] for s in whole if "extra_forwards" in s), None)
     # Every step of every row runs backward: what is not quantized is always trained by it.
     forwards = None if extra is None else steps + extra
     return {
@@ -72,6 +74,7 @@ def summarise(
         ],
         "seeds": seeds,
         **_means(seeds),
+        **_fallbacks(seeds),
         "steps": steps,
         "extra_forwards": extra,
         "forwards": forwards,
@@ -105,6 +108,15 @@ def _means(seeds: Sequence[Results]) -> Results:
         if any(value is not None for value in values):
             found[key] = {"mean": mean(values), "sd": spread(values)}
     return found
+
+
+def _fallbacks(seeds: Sequence[Results]) -> Results:
+    """The refined steps of all seeds and those that fell back, by reason; nothing if none did."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        counts.update(seed.get("fallbacks", {}))
+    refined = sum(seed.get("refined_steps", 0) for seed in seeds)
+    return {"refined_steps": refined, "fallbacks": dict(counts)} if counts else {}
 
 
 def _gap(a: float | None, b: float | None) -> float:

@@ -227,9 +227,16 @@ class TokenStream:
         }
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Go on where a stream of the same source and seed stood, on however many ranks."""
+        """Go on where a stream of the same source and seed stood, on however many ranks.
+
+        Raises:
+            ValueError: If no stream of this source stands there.
+        """
         self._seek(state)
         self._fill()
+        numbers = state["epoch"], state["shard"], state["row"], state["blocks"]
+        if min(numbers) < 0 or state["blocks"] > len(self._window):
+            raise ValueError(f"no stream stands at epoch, shard, row and block {numbers}")
         self._used = state["blocks"]
 
     def _seek(self, state: StreamState) -> None:

@@ -1,13 +1,15 @@
 """The parts of a run, put together from its config, and what a checkpoint holds of them."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fogzo import (
     ControlVariateEstimator,
@@ -20,26 +22,57 @@ from fogzo import (
     quantized_weights,
 )
 from fogzo.collectives import local
-from fogzo.estimators import GradientEstimator
+from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo.recipes.checkpoint import (
+    STRANGE,
     load_checkpoint,
     newest_checkpoint,
+    on_all_ranks,
     restore_rng,
     rng_state,
 )
+from fogzo.recipes.checkpoint_format import invalid, step_of
 from fogzo.recipes.config import TrainConfig
-from fogzo.recipes.ema import Ema
+from fogzo.recipes.ema import Ema, EmaState
+from fogzo.recipes.json_files import checked
 from fogzo.recipes.learning_rates import learning_rate_factor
 from fogzo.recipes.models import build_model, calibrate, checkpoint_blocks_
-from fogzo.recipes.optimizers import build_optimizer
+from fogzo.recipes.optimizers import OptimizerState, build_optimizer, load_optimizer
 from fogzo.recipes.parallel import Ranks, parallelize, share_buffers
-from fogzo.recipes.run_folder import Metrics
+from fogzo.recipes.run_folder import LogPosition, Metrics
 from fogzo.recipes.tasks import Batch, Task, load_task
 from fogzo.rng import RngState
 from fogzo.schedules import NoiseShare
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Weights(TypedDict):
+    """What is read of it to evaluate."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: EmaState | None
+
+
+class TrainingState(TypedDict):
+    """What a training's checkpoint holds."""
+
+    step: int
+    seconds: float
+    extra_forwards: float
+    refined_steps: NotRequired[int]
+    fallbacks: NotRequired[dict[str, int]]
+    first_loss: NotRequired[float | None]
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    estimator: dict[str, Any] | None
+    scaler: dict[str, float]
+    ema: EmaState | None
+    windows: dict[str, Any]
+    random_streams: dict[str, Any]
+    log: NotRequired[LogPosition]
 
 
 class Training:
@@ -49,6 +82,9 @@ class Training:
         config: The run.
         ranks: This process among those of the run.
         checkpoint: Where to go on, or None to begin.
+
+    Raises:
+        DamagedCheckpoint: If the checkpoint is not one of this training.
 
     Attributes:
         task: Data and loss.
@@ -62,6 +98,11 @@ class Training:
         step: Optimizer steps taken.
         seconds: Time they took.
         extra_forwards: Forwards of the probes, in whole batches.
+        refined_steps: Steps in which the estimator was to measure.
+        fallbacks: How many of them kept the gradient of backward, by reason.
+        first_loss: The loss of the first step, once it is taken.
+        senseless: For how many steps until now the loss has been beyond all sense.
+        log_position: What was logged when the checkpoint was written.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
@@ -85,8 +126,12 @@ class Training:
         self._learning_rate = learning_rate_factor(config)
         self.step, self.seconds = 0, 0.0
         self.extra_forwards: float = 0
+        self.refined_steps, self.fallbacks = 0, Counter[str]()
+        self.first_loss: float | None = None
+        self.senseless = 0
+        self.log_position: LogPosition | None = None
         if checkpoint is not None:
-            self._resume(checkpoint)
+            on_all_ranks(lambda: self._resume(checkpoint))
         self.model.train()
 
     def next_window(self) -> list[Batch]:
@@ -107,6 +152,16 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def watch(self, loss: float) -> None:
+        """Take in a step's loss: one beyond a thousand times the first, and nats, has no sense.
+
+        To know nothing costs a few nats, and whoever is wrong with certainty pays tens.
+        """
+        if self.first_loss is None:
+            self.first_loss = loss
+        sensible = loss <= 1000 * max(self.first_loss, 1.0)  # false for what is not a number
+        self.senseless = 0 if sensible else self.senseless + 1
+
     def evaluate(self) -> Metrics:
         """The numbers of each split, under the averaged weights where there is an average."""
         found: Metrics = {}
@@ -123,6 +178,19 @@ class Training:
         bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
         return not self.ranks.sum(bad)
 
+    def count(self, stats: RefineStats) -> None:
+        """Keep count of what the estimator has done in a step."""
+        self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+        if stats.probe_losses or stats.fallback is not None:
+            self.refined_steps += 1
+        if stats.fallback is not None:
+            self.fallbacks[stats.fallback] += 1
+
+    def refinements(self) -> Metrics:
+        """For result.json: the steps that were refined, and by reason those that fell back."""
+        found: Metrics = {"refined_steps": self.refined_steps} if self.refined_steps else {}
+        return found | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
+
     def state_dict(self) -> dict[str, Any]:
         """All that the run needs to go on as if nothing had happened."""
         share_buffers(self.model, self.ranks)
@@ -130,6 +198,9 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "extra_forwards": self.extra_forwards,
+            "refined_steps": self.refined_steps,
+            "fallbacks": dict(self.fallbacks),
+            "first_loss": self.first_loss,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict() if self.estimator else None,
@@ -147,14 +218,40 @@ class Training:
             "ema": self.ema.state_dict() if self.ema else None,
         }
         state = load_checkpoint(checkpoint, like)
+        try:
+            self._load(checked(TrainingState, state), checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except STRANGE as error:
+            reason = " ".join(str(error).split())
+            raise invalid(checkpoint, f"is of another training ({reason:.300})") from error
+
+    def _load(self, state: TrainingState, checkpoint: Path) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.extra_forwards = state["extra_forwards"]
+        self.refined_steps = state.get("refined_steps", 0)
+        self.fallbacks.update(state.get("fallbacks", {}))
+        self.first_loss, self.log_position = state.get("first_loss"), state.get("log")
+        named = step_of(checkpoint)
+        if not 0 <= self.step <= self.config.max_steps or self.step != (named or self.step):
+            raise ValueError(f"step is {self.step}")
+        if state["windows"].get("step", self.step) != self.step:
+            raise ValueError(f"windows.step is {state['windows']['step']}, unlike step")
+        check_same_tensors(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.estimator is not None:
+        load_optimizer(self.optimizer, state["optimizer"])
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError("one has an average of weights, and the other none")
+        if (state["estimator"] is None) != (self.estimator is None):
+            raise ValueError("one has an estimator, and the other none")
+        if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
+            if (self.estimator.step, self.estimator.seed) != (self.step, self.config.seed):
+                raise ValueError(f"estimator.step is {self.estimator.step}")
+        if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
+            raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
+        if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         self.windows.load_state_dict(state["windows"])
         restore_rng(state["random_streams"])
@@ -232,19 +329,37 @@ def load_weights(model: nn.Module, run: Path) -> int:
     """
     checkpoint = find_weights(run)
     state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
-    weights = state["model"]
-    if state["ema"] is not None:
-        average = state["ema"]["average"]
-        weights = {name: average.get(name, weight) for name, weight in weights.items()}
     try:
+        found = checked(_Weights, state)
+        weights = found["model"]
+        if found["ema"] is not None:
+            average = found["ema"]["average"]
+            weights = {name: average.get(name, weight) for name, weight in weights.items()}
+        check_same_tensors(model.state_dict(), weights, all_of_them=False)
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
+    except (ValueError, RuntimeError) as error:
+        first = " ".join(str(error).split())
         raise ValueError(
-            f"{checkpoint} is of another network ({first}): use the recipe and the --model "
+            f"{checkpoint} is of another network ({first:.300}): use the recipe and the --model "
             f"options of {run}/config.json"
         ) from error
-    return int(state["step"])
+    return found["step"]
+
+
+def check_same_tensors(
+    own: dict[str, Tensor], given: dict[str, Tensor], all_of_them: bool = True
+) -> None:
+    """Raise a `ValueError` unless tensors are of the names, shapes and types that are there."""
+    if all_of_them and own.keys() != given.keys():
+        differing = ", ".join(sorted(own.keys() ^ given.keys())[:5])
+        raise ValueError(f"another network, which differs in {differing}")
+    for name in own.keys() & given.keys():
+        mine, other = own[name], given[name]
+        if (mine.shape, mine.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{name} is {other.dtype} of shape {tuple(other.shape)} there and "
+                f"{mine.dtype} of shape {tuple(mine.shape)} here"
+            )
 
 
 def calibrate_activations(

@@ -114,7 +114,7 @@ CALLS = {
 @pytest.mark.parametrize(
     ("call", "value"),
     [(call, value) for call, (_, values) in CALLS.items() for value in values],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_it_is_refused_with_what_came_and_what_to_write(call, value):
     with pytest.raises(ValueError, match=r"(got|unknown|value=).*(for example|fixed_scale)"):

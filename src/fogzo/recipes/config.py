@@ -48,7 +48,7 @@ class TrainConfig(Options):
     output_dir: Path = Path("runs")
     """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html."""
     resume: bool = False
-    """Go on from the newest valid checkpoint in the folder; begin where there is none."""
+    """Go on from the newest whole checkpoint in the folder; begin where there is no run."""
     overwrite: bool = False
     """Replace a run that the folder holds already."""
     initial_weights: Annotated[Path | None, Example("runs/float")] = None

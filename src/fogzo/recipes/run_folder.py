@@ -223,8 +223,8 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(
-            f"{folder} is not a run folder, as it has no config.json: give the --output-dir of a "
-            "run of fogzo train"
+            f"{folder} is not a run folder, as it has no config.json: restore it, or give the "
+            "--output-dir of a run of fogzo train"
         )
     way_out = "restore it, or train again"
     values = read_json(path, dict[str, Any], way_out)

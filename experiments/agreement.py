@@ -78,7 +78,10 @@ def main() -> None:
 @contextmanager
 def rule(name: str) -> Any:
     """Every estimator inside follows this rule."""
-    with mock.patch("fogzo.estimators.family.shrink", RULES[name]):
+    with (
+        mock.patch("fogzo.estimators.family.shrink", RULES[name]),
+        mock.patch.object(regression, "AGREEMENT", "shrunk"),
+    ):
         yield
 
 
@@ -151,7 +154,7 @@ def quest_mlp(seeds: range) -> list[dict[str, Any]]:
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     rates = {row["name"]: row["learning_rate"] for row in rows if row["budget"] == "steps"}
     tuned = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    base = from_dict(TrainConfig, tuned["base"])
+    base = replace(from_dict(TrainConfig, tuned["base"]), agreement="shrunk")
     runs: list[tuple[str, TrainConfig]] = []
     for estimator in ("ste", "placebo", "fogzo"):
         config = replace(base, estimator=estimator, learning_rate=rates[estimator])

@@ -136,7 +136,7 @@ def main() -> None:
 
 def mnist() -> TrainConfig:
     """784-10-10 on the local files."""
-    recipe = RECIPES["mnist-mlp"]()
+    recipe = replace(RECIPES["mnist-mlp"](), noise_shape="isotropic", agreement="measured")
     return replace(recipe, data=replace(recipe.data, dataset="data/mnist"))
 
 

@@ -25,6 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ class Law:
     variance: float
 
 
+LITERAL: dict[str, Any] = {"agreement": "measured", "noise_shape": "isotropic"}
 MAKERS: dict[str, Callable[..., Any]] = {
-    "fogzo": fogzo.FogzoEstimator,
-    "fogzo-paired": lambda weights, **options: fogzo.FogzoEstimator(
-        weights, paired=True, **options
+    "fogzo": partial(fogzo.FogzoEstimator, **LITERAL),
+    "fogzo-paired": partial(fogzo.FogzoEstimator, paired=True, **LITERAL),
+    "control-variate": lambda weights, noise_share, **options: fogzo.ControlVariateEstimator(
+        weights, weight=noise_share, **options
     ),
-    "control-variate": fogzo.ControlVariateEstimator,
-    "placebo": fogzo.PlaceboEstimator,
+    "placebo": partial(fogzo.PlaceboEstimator, noise_shape="isotropic"),
     "spsa": lambda weights, noise_share, **options: fogzo.SpsaEstimator(weights, **options),
 }
 

@@ -626,21 +626,24 @@ def test_the_placebo_needs_no_closure_at_all():
 # How much noise, and when
 
 
-def test_the_default_share_gives_noise_the_power_of_the_signal_in_small_networks():
+def test_the_default_share_gives_noise_a_thousandth_of_the_signals_power():
     toy = Toy(smooth_loss)
     for n in (1, 4):
         estimator = Paper(toy.weights, num_samples=n)
         _, stats = toy.refine(estimator)
         d = estimator.num_weights
         assert d == 14
-        assert stats.noise_share == pytest.approx(n / (d + n), rel=1e-12)
-        assert stats.kappa == pytest.approx(1, rel=1e-12)
+        assert stats.noise_share == pytest.approx(1e-3 * n / (d + 1e-3 * n), rel=1e-12)
+        assert stats.kappa == pytest.approx(1e-3, rel=1e-12)
 
 
-@pytest.mark.parametrize(("num_weights", "kappa"), [(7940, 1.0), (5_000_000, 0.01)])
+@pytest.mark.parametrize(("num_weights", "kappa"), [(7940, 1.0), (5_000_000, None)])
 def test_the_schedule_ends_at_the_share_of_its_kappa(num_weights, kappa):
     for n in (1, 10):
-        share = fogzo.linear_noise_share(num_weights=num_weights, total_steps=10, num_samples=n)
+        share = fogzo.linear_noise_share(
+            kappa=kappa, num_weights=num_weights, total_steps=10, num_samples=n
+        )
+        kappa = 1e-3 if kappa is None else kappa
         assert share(10) == pytest.approx(kappa * n / (num_weights + kappa * n), rel=1e-12)
         q = share(10)
         assert q * num_weights / (n * (1 - q)) == pytest.approx(kappa, rel=1e-12)
@@ -656,7 +659,7 @@ def test_the_schedule_rises_linearly_from_no_noise_at_all():
 
 def test_before_the_start_the_gradient_is_left_alone_and_then_beta_is_one():
     toy = Toy(smooth_loss)
-    schedule = fogzo.linear_noise_share(num_weights=14, total_steps=10, start=0.3)
+    schedule = fogzo.linear_noise_share(total_steps=10, start=0.3, kappa=1.0)
     estimator = Paper(toy.weights, noise_share=schedule)
     for step in range(3):
         for p, g in zip(toy.params, toy.g, strict=True):

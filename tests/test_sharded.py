@@ -499,7 +499,7 @@ def test_no_rank_holds_more_than_one_whole_weight_or_copies_more_than_its_shards
         ("rotated", "shard_placement_fn=lambda p: Shard(1) if p is model.weight else None"),
         ("no model", "model=model"),
         ("part of a model", "model=model, the module that fully_shard was called on last"),
-        ("too early", "call fully_shard first"),
+        ("too early", "Call fully_shard first"),
     ],
 )
 def test_a_mistake_is_told_with_its_remedy(ranks, mistake, fix):

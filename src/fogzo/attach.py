@@ -50,7 +50,7 @@ class QuantizedLayer(QuantizedInput):
     _name: str  # in the model that `quantize_` was given
     _frozen_step: Tensor | None
     # Of the weight and its step when that was measured, until the first training forward.
-    _versions: tuple[int, int] | None = None
+    _versions: tuple[int, int, int] | None = None
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
     # In which the last forward saw the weight: FSDP gathers it in another. None before the first.
@@ -159,7 +159,7 @@ class QuantizedLayer(QuantizedInput):
         step = self.weight_step
         if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
             return
-        self._versions = (self.weight._version, step._version)
+        self._versions = (id(self.weight), self.weight._version, step._version)
 
     def _check_own_weight(self) -> None:
         """Raise a `ValueError` if a parametrization computes the weight."""
@@ -207,7 +207,7 @@ class QuantizedLayer(QuantizedInput):
             self._check_step_shape()
             raise
 
-    def _check_versions(self, measured: tuple[int, int]) -> None:
+    def _check_versions(self, measured: tuple[int, int, int]) -> None:
         """Before the first training forward: warn if the weights are not those that were measured.
 
         Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
@@ -218,8 +218,9 @@ class QuantizedLayer(QuantizedInput):
         if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         self._versions = None
-        changed = weight._version != measured[0] and step._version == measured[1]
-        if changed and self.step_mismatch() > 1:
+        own, weight_version, step_version = measured  # FSDP lends a gathered weight instead
+        changed = weight._version != weight_version and step._version == step_version
+        if id(weight) == own and changed and self.step_mismatch() > 1:
             self._stale.append(self._name)
             if len(self._stale) == 1:
                 warn_of_stale_steps(self._stale)
@@ -591,13 +592,6 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
             "without rotation"
         )
 
-    @contextmanager
-    def frozen_steps() -> Iterator[None]:
-        with ExitStack() as stack:
-            for sharing in layers:
-                stack.enter_context(sharing.frozen_step())
-            yield
-
     return QuantizedWeight(
         name=full_name,
         param=layer.weight,
@@ -610,8 +604,16 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         codes=layer.codes,
         grid=quantizer.grid,
         held=_padding(layer),
-        frozen_step=nullcontext if quantizer.scale.has_state else frozen_steps,
+        frozen_step=nullcontext if quantizer.scale.has_state else partial(_frozen_steps, layers),
     )
+
+
+@contextmanager
+def _frozen_steps(layers: list[QuantizedLayer]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.frozen_step())
+        yield
 
 
 def _padding(layer: nn.Module) -> Tensor | None:

@@ -17,7 +17,7 @@ NoiseShare = Callable[[int], float | None]
 
 
 DEFAULT_KAPPA = 1e-3
-"""So little that no optimizer notices: Muon and Adam make full steps of noise, and lose by 0.01."""
+"""So little that no optimizer notices. Muon, which makes full steps of noise, loses by 0.01."""
 
 
 def noise_share_from_kappa(kappa: float, num_weights: int, num_samples: int = 1) -> float:

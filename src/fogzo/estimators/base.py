@@ -28,6 +28,7 @@ from fogzo.estimators.measure import Measurement, measure
 from fogzo.estimators.options import check_choice, check_options, check_seed
 from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
 from fogzo.estimators.stats import RefineStats
+from fogzo.layer_audit import LayerAudit
 from fogzo.lean_probes import check_lean
 from fogzo.noise import is_kept, mix_seed
 from fogzo.pacing import Pace
@@ -158,6 +159,8 @@ class GradientEstimator(ABC):
         self.lean = lean
         self._pace = None if overhead is None else Pace(overhead)
         self._audit = Audit()
+        self._layer_audits = [LayerAudit(model) for model in self._probes.models]
+        self._refined = 0
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -298,6 +301,7 @@ class GradientEstimator(ABC):
             directions.write_grads_(refined.guide, refined.noise)
             if self.needs_gradient:
                 mark_refined(weights)
+                self._audit_layers()
         if measured.losses:
             if measured.is_finite and math.isfinite(norm):
                 self._audit.step_passed()
@@ -314,6 +318,13 @@ class GradientEstimator(ABC):
             fallback=fallback,
             **self._noise_stats(share),
         )
+
+    def _audit_layers(self) -> None:
+        """At steps 1, 10, 100, ... look for layers that are bypassed or badly initialised."""
+        self._refined += 1
+        if math.log10(self._refined).is_integer():
+            for audit in self._layer_audits:
+                audit.check()
 
     def _noise_stats(self, share: float) -> dict[str, float]:
         kappa = kappa_from_noise_share(share, self.num_weights, self.num_samples)

@@ -7,7 +7,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fogzo.collectives import compute_device, local, mean_over_ranks, shard_like, sum_over_shards
+from fogzo.collectives import (
+    compute_device,
+    full,
+    local,
+    mean_over_ranks,
+    shard_like,
+    sum_over_shards,
+)
 from fogzo.directions import Directions, Probe
 from fogzo.estimators.audit import Audit
 from fogzo.lean_probes import moved_in_forwards
@@ -122,7 +129,6 @@ def measure(
         probes.reset_()
         if not lean and not audit.passed:  # lean probes know what they have moved
             _check_dependence(probes, directions, closure, losses[0], loss_error)
-            probes.reset_()
         return measured._replace(unchanged=_why_unchanged(probes, directions, plan[0], two_sided))
 
 
@@ -138,9 +144,8 @@ def _loss_dtype(
         dtype = torch.float32  # .item() and .double() make nothing finer
     if len(set(values)) > 1:
         exact = torch.tensor(values, dtype=torch.float64)
-        for half in (torch.bfloat16, torch.float16):
-            if torch.equal(exact.to(half).double(), exact):  # computed in it, then converted
-                return half
+        if torch.equal(exact.bfloat16().double(), exact):  # computed in it, then converted
+            return torch.bfloat16
     return dtype
 
 
@@ -218,17 +223,19 @@ def _check_dependence(
     That can be told only where the gradient says that a larger move would change the loss. It
     does not behind a layer that starts at zero, an adapter's say, or a tiny gate.
     """
-    predicted = 0.0
-    for weight in directions.weights:
-        param, grad = local(weight.param), weight.param.grad
-        if not (directions.guided and grad is not None and param.numel()):
-            continue  # a rank may hold no row of a small weight
-        size = param.abs().max()
-        predicted += float(size * local(grad).abs().sum()) / directions.grad_scale
-        param.sub_(local(grad).sign().to(param.dtype), alpha=float(size))
     if not directions.guided:
         return
-    same = torch.equal(probes.evaluate(closure).to(loss), loss)
+    predicted, same = 0.0, True
+    for sign in (-1, 1):  # of two ways out of the range of levels one leads into it
+        for weight in directions.weights:
+            param, grad = local(weight.param), weight.param.grad
+            if grad is None or not param.numel():
+                continue  # a rank may hold no row of a small weight
+            size = float(param.abs().max() + full(weight.step_size()).max())
+            predicted += size * float(local(grad).abs().sum()) / directions.grad_scale
+            param.add_(local(grad).sign().to(param.dtype), alpha=sign * size)
+        same = torch.equal(probes.evaluate(closure).to(loss), loss) and same
+        probes.reset_()
     told = torch.tensor(float(same and predicted > 1e3 * loss_error))
     # On all ranks or on none, or one would wait for the others.
     if mean_over_ranks([told], compute_device(directions.weights[0].param)) == [1.0]:

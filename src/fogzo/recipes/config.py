@@ -68,9 +68,9 @@ class TrainConfig(Options):
     """n, directions probed a step."""
     probes_at_once: PositiveInt | Literal["auto"] = 1
     """Directions whose forwards run together: faster for many samples of a small network."""
-    kappa: NonNegativeFloat = 0.1
+    kappa: NonNegativeFloat = 1e-3
     """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
-    noise_shape: Literal["isotropic", "tensor_rms"] = "isotropic"
+    noise_shape: Literal["isotropic", "tensor_rms"] = "tensor_rms"
     """isotropic is the paper's; tensor_rms gives each weight noise in proportion to its gradient,
     so that layers of small gradients do not wander under Adam."""
     agreement: Literal["shrunk", "measured"] = "shrunk"

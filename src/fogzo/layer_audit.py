@@ -24,12 +24,16 @@ class LayerAudit:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._trained = False
         self._then = {name: _fingerprint(layer) for name, layer in _learning(model)}
 
     def check(self) -> None:
         """Warn of bypassed layers, of learned steps that nothing trains, and of stale steps."""
         warn_of_bypassed_layers(self._model, only_with_gradient=True)
         self._warn_of_untrained_steps()
+        if self._trained:  # by now the weights and learned steps may have gone their own ways
+            return
+        self._trained = True
         stale = [
             name
             for name, layer in _layers(self._model)

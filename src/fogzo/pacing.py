@@ -32,9 +32,10 @@ class Pace:
     """
 
     def __init__(self, overhead: float) -> None:
-        if not (overhead > 0 and math.isfinite(overhead)):
+        number = isinstance(overhead, float | int) and not isinstance(overhead, bool)
+        if not (number and overhead > 0 and math.isfinite(overhead)):
             raise ValueError(
-                f"overhead is a share of the training time, above 0, got {overhead}: "
+                f"overhead is a share of the training time, above 0, got {overhead!r}: "
                 "overhead=0.15 for 15% more time a step on average"
             )
         self.overhead = overhead

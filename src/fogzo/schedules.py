@@ -232,7 +232,7 @@ def check_noise_share(noise_share: float) -> float:
         ValueError: If it is outside [0, 1).
     """
     try:
-        share = math.nan if isinstance(noise_share, bool) else float(noise_share)
+        share = math.nan if isinstance(noise_share, bool | str) else float(noise_share)
     except (TypeError, ValueError):
         share = math.nan
     if not 0 <= share < 1:

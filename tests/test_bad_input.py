@@ -93,7 +93,7 @@ def test_pure_noise_is_sent_to_the_estimator_made_for_it():
 
 @pytest.mark.parametrize("kappa", [-1e-3, math.inf, math.nan])
 def test_a_kappa_that_is_no_power_is_refused(kappa):
-    with refused("kappa=1.0"):
+    with refused("kappa=1e-3"):
         fogzo.linear_noise_share(num_weights=1000, total_steps=10, kappa=kappa)
 
 

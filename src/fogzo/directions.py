@@ -410,13 +410,16 @@ def _sum_of_cubes(prepared: _Prepared, norm: Factor) -> Factor:
         return 0.0
     if weight.rotate is not None:  # a rotation makes Gaussians
         return norm**3 * math.sqrt(8 / math.pi / weight.param.numel())
-    rows = grad[:: math.ceil(grad.numel() / _SAMPLE)]
-    weights_per_row = grad.numel() / rows.numel()
+    stride = math.ceil(grad.numel() / _SAMPLE)
+    rows = grad[::stride] if stride > 1 else grad
     if not isinstance(eps, float):
-        rows = rows * eps.expand(grad.shape)[:: math.ceil(grad.numel() / _SAMPLE)]
-        eps = 1.0
-    cubes = rows.to(working_dtype(grad)).abs().pow_(3).sum(dtype=torch.float64)
-    return cubes * (weights_per_row * eps**3)
+        rows = rows * eps.expand(grad.shape)[::stride]
+    cubes: Factor = rows.abs().pow_(3).sum(dtype=torch.float64)
+    ratio = grad.numel() / rows.numel()
+    if isinstance(eps, float):
+        ratio *= eps**3
+        cubes = float(cubes)  # on a CPU
+    return cubes * ratio
 
 
 def _near_thresholds(prepared: _Prepared) -> list[Factor]:

@@ -142,10 +142,9 @@ def _loss_dtype(
     dtype = loss.dtype if loss.is_floating_point() else torch.float32
     if dtype == torch.float64 and all(w.param.dtype != torch.float64 for w in weights):
         dtype = torch.float32  # .item() and .double() make nothing finer
-    if len(set(values)) > 1:
-        exact = torch.tensor(values, dtype=torch.float64)
-        if torch.equal(exact.bfloat16().double(), exact):  # computed in it, then converted
-            return torch.bfloat16
+    # bfloat16 keeps eight bits: these were computed in it and converted afterwards.
+    if len(set(values)) > 1 and all((256 * math.frexp(v)[0]).is_integer() for v in values):
+        return torch.bfloat16
     return dtype
 
 

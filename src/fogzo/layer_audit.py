@@ -1,4 +1,4 @@
-"""What only shows while quantized layers train: what bypasses them, and steps that do not fit."""
+"""What only shows while quantized layers train: what bypasses them, and steps nobody trains."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,13 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fogzo.attach import QuantizedLayer, warn_of_stale_steps
+from fogzo.attach import QuantizedLayer
 from fogzo.bypasses import warn_of_bypassed_layers
-from fogzo.collectives import is_sharded, local
+from fogzo.collectives import local
 from fogzo.wording import listed
-
-# Steps train away from what their rule measures, by less than this many powers of two.
-_MISMATCH = 4.0
 
 
 class LayerAudit:
@@ -24,23 +21,12 @@ class LayerAudit:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._trained = False
         self._then = {name: _fingerprint(layer) for name, layer in _learning(model)}
 
     def check(self) -> None:
-        """Warn of bypassed layers, of learned steps that nothing trains, and of stale steps."""
+        """Warn of bypassed layers and of learned steps that nothing trains."""
         warn_of_bypassed_layers(self._model, only_with_gradient=True)
         self._warn_of_untrained_steps()
-        if self._trained:  # by now the weights and learned steps may have gone their own ways
-            return
-        self._trained = True
-        stale = [
-            name
-            for name, layer in _layers(self._model)
-            if not is_sharded(layer.weight) and layer.step_mismatch() > _MISMATCH
-        ]
-        if stale:
-            warn_of_stale_steps(stale)
 
     def _warn_of_untrained_steps(self) -> None:
         """Warn if all weights have changed since the audit was made, and no learned step has."""

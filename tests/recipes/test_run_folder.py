@@ -23,6 +23,9 @@ from fogzo.recipes.training import Training
 
 CPU = Ranks(torch.device("cpu"))
 
+# So few weights that in some steps none flips.
+pytestmark = pytest.mark.filterwarnings("ignore:(no weight rounds|the probes):RuntimeWarning")
+
 
 def small(folder, **changes):
     recipe = replace(RECIPES["digits-mlp"](), model=MlpConfig(hidden=(4,)), batch_size=16)

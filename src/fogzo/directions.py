@@ -30,8 +30,7 @@ NoiseShape = Literal["isotropic", "tensor_rms"]
 _NO_STEP = 2 * MIN_STEP
 # Nor is one far below the others of its weight a radius to measure in: it belongs to a dead group.
 _SMALLEST_SHARE = 2**-8
-_SAMPLE = 2**14
-_SMALL_SAMPLE = 2**12
+_SAMPLE = 2**12  # weights; more of them would cost a small network time and memory
 _NEAR = (0.1, 0.01)  # of the distance of levels
 
 
@@ -430,7 +429,7 @@ def _near_thresholds(prepared: _Prepared) -> list[Factor]:
     weight, grad, eps, grid = prepared.weight, prepared.grad, prepared.eps, prepared.weight.grid
     assert grad is not None and grid is not None
     # Rows of a rotated weight are rotated one by one, if they are its outputs.
-    stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SMALL_SAMPLE)
+    stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SAMPLE)
     grad, param = grad[::stride].to(prepared.dtype), local(weight.param)[::stride]
     if not isinstance(eps, float):
         eps = eps.expand(prepared.weight.param.shape)[::stride]

@@ -194,5 +194,46 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"values": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
 
 
+def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
+    """Heading, rows and a note for docs/results.md."""
+    heading = ("rule", *(f"gradient {truth}" for truth in TRUTHS), "regression, omega 2", "QuEST")
+    rows = [[name, *_cells(name, results)] for name in RULES]
+    facts, ste = results["environment"], results["quest-mlp"][0]
+    toys = sorted({row["weights"] for row in results["toy"]})
+    note = (
+        f"Gradient right, too large (four times), unrelated to the loss or reversed: share of the "
+        f"excess loss that SGD leaves of a quantized quadratic of {' / '.join(map(str, toys))} "
+        f"weights, guide alone. Regression: excess risk, masked / unmasked STE below. QuEST: test "
+        f"accuracy in % of the MNIST perceptron, isotropic noise of kappa {ste['kappa']:g}, at "
+        f"FOGZO's learning rate; STE at its own {ste['mean']:.1f} ± {ste['std']:.1f}; with the "
+        f"default noise {_plain(results['quest-mlp'][-1])}. Means of {len(ste['values'])} (QuEST) "
+        f"or {len(results['toy'][0]['values'])} seeds. {facts['processor']}, torch "
+        f"{facts['torch']}, {facts['date']}."
+    )
+    return heading, rows, note
+
+
+def _cells(name: str, results: dict[str, Any]) -> list[str]:
+    toys = [
+        " / ".join(
+            f"{row['mean']:.3f}"
+            for row in results["toy"]
+            if (row["truth"], row["rule"]) == (truth, name)
+        )
+        for truth in TRUTHS
+    ]
+    risks = [row for row in results["regression"] if row["omega"] == 2.0 and row["rule"] == name]
+    (quest,) = (
+        row
+        for row in results["quest-mlp"]
+        if (row["estimator"], row["rule"], row["noise_shape"]) == ("fogzo", name, "isotropic")
+    )
+    return [*toys, " / ".join(f"{row['mean']:.3f}" for row in risks), _plain(quest)]
+
+
+def _plain(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.1f} ± {row['std']:.1f}"
+
+
 if __name__ == "__main__":
     main()

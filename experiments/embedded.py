@@ -29,7 +29,11 @@ FOLDER = Path(__file__).parent / "embedded"
 SETTINGS: dict[str, dict[str, Any]] = {
     "STE": {"estimator": "ste"},
     "FOGZO": {"estimator": "fogzo"},
-    "FOGZO, isotropic noise, kappa 1e-6": {"noise_shape": "isotropic", "kappa": 1e-6},
+    "FOGZO, isotropic noise, kappa 1e-6": {
+        "agreement": "measured",
+        "noise_shape": "isotropic",
+        "kappa": 1e-6,
+    },
 }
 ROWS = [
     *(

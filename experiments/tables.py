@@ -176,7 +176,7 @@ def table(name: str, results: Results) -> str:
         return bench_table(*results.bench(name))
     if name == "embedded":
         return embedded_table(results.experiment(name))
-    if name in ("synthetic-law", "regression", "forwards"):
+    if name in ("agreement", "synthetic-law", "regression", "forwards", "step-cost"):
         script = importlib.import_module(name.replace("-", "_"))
         return with_note(*script.table(results.experiment(name)))
     if name == "mixture":

@@ -17,6 +17,7 @@ from fogzo.estimators.audit import Audit
 from fogzo.estimators.cautions import (
     NO_STEP,
     NOT_FINITE,
+    RESOLVES,
     advice,
     coarse_loss,
     doubt,
@@ -24,7 +25,7 @@ from fogzo.estimators.cautions import (
     name_of,
 )
 from fogzo.estimators.combination import Combination, mean_along_probes
-from fogzo.estimators.measure import Measurement, measure
+from fogzo.estimators.measure import NO_EFFECT, Measurement, measure
 from fogzo.estimators.options import check_choice, check_options, check_seed
 from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
 from fogzo.estimators.stats import RefineStats
@@ -160,7 +161,7 @@ class GradientEstimator(ABC):
         self._pace = None if overhead is None else Pace(overhead)
         self._audit = Audit()
         self._layer_audits = [LayerAudit(model) for model in self._probes.models]
-        self._refined = 0
+        self._num_refined = 0
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -209,7 +210,7 @@ class GradientEstimator(ABC):
 
         Args:
             closure: Recomputes the scalar loss that backward() differentiated, on the same
-                batches, without backward. Called 2n times.
+                batches, without backward. Called 2n times, 4n if paired and n if one-sided.
             expected_loss: That loss. The first, tenth, hundredth, ... call then checks, with one
                 more forward pass, that the closure reproduces it, and every call looks whether
                 the probes lie near it. One-sided differences start from it. Give it on all ranks
@@ -320,9 +321,9 @@ class GradientEstimator(ABC):
         )
 
     def _audit_layers(self) -> None:
-        """At steps 1, 10, 100, ... look for layers that are bypassed or badly initialised."""
-        self._refined += 1
-        if math.log10(self._refined).is_integer():
+        """At steps 1, 10, 100, ... look for layers that are bypassed and steps nobody trains."""
+        self._num_refined += 1
+        if math.log10(self._num_refined).is_integer():
             for audit in self._layer_audits:
                 audit.check()
 
@@ -410,14 +411,15 @@ class GradientEstimator(ABC):
             return NO_STEP if directions.has_gradient() else "the first-order gradient is zero"
         if not measured.is_finite:
             return NOT_FINITE
-        if measured.unchanged is not None:
-            return measured.unchanged
-        resolved = _RESOLVED * measured.loss_error
         if not measured.losses:
             return None
+        is_coarse = measured.dtype.itemsize < 4
+        if measured.unchanged is not None and not (is_coarse and measured.unchanged == NO_EFFECT):
+            return measured.unchanged
         gap = 2 * max(map(abs, measured.slopes))
-        if gap <= resolved or (self.needs_gradient and 2 * norm <= measured.loss_error):
-            return f"the probes change the loss by less than {name_of(measured.dtype)} resolves"
+        predicted = 2 * norm if self.needs_gradient else math.inf
+        if gap <= _RESOLVED * measured.loss_error or predicted <= measured.loss_error:
+            return f"the probes change the loss by less than {name_of(measured.dtype)} {RESOLVES}"
         return None
 
     def _warn(
@@ -432,6 +434,7 @@ class GradientEstimator(ABC):
         kind, text = fallback, None
         if fallback is not None:
             text = advice(fallback)
+            kind = "half" if fallback.endswith(RESOLVES) and dtype.itemsize < 4 else fallback
         elif dtype.itemsize < 4:
             kind, text = "half", coarse_loss(dtype)
         elif agreement is not None and error is not None:

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 _LOUD_KAPPA = 100
 NO_STEP = "the step size of every weight that has a gradient is zero"
 NOT_FINITE = "a probe loss is not finite"
+RESOLVES = "resolves"
 
 
 def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -> None:
@@ -45,7 +46,7 @@ def advice(fallback: str) -> str | None:
         ),
         NOT_FINITE: "Look for an overflow in the closure, or lower the learning rate",
     }.get(fallback)
-    if fallback.endswith("resolves"):
+    if fallback.endswith(RESOLVES):
         remedy = (
             "Compute the loss in float32, cross_entropy(logits.float(), y), and return it so; if "
             "it is, these weights hardly matter to the loss yet"

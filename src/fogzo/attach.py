@@ -229,10 +229,11 @@ class QuantizedLayer(QuantizedInput):
         """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
         if self._frozen_step is not None:
             return self._frozen_step
-        if self.weight_step is None:
+        step = self.weight_step
+        if step is None:
             return None
-        step = full(self.weight_step)
-        return step if self.weight_step_knee is None else positive_step(step, self.weight_step_knee)
+        step, knee = full(step), self.weight_step_knee
+        return step if knee is None else positive_step(step, knee)
 
     def _whole_weight(self) -> Tensor:
         """The weight as a forward sees it, outside of one."""

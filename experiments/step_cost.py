@@ -64,7 +64,7 @@ def measure(
         environ = os.environ | {"PYTHONPATH": str(sources[name]), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
         sections = json.loads((folder / "results.json").read_text(encoding="utf-8"))["sections"]
-        found[name] = {row["name"]: row["seconds"] for row in sections["steps"]}
+        found[name] = {row["name"]: row["seconds"] for row in sections["steps"]["cases"]}
     return found
 
 

@@ -1,7 +1,8 @@
 """What a FOGZO step costs beyond an STE step, in units of the forwards that it must make.
 
 The overhead ratio is (FOGZO step - STE step) / (2n forwards without gradient): 1 where nothing but
-the forwards costs time. A step whose probes cost nothing tells the estimator's own work from what
+the forwards costs time. A step whose probes cost nothing tells the estimator's own work import warnings
+from what
 forwards cost among other things than forwards.
 """
 
@@ -58,17 +59,19 @@ def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
     estimator = FogzoEstimator(network.weights)
     some_weight = network.weights[0].param.detach().view(-1)[0]
     steps.refined(estimator)  # the first step's checks are not for a loss that is none
-    turns = time_in_turns(
-        {
-            "STE step": steps.ste,
-            "forwards": steps.forwards,
-            "floor": steps.floor,
-            "FOGZO step": lambda: steps.refined(estimator),
-            "free probes": lambda: steps.refined(estimator, lambda: some_weight),
-        },
-        config.limits,
-        device,
-    )
+    with warnings.catch_warnings():  # free probes agree with no gradient
+        warnings.simplefilter("ignore", RuntimeWarning)
+        turns = time_in_turns(
+            {
+                "STE step": steps.ste,
+                "forwards": steps.forwards,
+                "floor": steps.floor,
+                "FOGZO step": lambda: steps.refined(estimator),
+                "free probes": lambda: steps.refined(estimator, lambda: some_weight),
+            },
+            config.limits,
+            device,
+        )
     overhead = turns.spread(lambda s: (s["FOGZO step"] - s["STE step"]) / s["forwards"])
     own_work = turns.spread(lambda s: (s["free probes"] - s["STE step"]) / s["forwards"])
     return timed(

@@ -1,11 +1,11 @@
 """What a FOGZO step costs beyond an STE step, in units of the forwards that it must make.
 
 The overhead ratio is (FOGZO step - STE step) / (2n forwards without gradient): 1 where nothing but
-the forwards costs time. A step whose probes cost nothing tells the estimator's own work import warnings
-from what
+the forwards costs time. A step whose probes cost nothing tells the estimator's own work from what
 forwards cost among other things than forwards.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 

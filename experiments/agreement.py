@@ -231,7 +231,7 @@ def _cells(name: str, results: dict[str, Any]) -> list[str]:
         )
         for truth in TRUTHS
     ]
-    risks = [row for row in results["regression"] if row["omega"] == 2.0 and row["rule"] == name]
+    risks = [row for row in results["regression"] if row["rule"] == name]
     (quest,) = (
         row
         for row in results["quest-mlp"]

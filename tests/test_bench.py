@@ -214,9 +214,11 @@ def test_steps_are_timed_beside_their_floor(results):
 def test_lean_probes_hold_less_than_the_copy_of_all_weights(results):
     for case in cases_of(results, "memory"):
         facts = case["facts"]
-        assert 1 <= facts["redrawn_copies"] < 1.5
+        # The error of an agreement may look at a sample of 4096 weights, at a few numbers of each.
+        sample = 8 * 4 * 4096 / facts["weight_bytes"]
+        assert 1 <= facts["redrawn_copies"] < 1.5 + sample
         # The noise of so few weights is kept, two bytes of it a weight of four.
-        assert facts["redrawn_copies"] + 0.4 < facts["default_copies"] < 2
+        assert facts["redrawn_copies"] + 0.4 < facts["default_copies"] < 2 + sample
         assert facts["lean_copies"] < facts["redrawn_copies"]
         assert case["facts"]["ste_peak_bytes"] > case["facts"]["weight_bytes"]
 

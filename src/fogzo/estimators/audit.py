@@ -135,7 +135,8 @@ def _scatter(probes: Probes, closure: Closure, loss: float, size: float) -> floa
     with _watched(probes.models) as seen:
         again = float(probes.evaluate(closure))
     moved = any(not torch.equal(buffer, saved) for buffer, saved in buffers)
-    inexact = moved or any(dtype.itemsize < 4 for dtype in seen) or _something_is_compiled()
+    compiled = not seen and _something_is_compiled()  # such graphs call no hooks
+    inexact = moved or compiled or any(dtype.itemsize < 4 for dtype in seen)
     return (_LOOSE if inexact else 0.0) * size + 4 * abs(again - loss)
 
 

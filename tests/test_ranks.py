@@ -87,6 +87,22 @@ def one_rank_returns_nan(rank):
     return {"given": given, "refined": refined, "fallback": stats.fallback, "warnings": said}
 
 
+def one_rank_has_another_batch(rank):
+    """What each rank is told where only rank 1's closure evaluates another batch."""
+    model = network("lsq")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    parallel = data_parallel(model, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    other = batch(rank)[0][rank::RANKS]  # of rank 0 the same
+    loss = mse_loss(parallel(x), y)
+    loss.backward()
+    try:
+        estimator.refine_grads_(lambda: mse_loss(parallel(other), y), expected_loss=loss)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def data_parallel(model, views):
     return DistributedDataParallel(model, gradient_as_bucket_view=views)
 
@@ -99,6 +115,7 @@ def rank_program(rank, folder):
     part = slice(rank, None, RANKS)
     results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
     results["nan"] = one_rank_returns_nan(rank)
+    results["another batch"] = one_rank_has_another_batch(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -153,6 +170,12 @@ def test_a_nan_on_one_rank_makes_all_ranks_keep_the_first_order_gradient(ranks):
         assert result["warnings"] == 1
         for given, refined in zip(result["given"], result["refined"], strict=True):
             assert torch.equal(given, refined)
+
+
+def test_a_mistake_on_one_rank_is_told_on_all_and_none_waits(ranks):
+    first, second = ranks[0]["another batch"], ranks[1]["another batch"]
+    assert first.startswith("on another rank the closure does not return expected_loss")
+    assert "rebound to the next batch" in second
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def step_text(metrics: Metrics) -> str:
     """Loss, agreement and speed of a step, in a few words."""
     speed = metrics["step"] / max(metrics["seconds"], 1e-9)
     agreement = metrics.get("agreement")
-    shown = "" if agreement is None else f"  agreement {agreement:.2f}"
+    error = metrics.get("agreement_error")
+    spread = "" if error is None else f" ± {error:.2f}"
+    shown = "" if agreement is None else f"  agreement {agreement:.2f}{spread}"
     return f"loss {metrics['loss']:.4f}{shown}  {speed:.3g} steps/s"
 
 

@@ -201,6 +201,7 @@ class _Line(TypedDict):
     seconds: float
     fallback: NotRequired[str | None]
     agreement: NotRequired[float | None]
+    agreement_error: NotRequired[float | None]
     flip_rate: NotRequired[float | None]
 
 

@@ -225,7 +225,8 @@ def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metr
     metrics: Metrics = {"step": training.step, "loss": loss, "seconds": training.seconds}
     metrics |= {"learning_rate": training.optimizer.param_groups[0]["lr"]}
     if stats is not None:
-        metrics |= {"agreement": stats.agreement, "loss_gap": stats.loss_gap}
+        metrics |= {"agreement": stats.agreement, "agreement_error": stats.agreement_error}
+        metrics |= {"loss_gap": stats.loss_gap}
         metrics |= {"kappa": stats.kappa, "fallback": stats.fallback}
         if training.config.track_flips:
             metrics |= {"flip_rate": stats.flip_rate}

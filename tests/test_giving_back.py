@@ -312,7 +312,7 @@ def noisy_net():
 def train(with_fogzo, steps=3):
     model = noisy_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2, noise_share=0.3)
     losses = []
     for step in range(steps):
         x, y = batch(seed=step)
@@ -344,7 +344,7 @@ def test_a_run_with_fogzo_meets_the_same_random_numbers_and_batch_statistics_as_
 def test_recorded_streams_make_the_probe_at_the_unperturbed_weights_equal_the_backwards_loss():
     model = noisy_net()
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     seen = []
 
     def closure():
@@ -361,7 +361,7 @@ def test_recorded_streams_make_the_probe_at_the_unperturbed_weights_equal_the_ba
 def test_without_recording_other_dropout_masks_are_caught_and_the_remedy_is_named():
     model = quantized_net(dropout=0.5, norm=False)
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     loss = backward(model, lambda: mse_loss(model(x), y))
     before = Snapshot(model)
     with pytest.raises(ValueError, match=r"with estimator.record_rng\(\): loss"):
@@ -372,7 +372,7 @@ def test_without_recording_other_dropout_masks_are_caught_and_the_remedy_is_name
 def test_a_recording_serves_one_step_only():
     model = quantized_net(dropout=0.5, norm=False)
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     with estimator.record_rng():
         recorded = torch.get_rng_state()
         backward(model, lambda: mse_loss(model(x), y))
@@ -393,7 +393,7 @@ def test_all_probes_of_a_step_see_the_same_random_numbers_without_any_recording(
     model = quantized_net()
     x, y = batch()
     backward(model, lambda: mse_loss(model(x), y))
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2, noise_share=0.3)
     draws = []
 
     def closure():
@@ -413,7 +413,7 @@ def test_a_closure_that_begins_to_draw_from_numpy_late_is_replayed_too():
     model = quantized_net(dropout=0.0)
     x, y = batch()
     backward(model, lambda: mse_loss(model(x), y))
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), num_samples=2, noise_share=0.3)
     for _ in range(2):
         estimator.refine_grads_(lambda: mse_loss(model(x), y))
         backward(model, lambda: mse_loss(model(x), y))
@@ -443,7 +443,7 @@ def test_probes_run_in_train_mode_without_gradient():
         assert not torch.is_grad_enabled()
         return mse_loss(model(x), y)
 
-    fogzo.FogzoEstimator(fogzo.quantized_weights(model)).refine_grads_(closure)
+    fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3).refine_grads_(closure)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -521,7 +521,7 @@ def test_the_optimizer_of_the_reading_loop_steps_afterwards():
     model = quantized_net("lsq")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     before = [p.detach().clone() for p in model.parameters()]
     with estimator.record_rng():
         loss = backward(model, lambda: mse_loss(model(x), y))
@@ -606,7 +606,7 @@ def test_every_estimator_understands_the_scale(cls):
 def test_a_scale_that_nobody_mentioned_is_warned_about_once():
     model = quantized_net(dropout=0.0)
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     (65536 * mse_loss(model(x), y)).backward()
     with pytest.warns(RuntimeWarning, match=r"scaler.unscale_\(optimizer\).*grad_scale=") as told:
         estimator.refine_grads_(lambda: mse_loss(model(x), y))
@@ -623,7 +623,7 @@ def test_gradients_that_are_not_finite_are_left_to_the_scaler(value):
     backward(model, lambda: mse_loss(model(x), y))
     model.second.weight.grad[1, 2] = value
     before = Snapshot(model)
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     stats = estimator.refine_grads_(lambda: mse_loss(model(x), y))
     before.assert_same()
     assert "not finite" in stats.fallback
@@ -638,7 +638,7 @@ def test_a_gradient_of_zeros_is_left_alone():
     for w in fogzo.quantized_weights(model):
         w.param.grad.zero_()
     before = Snapshot(model)
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     stats = estimator.refine_grads_(lambda: mse_loss(model(x), y))
     before.assert_same()
     assert "zero" in stats.fallback
@@ -720,7 +720,7 @@ def test_a_weight_that_took_no_part_is_left_alone():
         assert_bits_equal(model.second.weight, unused)
         return mse_loss(model(x), y)
 
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     stats = estimator.refine_grads_(closure)
     assert stats.fallback is None
     assert model.second.weight.grad is None
@@ -751,7 +751,7 @@ def test_a_first_step_that_overflows_does_not_use_up_the_warning_about_a_forgott
     # A GradScaler starts high, so its first steps are the ones that overflow.
     model = quantized_net(dropout=0.0)
     x, y = batch()
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     backward(model, lambda: mse_loss(model(x), y))
     model.first.weight.grad.fill_(math.inf)
     assert estimator.refine_grads_(lambda: mse_loss(model(x), y)).fallback
@@ -764,7 +764,7 @@ def test_a_first_step_that_overflows_does_not_use_up_the_warning_about_a_forgott
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_weights_come_back_exactly_after_the_model_was_cast_between_steps(dtype):
     model = quantized_net(dropout=0.0)
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.3)
     for cast in (torch.float32, dtype):
         model.to(cast)
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""FOGZO in a loop of your own: everything a real one has, in one file, with no fogzo.recipes.
+"""FOGZO in a loop of your own: everything a real one has, in one file, with no fogzo_lab.
 
     python examples/plain_loop.py
 

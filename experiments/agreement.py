@@ -34,9 +34,9 @@ import torch
 
 import fogzo
 from fogzo.estimators.agreement import shrink
-from fogzo.recipes.config import TrainConfig, from_dict
-from fogzo.recipes.environment import environment
-from fogzo.recipes.intervals import paired_interval
+from fogzo_lab.comparison.intervals import paired_interval
+from fogzo_lab.system.environment import environment
+from fogzo_lab.training.config import TrainConfig, from_dict
 
 FOLDER = Path(__file__).parent / "agreement"
 Rule = Callable[[float, float], float]
@@ -187,7 +187,7 @@ def quest_mlp(seeds: range) -> list[dict[str, Any]]:
 
 def accuracy(name: str, config: TrainConfig, seeds: range) -> list[float]:
     """Test accuracy in %, by seed."""
-    from fogzo.recipes.train import train
+    from fogzo_lab.training.loop import train
 
     found = []
     for seed in seeds:

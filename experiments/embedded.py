@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from fogzo.recipes import RECIPES, train
-from fogzo.recipes.data_config import TextConfig
-from fogzo.recipes.environment import environment
-from fogzo.recipes.images import load_images
-from fogzo.recipes.text import TextSplit, load_text, unigram_loss
+from fogzo_lab.data.config import TextConfig
+from fogzo_lab.data.images import load_images
+from fogzo_lab.data.text import TextSplit, load_text, unigram_loss
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.environment import environment
+from fogzo_lab.training.loop import train
 
 FOLDER = Path(__file__).parent / "embedded"
 SETTINGS: dict[str, dict[str, Any]] = {

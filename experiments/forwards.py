@@ -23,12 +23,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fogzo.cli import display
-from fogzo.recipes import RECIPES, TrainConfig
-from fogzo.recipes.compare import CompareConfig, compare
-from fogzo.recipes.environment import environment
-from fogzo.recipes.rows import ROWS
-from fogzo.recipes.run_folder import dumps, write_text
+from fogzo_lab.cli import display
+from fogzo_lab.comparison.compare import CompareConfig, compare
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.training.config import TrainConfig
 
 FOLDER = Path("experiments/forwards")
 PAPER_RATIO = 796

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fogzo.cli import comparison
-from fogzo.recipes.intervals import paired_interval, verdict
-from fogzo.recipes.rows import ROWS
-from fogzo.recipes.summary import MORE_IS_BETTER
+from fogzo_lab.comparison import tables
+from fogzo_lab.comparison.intervals import paired_interval, verdict
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.comparison.summary import MORE_IS_BETTER
 
 RIVALS = ("ste", "ste-unmasked", "placebo")
 
@@ -116,8 +116,8 @@ def mixture(
     rows = []
     for line in lines:
         results = load(line.folder)
-        main = comparison.main_metric(results)
-        metric = comparison.METRICS[main]
+        main = tables.main_metric(results)
+        metric = tables.METRICS[main]
         found = [_at_equal_time(results, name) for name in (*RIVALS, "ste-then-fogzo")]
         mixed = [seed[main] for seed in found[-1]["seeds"]]
         cells = [line.label, *(metric.spread(row[main]) for row in found)]
@@ -136,21 +136,21 @@ def mixture(
 
 def _compared(results: dict[str, Any], budget: str) -> tuple[list[str], list[str]]:
     """The rivals, FOGZO and the differences at one budget, and what each difference is called."""
-    main = comparison.main_metric(results)
-    metric = comparison.METRICS[main]
+    main = tables.main_metric(results)
+    metric = tables.METRICS[main]
     pick = _at_equal_time if budget == "time" else _at_equal_steps
     rivals = [pick(results, name) for name in RIVALS]
     cells = [metric.spread(row.get(main)) for row in [*rivals, _at_equal_steps(results, "fogzo")]]
     verdicts = []
     for row in rivals:
-        gap = comparison.difference(results, row)[main]
+        gap = tables.difference(results, row)[main]
         found = verdict(gap, MORE_IS_BETTER[main])
         cells.append(_called(metric, gap, MORE_IS_BETTER[main]))
         verdicts += [found] if found else []
     return cells, verdicts
 
 
-def _called(metric: comparison.Metric, gap: dict[str, Any], more_is_better: bool) -> str:
+def _called(metric: tables.Metric, gap: dict[str, Any], more_is_better: bool) -> str:
     """A difference, bold and in words where its interval excludes zero."""
     text, found = metric.interval(gap), verdict(gap, more_is_better)
     return f"**{text}** {found}" if found in ("better", "worse") else text

@@ -13,17 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fogzo.cli import display
-from fogzo.cli.report import write_compare_report
-from fogzo.recipes import RECIPES, TrainConfig
-from fogzo.recipes.compare import CompareConfig, compare, plan
-from fogzo.recipes.data_config import ImagesConfig, TextConfig
-from fogzo.recipes.model_config import (
-    DeitConfig,
-    LlamaConfig,
-    QuantizerConfig,
-    ResNetConfig,
-)
+from fogzo_lab.cli import display
+from fogzo_lab.comparison.compare import CompareConfig, compare, plan
+from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.data.config import ImagesConfig, TextConfig
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.model_config import DeitConfig, LlamaConfig, QuantizerConfig, ResNetConfig
 
 EXPERIMENTS = Path("experiments")
 CORE_ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.recipes.environment import environment
-from fogzo.recipes.intervals import student_interval
+from fogzo_lab.comparison.intervals import student_interval
+from fogzo_lab.system.environment import environment
 
 FOLDER = Path(__file__).parent / "regression"
 TEACHER = 1.0

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fogzo.recipes.environment import environment
+from fogzo_lab.system.environment import environment
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "step-cost"
@@ -59,7 +59,7 @@ def measure(
     found = {}
     for name in sorted(sources, reverse=reverse):
         folder = temporary / name / "bench"
-        command = [sys.executable, "-m", "fogzo.cli.main", "bench", "--suite", "quick"]
+        command = [sys.executable, "-m", "fogzo_lab.cli.main", "bench", "--suite", "quick"]
         command += ["--only", "steps", "--output-dir", str(folder)]
         environ = os.environ | {"PYTHONPATH": str(sources[name]), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)

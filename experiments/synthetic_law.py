@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import fogzo
 from fogzo.quantizers import resolve_surrogate, uniform
-from fogzo.recipes.environment import environment
+from fogzo_lab.system.environment import environment
 
 FOLDER = Path(__file__).parent / "synthetic-law"
 ALLOWED_ERRORS = 4.0

@@ -25,11 +25,11 @@ from typing import Any
 
 from overview import GROUPS, MIXTURES, mixture, overview
 
-from fogzo.cli import comparison
-from fogzo.cli.bench import tables
-from fogzo.cli.report import write_compare_report
-from fogzo.recipes.compare import CompareConfig
-from fogzo.recipes.config import from_dict
+from fogzo_lab.cli.bench import tables
+from fogzo_lab.comparison import tables as comparison
+from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import fogzo
-from fogzo.attach import QuantizedLayer
+from fogzo.layers.attach import QuantizedLayer
 
 PRESETS = {
     "fixed": fogzo.fixed(2),
@@ -714,6 +714,6 @@ def test_a_refusal_shows_the_corrected_call_and_changes_nothing(make, call, advi
 def test_the_advice_for_a_half_quantized_model_works():
     model = _half_quantized()
     fogzo.quantize_(
-        model, fogzo.lsq(2), lambda m, name: not isinstance(m, fogzo.attach.QuantizedLayer)
+        model, fogzo.lsq(2), lambda m, name: not isinstance(m, fogzo.layers.attach.QuantizedLayer)
     )
     assert _quantized_names(model) == ["0", "2", "3"]

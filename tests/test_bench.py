@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 import fogzo
-from fogzo.bench import mezo
-from fogzo.bench.cases import NotHereError, reason
-from fogzo.bench.comparing import compare
-from fogzo.bench.config import SECTION_NAMES, BenchConfig, Limits
-from fogzo.bench.memory import peak_bytes
-from fogzo.bench.networks import mlp
-from fogzo.bench.peers import LAYERS, Chain
-from fogzo.bench.plot import plot
-from fogzo.bench.ranks import RankSettings, time_on_ranks
-from fogzo.bench.sections import SECTIONS, compiled, layers, steps
-from fogzo.bench.stepping import Steps
-from fogzo.bench.suite import run_suite
-from fogzo.bench.timing import Spread, Turns, take_turns, time_in_turns
-from fogzo.cli.bench import tables
-from fogzo.cli.main import main
 from fogzo.quantizers.smoothing import Rademacher, with_radius
 from fogzo.quantizers.surrogates import identity
+from fogzo_lab.bench import mezo
+from fogzo_lab.bench.cases import NotHereError, reason
+from fogzo_lab.bench.comparing import compare
+from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig, Limits
+from fogzo_lab.bench.memory import peak_bytes
+from fogzo_lab.bench.networks import mlp
+from fogzo_lab.bench.peers import LAYERS, Chain
+from fogzo_lab.bench.plot import plot
+from fogzo_lab.bench.ranks import RankSettings, time_on_ranks
+from fogzo_lab.bench.sections import SECTIONS, compiled, layers, steps
+from fogzo_lab.bench.stepping import Steps
+from fogzo_lab.bench.suite import run_suite
+from fogzo_lab.bench.timing import Spread, Turns, take_turns, time_in_turns
+from fogzo_lab.cli.bench import tables
+from fogzo_lab.cli.main import main
 
 CPU = torch.device("cpu")
 TINY = BenchConfig(suite="tiny", device="cpu")

@@ -2,7 +2,7 @@
 
 import torch
 
-from fogzo.buffers import Buffers
+from fogzo.probing.buffers import Buffers
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

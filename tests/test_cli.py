@@ -10,7 +10,7 @@ import pytest
 
 def fogzo(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "fogzo.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "fogzo_lab.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -86,7 +86,7 @@ def test_help_lists_commands_and_recipes():
 
 
 def test_without_its_extra_the_command_says_how_to_install_it():
-    code = "import sys; sys.modules['tyro'] = None; import fogzo.cli.main as m; m.main()"
+    code = "import sys; sys.modules['tyro'] = None; import fogzo_lab.cli.main as m; m.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "fogzo: the commands need tyro: pip install 'fogzo[cli]'"
+    assert done.stderr.strip() == "fogzo: the commands need tyro: pip install 'fogzo[lab]'"

@@ -8,8 +8,8 @@ import datasets
 import numpy
 import pytest
 
-from fogzo.cli.main import main
-from fogzo.recipes.checkpoint import newest_checkpoint
+from fogzo_lab.cli.main import main
+from fogzo_lab.training.checkpoint import newest_checkpoint
 
 SMALL_LLAMA = ("--model.width", "16", "--model.depth", "1", "--model.heads", "2")
 SMALL_LLAMA += ("--data.context", "16", "--max-steps", "4", "--batch-size", "4")
@@ -157,7 +157,7 @@ def test_a_config_of_another_version_is_refused(says, tmp_path):
 def test_a_full_disk_keeps_what_was_trained(tmp_path):
     command = ["train", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 30]
     command += ["--checkpoint-every", 10, "--model.hidden"]
-    program = [sys.executable, "-m", "fogzo.cli.main", *map(str, command)]
+    program = [sys.executable, "-m", "fogzo_lab.cli.main", *map(str, command)]
 
     def limit():
         # No file may be longer: what a full disk looks like to a process.

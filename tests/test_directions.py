@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fogzo
-from fogzo.directions import Directions, Probe
-from fogzo.noise import working_dtype
+from fogzo.probing.directions import Directions, Probe
+from fogzo.probing.noise import working_dtype
 
 PRESETS = {
     "fixed": lambda: fogzo.fixed(2),

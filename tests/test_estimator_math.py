@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fogzo
+from fogzo.estimators.reference import fogzo_gradient
 from fogzo.quantizers import SURROGATE_NAMES, resolve_surrogate, uniform
-from fogzo.reference import fogzo_gradient
 
 # The gradients written by hand here often hardly agree with the loss, which deserves a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")

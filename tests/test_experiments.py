@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import t as student
 
-from fogzo.recipes.compare import CompareConfig
-from fogzo.recipes.config import from_dict
+from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
 PLOTS = {

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import fogzo
-from fogzo.attach import QuantizedLayer
-from fogzo.bypasses import warn_of_bypassed_layers
-from fogzo.layer_audit import LayerAudit
+from fogzo.layers.attach import QuantizedLayer
+from fogzo.layers.audit import LayerAudit
+from fogzo.layers.bypasses import warn_of_bypassed_layers
 
 PRESETS = {"lsq": fogzo.lsq(2), "quest": fogzo.quest(2), "fixed": fogzo.fixed(2)}
 EVERY_PRESET = pytest.mark.parametrize("quantizer", PRESETS.values(), ids=PRESETS.keys())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
-from fogzo import pacing
+from fogzo.estimators import pacing
 
 # Twelve weights, of which now and then none flips.
 pytestmark = pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")

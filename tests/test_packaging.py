@@ -23,7 +23,11 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_its_types_and_its_template(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"fogzo/__init__.py", "fogzo/py.typed", "fogzo/cli/report.html.jinja"} <= names
+    assert {
+        "fogzo/__init__.py",
+        "fogzo/py.typed",
+        "fogzo_lab/comparison/report.html.jinja",
+    } <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "experiments"))]
 
 

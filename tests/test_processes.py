@@ -9,13 +9,13 @@ import time
 import psutil
 import pytest
 
-from fogzo.processes.signals import Terminated, held_back, raised
+from fogzo_lab.system.signals import Terminated, held_back, raised
 
 # What workers run must be importable in them, which test modules are not.
 PROGRAM = """
 import logging, multiprocessing, os, pathlib, signal, sys, time
-from fogzo.processes import signals
-from fogzo.processes.workers import Call, Workers
+from fogzo_lab.system import signals
+from fogzo_lab.system.workers import Call, Workers
 
 here = pathlib.Path(__file__).parent
 

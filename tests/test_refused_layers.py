@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.attach import QuantizedLayer
+from fogzo.layers.attach import QuantizedLayer
 
 
 def everything(module: nn.Module, name: str) -> bool:

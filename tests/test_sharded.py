@@ -267,7 +267,8 @@ def broken_on_one_rank(rank, what):
 
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
-    from fogzo import attach, noise
+    from fogzo.layers import attach
+    from fogzo.probing import noise
 
     _, estimator, loss_fn, _ = after_backward(rank, "quest")
     estimator.num_samples = 2

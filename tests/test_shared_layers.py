@@ -15,7 +15,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrizati
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fogzo
-from fogzo.attach import QuantizedLayer
+from fogzo.layers.attach import QuantizedLayer
 
 PRESETS = {
     "fixed": fogzo.fixed(2),
@@ -445,7 +445,7 @@ def test_weights_initialised_after_quantize_warn_once(quantizer, std):
 def test_the_advice_for_weights_initialised_anew_works(quantizer):
     model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
     _initialise(model, 3.0)
-    fogzo.attach.measure_steps_(model)
+    fogzo.layers.attach.measure_steps_(model)
     fresh = _net()
     fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "step" not in k})
     assert torch.equal(model(x), fogzo.quantize_(fresh, quantizer, everything)(x))

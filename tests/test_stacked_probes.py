@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import fogzo
-from fogzo.directions import Directions, Probe
-from fogzo.reference import fogzo_gradient
-from fogzo.stacked_probes import chunk_size
+from fogzo.estimators.reference import fogzo_gradient
+from fogzo.probing.directions import Directions, Probe
+from fogzo.probing.stacked import chunk_size
 
 # By chance some of these small networks' measured slopes are tiny, which is warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")
@@ -382,7 +382,7 @@ def test_what_is_no_number_of_probes(value):
 
 def test_sharded_weights_are_refused(monkeypatch):
     # As if FSDP had cut them, which test_sharded.py does with two processes.
-    monkeypatch.setattr("fogzo.stacked_probes.is_sharded", lambda param: True)
+    monkeypatch.setattr("fogzo.probing.stacked.is_sharded", lambda param: True)
     model, _ = prepared()
     with pytest.raises(ValueError, match=r"is sharded.*use probes_at_once=1"):
         fogzo.FogzoEstimator(fogzo.quantized_weights(model), probes_at_once="auto")

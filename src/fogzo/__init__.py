@@ -12,26 +12,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fogzo.activations import calibrate_
-    from fogzo.attach import dequantize_, quantize_, quantized_weights
     from fogzo.estimators import (
         ControlVariateEstimator,
         FogzoEstimator,
+        GradientEstimator,
         PlaceboEstimator,
+        RefineStats,
         SpsaEstimator,
+        every,
+        linear_noise_share,
+    )
+    from fogzo.layers import (
+        QuantizedLayer,
+        QuantizedWeight,
+        calibrate_,
+        dequantize_,
+        measure_steps_,
+        quantize_,
+        quantized_weights,
     )
     from fogzo.quantizers import Quantizer, abs_max, fixed, lsq, quest, sign, ternary
-    from fogzo.schedules import every, linear_noise_share
-    from fogzo.weights import QuantizedWeight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ControlVariateEstimator",
     "FogzoEstimator",
+    "GradientEstimator",
     "PlaceboEstimator",
+    "QuantizedLayer",
     "QuantizedWeight",
     "Quantizer",
+    "RefineStats",
     "SpsaEstimator",
     "abs_max",
     "calibrate_",
@@ -40,6 +52,7 @@ __all__ = [
     "fixed",
     "linear_noise_share",
     "lsq",
+    "measure_steps_",
     "quantize_",
     "quantized_weights",
     "quest",
@@ -52,7 +65,7 @@ def __getattr__(name: str) -> Any:
     # Torch takes a second or more to import, and comes with the first name that is asked for:
     # before it, a command must be able to answer Ctrl-C, and a worker to see its parent die.
     if not name.startswith("__") and "quantize_" not in globals():
-        sources = ("activations", "attach", "estimators", "quantizers", "schedules", "weights")
+        sources = ("estimators", "layers", "quantizers")
         found = [vars(import_module(f"{__name__}.{source}")) for source in sources]
         globals().update({n: names[n] for names in found for n in __all__ if n in names})
     if name in globals():

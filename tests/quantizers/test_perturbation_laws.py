@@ -9,9 +9,9 @@ from torch import Generator
 
 from fogzo import quantized_weights
 from fogzo.quantizers.smoothing import LAWS, Rademacher, Scaled, Triangular, with_radius
-from fogzo.recipes import RECIPES
-from fogzo.recipes.models import Shapes, build_model
-from fogzo.recipes.training import build_estimator
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.models import Shapes, build_model
+from fogzo_lab.training.state import build_estimator
 
 F64 = torch.float64
 

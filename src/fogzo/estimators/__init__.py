@@ -7,6 +7,7 @@ from fogzo.estimators.family import (
     PlaceboEstimator,
     SpsaEstimator,
 )
+from fogzo.estimators.schedules import every, linear_noise_share
 from fogzo.estimators.stats import RefineStats
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "PlaceboEstimator",
     "RefineStats",
     "SpsaEstimator",
+    "every",
+    "linear_noise_share",
 ]

@@ -14,7 +14,7 @@ evenly between thresholds, how far their density there is from even is the large
 import math
 from collections.abc import Sequence
 
-from fogzo.directions import Moments
+from fogzo.probing.directions import Moments
 
 
 def agreement_error(

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import compute_device
-from fogzo.directions import Coordinates, Directions, NoiseShape, Probe
 from fogzo.estimators.agreement import agreement_error, is_explained
-from fogzo.estimators.audit import Audit
 from fogzo.estimators.cautions import (
     NO_STEP,
     NOT_FINITE,
@@ -25,23 +23,20 @@ from fogzo.estimators.cautions import (
     name_of,
 )
 from fogzo.estimators.combination import Combination, mean_along_probes
-from fogzo.estimators.measure import NO_EFFECT, Measurement, measure
 from fogzo.estimators.options import check_choice, check_options, check_seed
+from fogzo.estimators.pacing import Pace
 from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
+from fogzo.estimators.schedules import NoiseShare, as_noise_share, bind, kappa_from_noise_share
 from fogzo.estimators.stats import RefineStats
-from fogzo.layer_audit import LayerAudit
-from fogzo.lean_probes import check_lean
-from fogzo.noise import is_kept, mix_seed
-from fogzo.pacing import Pace
-from fogzo.probes import Closure, Probes
-from fogzo.schedules import (
-    NoiseShare,
-    as_noise_share,
-    bind,
-    kappa_from_noise_share,
-)
-from fogzo.stacked_probes import AtOnce, check_at_once
-from fogzo.weights import QuantizedWeight, WeightLike, as_quantized_weights
+from fogzo.layers.audit import LayerAudit
+from fogzo.layers.weights import QuantizedWeight, WeightLike, as_quantized_weights
+from fogzo.probing.audit import Audit
+from fogzo.probing.directions import Coordinates, Directions, NoiseShape, Probe
+from fogzo.probing.lean import check_lean
+from fogzo.probing.loan import Closure, Probes
+from fogzo.probing.measure import NO_EFFECT, Measurement, measure
+from fogzo.probing.noise import is_kept, mix_seed
+from fogzo.probing.stacked import AtOnce, check_at_once
 
 # Differences of fewer units in the last place than this may be the rounding of the loss.
 _RESOLVED = 4

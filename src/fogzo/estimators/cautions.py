@@ -4,8 +4,8 @@ import logging
 
 import torch
 
-from fogzo.estimators.measure import NO_EFFECT, NO_FLIP
-from fogzo.schedules import kappa_from_noise_share, noise_share_from_kappa
+from fogzo.estimators.schedules import kappa_from_noise_share, noise_share_from_kappa
+from fogzo.probing.measure import NO_EFFECT, NO_FLIP
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fogzo.directions import Probe
+from fogzo.probing.directions import Probe
 
 
 class Combination(NamedTuple):

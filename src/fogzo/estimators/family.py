@@ -4,18 +4,18 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Unpack
 
-from fogzo.directions import Directions, Probe
 from fogzo.estimators.agreement import shrink
 from fogzo.estimators.base import GradientEstimator
 from fogzo.estimators.combination import Combination, mean_along_probes
 from fogzo.estimators.options import EstimatorOptions, check_choice, check_options
-from fogzo.schedules import (
+from fogzo.estimators.schedules import (
     DEFAULT_KAPPA,
     ConstantNoiseShare,
     NoiseShare,
     noise_share_from_kappa,
 )
-from fogzo.weights import WeightLike
+from fogzo.layers.weights import WeightLike
+from fogzo.probing.directions import Directions, Probe
 
 
 class FogzoEstimator(GradientEstimator):

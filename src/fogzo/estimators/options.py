@@ -6,9 +6,9 @@ from typing import Literal, TypedDict, cast
 
 from torch import nn
 
-from fogzo.directions import Coordinates, NoiseShape
-from fogzo.schedules import NoiseShare, require_count
-from fogzo.stacked_probes import AtOnce
+from fogzo.estimators.schedules import NoiseShare, require_count
+from fogzo.probing.directions import Coordinates, NoiseShape
+from fogzo.probing.stacked import AtOnce
 
 
 class EstimatorOptions(TypedDict, total=False):

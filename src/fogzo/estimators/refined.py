@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fogzo.collectives import local
-from fogzo.weights import QuantizedWeight
+from fogzo.layers.weights import QuantizedWeight
 
 _MARK = "_fogzo_refined_version"
 

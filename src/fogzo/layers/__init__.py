@@ -1,0 +1,21 @@
+"""Quantized layers: attaching quantizers to a model, and the weights that an estimator refines."""
+
+from fogzo.layers.activations import calibrate_
+from fogzo.layers.attach import (
+    QuantizedLayer,
+    dequantize_,
+    measure_steps_,
+    quantize_,
+    quantized_weights,
+)
+from fogzo.layers.weights import QuantizedWeight
+
+__all__ = [
+    "QuantizedLayer",
+    "QuantizedWeight",
+    "calibrate_",
+    "dequantize_",
+    "measure_steps_",
+    "quantize_",
+    "quantized_weights",
+]

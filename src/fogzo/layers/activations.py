@@ -1,0 +1,387 @@
+"""Activation quantization: the inputs of quantized layers, and how their step sizes are measured.
+
+Estimators never perturb an activation. Its quantizer runs in every forward, probes included.
+"""
+
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fogzo.collectives import full, is_sharded
+from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.quantizers import Quantizer, unsigned
+from fogzo.quantizers.grids import TIE_MARGIN
+from fogzo.quantizers.reading import can_be_read, has_a_value
+from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
+
+logger = logging.getLogger(__name__)
+
+Activations = Quantizer | Callable[[nn.Module, str], Quantizer | None] | None
+
+# What the buffer `input_state` holds, as a float: averages of models (AveragedModel, EMA) round
+# integers down, and so turn a 2 into a 1.
+UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
+
+
+@dataclass
+class _Tally:
+    """What the inputs seen so far say of a layer's step and of its levels."""
+
+    count: int = 0
+    negative: bool = False
+    steps: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def add(self, x: Tensor, candidates: tuple[Quantizer, Quantizer], feature_dim: int) -> None:
+        """Measure an input for both grids, as a later input may rule one out."""
+        steps = torch.stack([quantizer.measure_input(x, feature_dim) for quantizer in candidates])
+        # Zeros alone (a layer behind one that starts at zero) and overflows say nothing.
+        smallest = smallest_step(x.dtype, candidates[0].scale_dtype)
+        if bool((steps.isfinite() & (steps >= smallest)).all()):
+            self.count += 1
+            # Below zero by more than the round-off of a sum that is zero in exact arithmetic.
+            self.negative |= bool((x < -TIE_MARGIN * steps[0]).any())
+            self.steps = self.steps + steps
+
+
+class QuantizedInput(nn.Module):
+    """Mixed into a layer's class by `quantize_`: quantizes the layer's first positional input.
+
+    The two tensors below decide, whoever wrote to them: a copy that follows the model (EMA, SWA,
+    ``load_state_dict``, ``torch.func.functional_call``) quantizes as the model does.
+
+    Attributes:
+        input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
+            Infinite until it is measured, so that no average with such a step passes for one.
+        input_step_knee: A buffer beside a learned step, which keeps the step in use positive.
+        input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
+            2 measured for the unsigned grid of as many bits.
+    """
+
+    weight: nn.Parameter
+    input_step: Tensor | None
+    input_step_knee: Tensor | None
+    input_state: Tensor | None
+    _given: Quantizer | None
+    _without_negatives: Quantizer | None
+    # Whether input_state was once seen to say that it is measured. Where it cannot be read for
+    # nothing (on an accelerator, in a compiled graph) that is not asked again: an infinite step
+    # makes the output NaN or infinite.
+    _was_measured: bool
+    _tally: _Tally | None
+
+    @property
+    def activation_quantizer(self) -> Quantizer | None:
+        """The quantizer in use, or None.
+
+        Once measured, its grid is the unsigned one if a step is kept and no input was negative.
+        """
+        state = self.input_state
+        if state is None or not has_a_value(state) or round(state.item()) != UNSIGNED:
+            return self._given
+        return self._without_negatives
+
+    def attach_input(self, quantizer: Quantizer | None) -> None:
+        """Begin to quantize inputs; None leaves them alone."""
+        self._given = self._without_negatives = quantizer
+        self._was_measured, self._tally = False, None
+        self.register_buffer("input_step_knee", None)
+        if quantizer is None or not quantizer.scale.has_state:
+            self.register_buffer("input_step", None)
+            self.register_buffer("input_state", None)
+            return
+        self._without_negatives = _for_unsigned(quantizer)
+        value, state = _initial(quantizer)
+        weight = self.weight
+        step = torch.full((1, 1), value, dtype=weight.dtype, device=weight.device)
+        if quantizer.scale.kind == "learned":
+            self.register_parameter("input_step", nn.Parameter(step))
+            self.input_step_knee = knee_of(step)
+        else:
+            self.register_buffer("input_step", step)
+        self.register_buffer("input_state", torch.tensor(float(state), device=weight.device))
+        self._was_measured = state != UNMEASURED
+
+    def detach_input(self) -> None:
+        """Leave nothing of `attach_input` behind."""
+        del self.input_step, self.input_step_knee, self.input_state
+        del self._given, self._without_negatives, self._was_measured, self._tally
+
+    def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments of a forward, the first of them quantized if it is to be."""
+        given = self._given
+        if given is None:
+            return args
+        if not args:
+            raise ValueError(
+                f"{type(self).__name__} quantizes its first positional input but was called with "
+                "keywords alone: layer(x), not layer(input=x)"
+            )
+        x = args[0]
+        if x.numel() == 0:  # an expert that no token was sent to
+            return args
+        # Features are last, before the kernel positions of a convolution; the batch is optional.
+        feature_dim = 1 - self.weight.dim()
+        step, buffer = self.input_step, self.input_state
+        if step is None or buffer is None:
+            return given.quantize_input(x, None, feature_dim, self.training), *args[1:]
+        state = self._read_state(step, buffer)
+        if self._tally is not None or state == UNMEASURED:
+            measure = self._measure
+            if torch.compiler.is_compiling():
+                measure = torch._dynamo.disable(measure)
+            state = measure(x, feature_dim)
+            if state == UNMEASURED:
+                return args
+        quantizer, is_unsigned = given, None
+        if state == UNSIGNED:
+            assert self._without_negatives is not None
+            quantizer = self._without_negatives
+        elif state is None and self._without_negatives is not given:
+            is_unsigned = buffer >= (AS_GIVEN + UNSIGNED) / 2
+        if (knee := self.input_step_knee) is not None:
+            step = positive_step(step, knee)
+        if state is None and given.scale_dtype is not None:  # rounding would make it finite
+            step = torch.where(step.isfinite(), step, math.nan)
+        quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
+        return quantized, *args[1:]
+
+    def _read_state(self, step: Tensor, buffer: Tensor) -> int | None:
+        """What `input_state` says; None where to read it would cost something or is impossible."""
+        if torch.compiler.is_compiling():
+            return None if self._was_measured or self._is_measured() else UNMEASURED
+        if not (can_be_read(buffer) or (not self._was_measured and has_a_value(buffer))):
+            return None
+        value = buffer.item()
+        state = round(value)
+        if self._tally is None:
+            self._check_levels(value)
+            if state != UNMEASURED and not self.training:
+                self._check_step(step)
+        if self._was_measured != (state != UNMEASURED):
+            self._was_measured = state != UNMEASURED
+        return state
+
+    def _is_measured(self) -> bool:
+        return self.input_state is None or round(self.input_state.item()) != UNMEASURED
+
+    # torch.compiler.assume_constant_result, less its import of a second: the compiler reads the
+    # buffer once instead of breaking the graph. `_was_measured`, which it guards, notes a change.
+    _is_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _measure(self, x: Tensor, feature_dim: int) -> int:
+        """Take an input in; the state that follows."""
+        assert self._given is not None and self._without_negatives is not None
+        assert self.input_step is not None and self.input_state is not None
+        tally = self._tally
+        if tally is None:
+            self._check_may_measure()
+            tally = _Tally()
+        tally.add(x, (self._given, self._without_negatives), feature_dim)
+        if not tally.count:
+            return UNMEASURED
+        as_given = tally.negative or self._without_negatives is self._given
+        assert isinstance(tally.steps, Tensor)
+        with torch.no_grad():  # in place, as an optimizer may hold the parameter already
+            self.input_step.copy_(tally.steps[0 if as_given else 1] / tally.count)
+            if self.input_step_knee is not None:
+                self.input_step_knee.copy_(knee_of(self.input_step))
+            self.input_state.fill_(AS_GIVEN if as_given else UNSIGNED)
+        self._was_measured = True
+        return AS_GIVEN if as_given else UNSIGNED
+
+    def _check_may_measure(self) -> None:
+        # Not without gradient: a probe would put the buffers back that say it was measured.
+        if not (self.training and torch.is_grad_enabled()):
+            raise ValueError(
+                f"the input of this {type(self).__name__} has no step size yet, which only a "
+                "training forward with gradients measures by itself. Measure it first: "
+                "with fogzo.calibrate_(model): model(x)"
+            )
+        if _may_be_distributed():
+            raise ValueError(
+                f"the input of this {type(self).__name__} has no step size yet, and each rank "
+                "would measure its own batch (and FSDP forget it). Measure it before wrapping the "
+                "model in DDP or fully_shard, with the same x on every rank: "
+                "with fogzo.calibrate_(model): model(x)"
+            )
+
+    def _check_levels(self, state: float) -> None:
+        # A tenth is what the last models of a long moving average have left of the first ones.
+        if abs(state - round(state)) > 0.1:
+            raise ValueError(
+                f"this {type(self).__name__} is an average of models whose inputs had different "
+                f"levels (input_state is {state:.2f}, between 0 not measured, 1 as given and 2 "
+                "unsigned), so its step size means nothing. Begin the average anew after "
+                "fogzo.calibrate_(model), or measure the averaged model itself: "
+                "with fogzo.calibrate_(averaged): averaged(x)"
+            )
+
+    def _check_step(self, step: Tensor) -> None:
+        # Not in training, where it is what divergence looks like, and shows in the loss.
+        if not (can_be_read(step) or (not self._was_measured and has_a_value(step))):
+            return
+        value = step.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the step size of this {type(self).__name__}'s input is {value}: it is an average "
+                "that began before the model had measured it, or training diverged. Measure the "
+                "model first, with fogzo.calibrate_(model): model(x), and then begin the average; "
+                "or measure the averaged model itself: with fogzo.calibrate_(averaged): averaged(x)"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._given is None or self.input_step is None or self.input_state is None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        step, state = f"{prefix}input_step", f"{prefix}input_state"
+        if f"{prefix}weight" in state_dict and step not in state_dict and state not in state_dict:
+            # A float checkpoint knows no inputs: measure them anew instead of keeping stale steps.
+            values = _initial(self._given)
+            state_dict[step] = torch.full_like(self.input_step, values[0])
+            state_dict[state] = torch.full_like(self.input_state, values[1])
+        knee = f"{prefix}input_step_knee"
+        if self.input_step_knee is not None and step in state_dict and knee not in state_dict:
+            loaded = state_dict[step].abs()  # had it crossed zero, no better measure is left
+            state_dict[knee] = loaded_knee(full(loaded), self.input_step_knee)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._was_measured = has_a_value(self.input_state) and bool(round(self.input_state.item()))
+
+
+@contextmanager
+def calibrate_(model: nn.Module) -> Iterator[None]:
+    """Measure the step sizes of activations on what passes through, in any mode.
+
+    ``with fogzo.calibrate_(model): model(x)``. Each step becomes the mean over the forwards inside
+    the block (or over the calls, of a layer that is called several times), and levels become
+    unsigned where no input was negative. A measurement overrides earlier and learned steps; steps
+    that were given (``fogzo.fixed(2, step=0.1)``) and dynamic scales have nothing to measure.
+    Across ranks, do it before DDP or ``fully_shard``, on the same inputs everywhere.
+
+    >>> import fogzo
+    >>> model = nn.Sequential(nn.ReLU(), nn.Linear(4, 2))
+    >>> _ = fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True, activations=fogzo.lsq(2))
+    >>> with torch.no_grad(), fogzo.calibrate_(model.eval()):
+    ...     _ = model(torch.tensor([[0.5, 1.5, -3.0, 4.0]]))
+    >>> round(model[1].input_step.item(), 4)  # 2 mean|x| / sqrt(3), as the largest level is 3
+    1.7321
+    >>> model[1].activation_quantizer.grid.name
+    'uniform2-unsigned'
+
+    Raises:
+        ValueError: If no layer quantizes its input, or FSDP has sharded the model.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedInput) and module._given is not None
+    }
+    if not layers:
+        raise ValueError(
+            "no layer of this model quantizes its input: "
+            "fogzo.quantize_(model, fogzo.lsq(2), activations=fogzo.lsq(2))"
+        )
+    measuring = {name: m for name, m in layers.items() if _is_measured_from_inputs(m._given)}
+    if any(is_sharded(layer.weight) for layer in measuring.values()):
+        raise ValueError(
+            "this model is sharded, and a step measured now would be lost with the gathered "
+            "parameters: call fogzo.calibrate_(model) before fully_shard(model)"
+        )
+    for layer in measuring.values():
+        layer._tally = _Tally()
+    try:
+        yield
+        missed = [n for n, m in measuring.items() if m._tally is None or not m._tally.count]
+        if missed:
+            logger.warning("calibrate_ saw no input other than zeros of %s", ", ".join(missed))
+        warn_of_bypassed_layers(model)
+    finally:
+        for layer in measuring.values():
+            layer._tally = None
+
+
+def activation_quantizers(
+    layers: Mapping[str, nn.Module], activations: Activations
+) -> dict[str, Quantizer | None]:
+    """The activation quantizer of each layer to be quantized.
+
+    Raises:
+        ValueError: If one is no quantizer or does not fit its layer.
+    """
+    if activations is not None and not isinstance(activations, Quantizer):
+        try:
+            inspect.signature(activations).bind(nn.Identity(), "name")
+        except TypeError:
+            raise ValueError(
+                "activations must be a fogzo.Quantizer, or a function of (module, name) that "
+                f"returns one or None, got {activations!r:.80}: for example "
+                "fogzo.quantize_(model, fogzo.lsq(2), activations=fogzo.lsq(2))"
+            ) from None
+    quantizers: dict[str, Quantizer | None] = {}
+    for name, layer in layers.items():
+        chosen = activations
+        if isinstance(layer, nn.Embedding):
+            chosen = None  # its inputs are indices
+        elif chosen is not None and not isinstance(chosen, Quantizer):
+            chosen = chosen(layer, name)
+        if chosen is not None:
+            _check(name, layer, chosen)
+        quantizers[name] = chosen
+    return quantizers
+
+
+def _check(name: str, layer: nn.Module, quantizer: object) -> None:
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            f"the activation quantizer of {name!r} must be a fogzo.Quantizer or None, got "
+            f"{type(quantizer).__name__}: activations=lambda module, name: fogzo.lsq(2)"
+        )
+    if quantizer.scale.has_state and quantizer.granularity != "tensor":
+        raise ValueError(
+            f"a {quantizer.scale.kind} step of activations serves the whole tensor, as the number "
+            f"of tokens varies, but granularity={quantizer.granularity!r} was asked of {name!r}: "
+            'use granularity="tensor", for example activations=fogzo.lsq(2), or a scale that '
+            'measures every input, fogzo.abs_max(8, granularity="token") or fogzo.quest(4)'
+        )
+    weight: Any = layer.weight
+    features = getattr(layer, "in_channels", weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+    try:
+        quantizer.check_dtype(weight.dtype)
+        quantizer.quantize_input(torch.ones(1, features), torch.ones(1, 1))
+    except ValueError as error:
+        raise ValueError(f"cannot quantize the input of {name!r}: {error}") from None
+
+
+def _for_unsigned(quantizer: Quantizer) -> Quantizer:
+    """The quantizer that takes over for inputs without a negative value."""
+    grid = unsigned(quantizer.grid)
+    # A rotation mixes signs, whatever the input's are.
+    if quantizer.rotation is not None or grid == quantizer.grid:
+        return quantizer
+    return replace(quantizer, grid=grid)
+
+
+def _is_measured_from_inputs(quantizer: Quantizer | None) -> bool:
+    return quantizer is not None and quantizer.scale.has_state and quantizer.scale.value is None
+
+
+def _initial(quantizer: Quantizer) -> tuple[float, int]:
+    """The step and state of a layer that has seen no input: a step that was given needs none."""
+    value = quantizer.scale.value
+    return (math.inf, UNMEASURED) if value is None else (value, AS_GIVEN)
+
+
+def _may_be_distributed() -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    # FSDP, in one process too, frees the gathered parameter that a forward would write to.
+    return dist.get_world_size() > 1 or "torch.distributed.fsdp" in sys.modules

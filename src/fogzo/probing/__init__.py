@@ -1,0 +1,1 @@
+"""Measuring losses at perturbed weights, with everything borrowed given back."""

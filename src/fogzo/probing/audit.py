@@ -1,0 +1,168 @@
+"""Whether the closure is the loss that backward() differentiated, asked again as training goes on.
+
+At initialisation all batches have nearly the same loss, so a closure over another batch is only
+found out by a tolerance that fits: the same operations on the same numbers give the same loss to
+a few units in the last place. Where they cannot, the tolerance is what is seen to move the loss.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import compute_device, mean_over_ranks
+from fogzo.layers.weights import QuantizedWeight
+from fogzo.probing.loan import Closure, Probes, as_loss
+
+_TIGHT = 1e-5
+# bfloat16, another graph of the compiler, statistics that every forward pass moves.
+_LOOSE = 5e-3
+_ULPS = 8
+
+
+class Audit:
+    """Compares the closure with the loss of the backward pass at steps 1, 10, 100, ...
+
+    In between, `suspects` compares for nothing: the mean of a probe's two losses lies next to the
+    loss itself, or the step is audited.
+
+    Attributes:
+        steps: How many were measured.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._next = 1
+        self._room = 1.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether a step has been measured and found right."""
+        return self.steps > 0
+
+    @property
+    def due(self) -> bool:
+        """Whether this step's closure is to be evaluated at the weights themselves."""
+        return self.steps + 1 >= self._next
+
+    def step_passed(self) -> None:
+        """Count a step that was measured."""
+        self.steps += 1
+        while self._next <= self.steps:
+            self._next *= 10
+
+    def suspects(self, middle: float, expected: float, reach: float) -> bool:
+        """Whether the probes lie so far from the expected loss that it is to be audited.
+
+        Args:
+            middle: Mean loss of the probes, of both sides.
+            expected: The loss that backward() differentiated.
+            reach: What the perturbations change the loss by.
+        """
+        distance = abs(middle - expected)
+        allowed = _LOOSE * max(abs(middle), abs(expected)) + 8 * reach
+        if not distance > self._room * allowed:
+            return False
+        # A sharp minimum is no mistake: do not pay for the same answer again.
+        self._room = 2 * distance / allowed if allowed > 0 else math.inf
+        return True
+
+    def check(
+        self,
+        probes: Probes,
+        closure: Closure,
+        expected_loss: Tensor | float,
+        weights: Sequence[QuantizedWeight],
+    ) -> None:
+        """Raise a `ValueError`, on all ranks together, unless the closure returns that loss.
+
+        Args:
+            probes: On loan, with the weights unperturbed.
+            closure: What is checked.
+            expected_loss: The loss that was differentiated.
+            weights: On loan.
+        """
+        expected = as_loss(expected_loss, "expected_loss must be")
+        found = probes.evaluate(closure)
+        mistake = _mistake(probes, closure, found, expected)
+        anywhere = mean_over_ranks(
+            [torch.tensor(float(mistake is not None))], compute_device(weights[0].param)
+        )
+        if not anywhere[0]:
+            return
+        raise ValueError(
+            mistake
+            or "on another rank the closure does not return expected_loss; its message says more"
+        )
+
+
+def _mistake(probes: Probes, closure: Closure, found: Tensor, expected: Tensor) -> str | None:
+    loss, wanted = float(found), float(expected)
+    if not math.isfinite(loss):
+        return None  # a fallback of the step, not a mistake in the closure
+    if math.isfinite(wanted):
+        ulp = max(_eps(found), _eps(expected))
+        size = max(abs(loss), abs(wanted), 1e-3)
+        distance = abs(loss - wanted)
+        if distance <= max(_TIGHT, _ULPS * ulp) * size:
+            return None
+        if distance <= _scatter(probes, closure, loss, size):
+            return None
+    return (
+        f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
+        f"{wanted:.8g}. It must be the loss that backward() differentiated, at the weights it was "
+        "differentiated at. Usual causes: the "
+        "closure reads a variable that the loop has rebound to the next batch; dropout, fixed by "
+        "`with estimator.record_rng(): loss = ...` around the first forward pass; a sum against a "
+        "mean, or a missing division by the accumulation steps; optimizer.step() called before"
+    )
+
+
+def _scatter(probes: Probes, closure: Closure, loss: float, size: float) -> float:
+    """How far the closure's loss may lie from backward's for reasons that are no mistake."""
+    buffers = [
+        (buffer, buffer.clone())
+        for model in probes.models
+        for module in model.modules()
+        if not isinstance(module, nn.modules.batchnorm._NormBase)  # not read in train mode
+        for buffer in module._buffers.values()
+        if buffer is not None
+    ]
+    with _watched(probes.models) as seen:
+        again = float(probes.evaluate(closure))
+    moved = any(not torch.equal(buffer, saved) for buffer, saved in buffers)
+    compiled = not seen and _something_is_compiled()  # such graphs call no hooks
+    inexact = moved or compiled or any(dtype.itemsize < 4 for dtype in seen)
+    return (_LOOSE if inexact else 0.0) * size + 4 * abs(again - loss)
+
+
+@contextmanager
+def _watched(models: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The dtypes that the modules compute in."""
+    seen: set[torch.dtype] = set()
+
+    def after(module: nn.Module, arguments: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            seen.add(output.dtype)
+
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    handles = [module.register_forward_hook(after) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _something_is_compiled() -> bool:
+    """Whether torch.compile has run here: backward and probes then have graphs of their own."""
+    utils: Any = getattr(sys.modules.get("torch._dynamo"), "utils", None)
+    return bool(getattr(utils, "counters", {}).get("frames"))
+
+
+def _eps(loss: Tensor) -> float:
+    return torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0

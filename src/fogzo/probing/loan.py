@@ -1,0 +1,195 @@
+"""Probes: the loss at perturbed weights, with everything borrowed given back bit for bit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
+from fogzo.layers.weights import QuantizedWeight
+from fogzo.probing.buffers import Buffers
+from fogzo.probing.rng import RngState
+
+Closure = Callable[[], Tensor | float]
+
+
+class Probes:
+    """Lends the weights to a closure and takes them back.
+
+    While a loan lasts, probes run without gradient, in the mode the model is in (train mode: the
+    function that backward saw), with frozen step sizes, and each from the same random state. When
+    it ends, also by an exception, the weights come back from a copy, and gradients, buffers,
+    modes, random streams and the autocast cache are as they were.
+
+    All of it belongs under `torch.no_grad`, as the weights are edited in place.
+
+    Of weights that FSDP has sharded, each rank edits and copies its shards only. What FSDP
+    gathered from them is freed before every probe and at the end.
+
+    Args:
+        weights: What may be perturbed.
+        model: The model, if the records do not name it: its buffers and modes are protected.
+
+    Raises:
+        ValueError: If weights are sharded and nothing names their model.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedWeight], model: nn.Module | None = None) -> None:
+        models = [model, *(weight.model for weight in weights)]
+        self.models = list(dict.fromkeys(m for m in models if m is not None))
+        self._sharded = [weight for weight in weights if is_sharded(weight.param)]
+        if self._sharded and not self.models:
+            raise ValueError(
+                f"{self._sharded[0].name!r} is sharded, and its model must be known, so that no "
+                "rank uses weights gathered before the perturbation: give the estimator "
+                "model=model, the module that fully_shard was called on last"
+            )
+        self._weights = weights
+        self._lent: list[Tensor] = []
+        self._saved: list[Tensor] = []
+        self.buffers = Buffers()
+        self._recorded: RngState | None = None
+        self._replay: RngState | None = None
+        self._numpy_in_use = False
+
+    def record_rng(self) -> None:
+        """Remember the random state that the backward's own forward starts from."""
+        self._recorded = self._rng_state()
+
+    @contextmanager
+    def loan(self, weights: Sequence[QuantizedWeight], copy: bool = True) -> Iterator[None]:
+        """Borrow these weights; `evaluate` and the perturbing methods work inside.
+
+        Without a copy only `evaluate` does, and whoever moves a weight puts it back.
+        """
+        self.reshard()
+        before = self._rng_state()
+        self._replay = self._recorded or before
+        self._numpy_in_use = not self._replay.same_numpy(before)
+        modules = [module for model in self.models for module in model.modules()]
+        modes = [module.training for module in modules]
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        params = [p for module in modules for p in module._parameters.values() if p is not None]
+        params += [weight.param for weight in weights]
+        grads = [(param, param.grad) for param in params]
+        with ExitStack() as frozen:
+            for weight in weights:
+                if weight.frozen_step is not nullcontext:
+                    frozen.enter_context(weight.frozen_step())
+            if copy:
+                self._lent = [local(weight.param) for weight in weights]
+                self._saved = [self._copy(weight.param) for weight in weights]
+            try:
+                yield
+            except BaseException:
+                if self._sharded:
+                    recover(self.models)
+                raise
+            finally:
+                self.reset_()
+                if self._sharded:
+                    reshard(self.models)
+                self._lent, self._saved = [], []
+                for param, grad in grads:
+                    if param.grad is not grad:  # a closure with zero_grad() in it drops them
+                        param.grad = grad
+                for module, name, buffer, saved in buffers:
+                    buffer.copy_(saved)
+                    module._buffers[name] = buffer  # it may have assigned another tensor
+                for module, mode in zip(modules, modes, strict=True):
+                    if module.training is not mode:
+                        module.training = mode
+                before.restore(numpy=self._numpy_in_use or not before.same_numpy())
+                torch.clear_autocast_cache()
+
+    def _rng_state(self) -> RngState:
+        # Asked anew each time, as the model may have been moved.
+        return RngState({compute_device(weight.param) for weight in self._weights})
+
+    def reshard(self) -> None:
+        """Leave no gathered weights behind that were, or are about to be, perturbed."""
+        if not self._sharded:
+            return
+        reshard(self.models)
+        held = {id(p) for model in self.models for p in model.parameters()}
+        for weight in self._sharded:
+            if id(weight.param) not in held:
+                raise ValueError(
+                    f"FSDP keeps a gathered copy of {weight.name!r}, out of reach of the model "
+                    "that the estimator knows: give it model=model, the module that fully_shard "
+                    "was called on last, and make it after sharding"
+                )
+
+    def _copy(self, param: Tensor) -> Tensor:
+        shard = local(param)
+        return self.buffers.empty_like(id(param), shard).copy_(shard)
+
+    def forget_rng(self) -> None:
+        """Drop the recorded random state: it belonged to the step that has just ended."""
+        self._recorded = None
+
+    def reset_(self) -> None:
+        """Put the saved weights back while the loan goes on."""
+        if self._lent:
+            torch._foreach_copy_(self._lent, self._saved)
+
+    def mirror_(self) -> None:
+        """Reflect every weight at its saved value: from ``w + p`` to ``w - p``."""
+        if self._lent:
+            torch._foreach_lerp_(self._lent, self._saved, 2.0)
+
+    def evaluate(self, closure: Closure) -> Tensor:
+        """The closure's loss at the weights as they are, a scalar tensor.
+
+        Raises:
+            ValueError: If the closure returns anything but one number.
+        """
+        assert self._replay is not None, "evaluate() outside a loan"
+        self.reshard()
+        self._replay.restore(numpy=self._numpy_in_use)
+        # A cast of the unperturbed weight may be cached from an enclosing autocast block.
+        torch.clear_autocast_cache()
+        try:
+            with torch.no_grad():  # again, as a closure may leave gradients switched on
+                loss = as_loss(closure())
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "the closure calls backward() or differentiates, and probes run without "
+                "gradients. It must only return the loss: closure=lambda: loss_fn(model(x), y). "
+                "If the loss itself contains derivatives (a gradient penalty, a physics-informed "
+                "network), switch gradients on for them: `with torch.enable_grad():` in the closure"
+            ) from error
+        if not self._numpy_in_use:
+            self._numpy_in_use = not self._replay.same_numpy()
+        return loss
+
+
+def as_loss(value: object, what: str = "the closure must return") -> Tensor:
+    """A loss as a scalar tensor of its own.
+
+    Args:
+        value: A number or a tensor of one element without dimensions.
+        what: How a message begins.
+
+    Raises:
+        ValueError: If it is anything but one real number.
+    """
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        return value.detach().clone()  # a closure may return the same tensor every time
+    if isinstance(value, Tensor):
+        came, fix = f"a tensor of shape {tuple(value.shape)}", "closure=lambda: losses.mean()"
+    else:
+        came, fix = type(value).__name__, "closure=lambda: model(**batch).loss"
+    raise ValueError(
+        f"{what} the scalar loss that backward() differentiated, got {came}: for example {fix}"
+    )

@@ -1,0 +1,131 @@
+"""The commands: each picks its recipe, runs it and prints; errors become one line."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeVar
+
+from fogzo_lab.cli import bench, display
+from fogzo_lab.cli.parsing import parse
+from fogzo_lab.comparison import report
+from fogzo_lab.comparison.compare import CompareConfig, compare, plan
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.json_files import dumps
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
+from fogzo_lab.training.loop import DivergedError, train
+from fogzo_lab.training.run_folder import read_metrics
+
+ConfigT = TypeVar("ConfigT", TrainConfig, CompareConfig)
+
+USAGE = f"""usage: fogzo COMMAND RECIPE [options]
+
+commands:
+  train RECIPE      train one network, write its run folder; --resume goes on with it
+  eval RUN_FOLDER   evaluate a run's newest checkpoint again
+  compare RECIPE    tune and compare gradient estimators, write a table and a report;
+                    --plan says what would run
+  bench             measure what FOGZO costs on this machine, without a recipe;
+                    --suite quick takes about a minute
+
+recipes: {", ".join(RECIPES)}
+rows of compare: {", ".join(ROWS)}
+options: fogzo COMMAND RECIPE --help"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a command; exits with 2 on an error of the user's or the data's, without a traceback."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    command, *rest = arguments
+    try:
+        chosen = COMMANDS[_known("command", command, COMMANDS)]
+        asks_for_help = command in ("train", "compare") and rest[:1] in (["-h"], ["--help"])
+        if asks_for_help or (not rest and command != "bench"):
+            print(USAGE)
+            return
+        chosen(rest)
+    except BrokenPipeError:
+        raise
+    except (ValueError, DivergedError, OSError) as error:
+        sys.exit(_fail(str(error)))
+
+
+def _train(arguments: Sequence[str]) -> None:
+    defaults = {
+        name: lambda name=name, recipe=recipe: replace(recipe(), output_dir=Path("runs") / name)
+        for name, recipe in RECIPES.items()
+    }
+    config = _parse("train", arguments, defaults)
+    speaks = os.environ.get("RANK", "0") == "0"
+    with display.progress(config.max_steps, "training", speaks) as advance:
+        result = train(config, lambda m: advance(m["step"], config.max_steps, display.step_text(m)))
+    if speaks:
+        metrics = read_metrics(config.output_dir / "metrics.jsonl")
+        display.train_result(result, report.write_train_report(config, metrics, result))
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    config = parse(EvalConfig, arguments, "fogzo eval", EvalConfig.__doc__)
+    numbers = evaluate_run(config)
+    if config.json:
+        print(dumps(numbers))
+    else:
+        display.eval_result(numbers)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    defaults = {
+        name: lambda name=name, recipe=recipe: CompareConfig(
+            base=replace(recipe(), output_dir=Path("runs") / f"{name}-compare")
+        )
+        for name, recipe in RECIPES.items()
+    }
+    config = _parse("compare", arguments, defaults)
+    if config.base.estimator != RECIPES[arguments[0]]().estimator:
+        raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
+    if config.plan:
+        display.compare_plan(plan(config))
+        return
+    try:
+        with display.progress(1, "comparing") as advance:
+            results = compare(config, lambda done, known: advance(done, known, "runs"))
+    except (KeyboardInterrupt, SystemExit) as error:
+        error.add_note("finished runs are kept: the same command goes on from there")
+        raise
+    path = report.write_compare_report(config, results)
+    display.compare_results(results, path)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "bench": bench.run,
+}
+
+
+def _parse(
+    command: str, arguments: Sequence[str], defaults: Mapping[str, Callable[[], ConfigT]]
+) -> ConfigT:
+    name, *rest = arguments
+    default = defaults[_known("recipe", name, RECIPES)]()
+    return parse(type(default), rest, f"fogzo {command} {name}", RECIPES[name].__doc__, default)
+
+
+def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:
+    if name in choices:
+        return name
+    close = get_close_matches(name, list(choices), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+    raise ValueError(f"no {kind} {name!r}: {hint}")
+
+
+def _fail(message: str) -> int:
+    print(f"fogzo: {message}", file=sys.stderr)
+    return 2

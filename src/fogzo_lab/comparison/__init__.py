@@ -1,0 +1,1 @@
+"""Many runs: rows tuned alike, their statistics, tables and report."""

@@ -1,0 +1,304 @@
+"""Comparing estimators: every row gets the same weights, data order, seeds and learning rates.
+
+The learning rate of each row, and kappa where it has one, is chosen by mean validation loss over
+grids that the rows share, and reported on test data. A second budget gives every row the seconds
+that FOGZO took. Finished runs are kept and never repeated.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from fogzo_lab.comparison.rows import ROWS, check_rows
+from fogzo_lab.comparison.run_cache import RunCache, code_version, config_hash
+from fogzo_lab.comparison.runs import Run, execute, missing, start_pool
+from fogzo_lab.comparison.summary import (
+    Results,
+    best_candidate,
+    differences,
+    summarise,
+    validation_losses,
+)
+from fogzo_lab.comparison.timing import run_seconds
+from fogzo_lab.options import Example, NonNegativeFloat, Options, PositiveFloat, PositiveInt
+from fogzo_lab.system.devices import find_device
+from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.system.workers import Call, Workers
+from fogzo_lab.training.config import TrainConfig, to_json
+from fogzo_lab.training.optimizers import optimizer_class
+from fogzo_lab.training.state import find_weights
+
+Budget = Literal["steps", "time"]
+
+_GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+# Step times closer than this are taken as equal.
+_SAME_TIME = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig(Options):
+    """A comparison of gradient estimators on one recipe."""
+
+    base: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The recipe; its seed is the first one, its learning rate the centre of the grid."""
+    rows: tuple[str, ...] = ("float", "ste", "ste-unmasked", "placebo", "fogzo")
+    """What to compare; `fogzo --help` lists the rows."""
+    learning_rates: Annotated[tuple[PositiveFloat, ...] | None, Example((1e-3, 3e-3, 1e-2))] = None
+    """The grid for every row; by default half-decades around the recipe's learning rate."""
+    kappas: Annotated[tuple[NonNegativeFloat, ...] | None, Example((0.01, 0.1))] = None
+    """The grid for every row that has a kappa; by default the recipe's alone."""
+    num_seeds: PositiveInt = 5
+    """Seeds of the chosen learning rate and kappa."""
+    tuning_seeds: Annotated[PositiveInt | None, Example(2)] = None
+    """Seeds that the grids are tried with; by default all."""
+    equal_time: bool = True
+    """Also give every row as many steps as fit into FOGZO's seconds."""
+    workers: PositiveInt = field(default_factory=lambda: os.cpu_count() or 1)
+    """Processes, each of one thread."""
+    plan: bool = False
+    """Only say what would run, and for how long."""
+    mix_versions: bool = False
+    """Use finished runs of other versions of the code, too."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` where options, each of which can be meant, do not go together."""
+        check_rows(self.rows)
+        if self.tuning_seeds is not None and self.tuning_seeds > self.num_seeds:
+            raise ValueError(
+                f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
+                f"--tuning-seeds {self.num_seeds} or fewer"
+            )
+        _check_grid("learning rates", self.learning_rates, 3e-3)
+        _check_grid("kappas", self.kappas, 0.1)
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The learning rates every row is tuned over."""
+        centre = self.base.learning_rate
+        return self.learning_rates or tuple(float(f"{centre * f:.3g}") for f in _GRID)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A row with a budget."""
+
+    row: str
+    budget: Budget
+    steps: int
+
+    def tuning(self, config: CompareConfig) -> list[Run]:
+        kappas = (config.kappas or (config.base.kappa,)) if ROWS[self.row].has_kappa else (0.0,)
+        candidates = [(rate, kappa) for kappa in kappas for rate in config.grid]
+        seeds = config.tuning_seeds or config.num_seeds
+        return [run for c in candidates for run in self.seeds(config, c, seeds)]
+
+    def seeds(self, config: CompareConfig, candidate: tuple[float, float], count: int) -> list[Run]:
+        rate, kappa = candidate
+        recipe = replace(_plain(config.base), max_steps=self.steps, learning_rate=rate, kappa=kappa)
+        first = config.base.seed
+        return [Run(self.row, replace(recipe, seed=first + i)) for i in range(count)]
+
+    def chosen(self, config: CompareConfig, cache: RunCache) -> list[Run]:
+        """All seeds of the best candidate; the tuning must be finished."""
+        candidate = best_candidate(validation_losses(cache, self.tuning(config)))
+        return self.seeds(config, candidate, config.num_seeds)
+
+
+def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = None) -> Results:
+    """Run what is missing of a comparison and write results.json and config.json into its folder.
+
+    Args:
+        config: What to compare.
+        on_run: Called after every finished run with (runs done, runs in all).
+
+    Returns:
+        The results, as in results.json.
+
+    Raises:
+        ValueError: If it cannot be run, the folder holds its runs by other code, or another
+            comparison is at work there.
+        ChildProcessError: If the process of a run dies, and dies again.
+    """
+    folder = config.base.output_dir
+    cache = _open(config)
+    with cache.lock(), start_pool(config.workers) as pool:
+        write_text(folder / "config.json", to_json(config))
+        # First and alone, so that nothing else runs on the machine meanwhile.
+        seconds = _seconds(config, cache, pool)
+        cells = _cells(config, seconds)
+        tuning = [run for cell in cells for run in cell.tuning(config)]
+        rest = len(cells) * (config.num_seeds - (config.tuning_seeds or config.num_seeds))
+        progress = _Progress(on_run, len(tuning) + rest, len(tuning) - len(missing(cache, tuning)))
+        execute(pool, cache, tuning, progress.one_more)
+        chosen = {cell: cell.chosen(config, cache) for cell in cells}
+        execute(pool, cache, [run for runs in chosen.values() for run in runs], progress.one_more)
+    progress.finish()
+    rows = [summarise(cache, cell.budget, cell.tuning(config), chosen[cell]) for cell in cells]
+    results = {
+        "recipe": config.base.recipe,
+        "environment": environment(),
+        "code": _codes(cache, [*tuning, *(run for runs in chosen.values() for run in runs)]),
+        "grid": config.grid,
+        "kappas": config.kappas or (config.base.kappa,),
+        "num_seeds": config.num_seeds,
+        "tuning_seeds": config.tuning_seeds or config.num_seeds,
+        "run_seconds_measured_in_turns": seconds,
+        "rows": rows,
+        "differences": differences(rows),
+    }
+    text = dumps(results, indent=1) + "\n"
+    write_text(folder / "results.json", text)
+    stored: Results = json.loads(text)
+    return stored
+
+
+def plan(config: CompareConfig) -> Results:
+    """What `compare` would run: for every row and budget its runs, and the seconds they take.
+
+    Nothing is trained or written; step times that were never measured are measured briefly.
+    """
+    cache = _open(config)
+    with start_pool(1) as pool:
+        seconds = _seconds(config, cache, pool, rounds=3, keep=False)
+    cells: list[Results] = []
+    for cell in _cells(config, seconds):
+        tuning = cell.tuning(config)
+        waiting = missing(cache, tuning)
+        runs, to_run = len(tuning), len(waiting)
+        rest = config.num_seeds - (config.tuning_seeds or config.num_seeds)
+        if rest:
+            # Until all candidates are tried, nobody knows whose the other seeds will be.
+            tuned = not waiting
+            runs += rest
+            to_run += len(missing(cache, cell.chosen(config, cache))) if tuned else rest
+        each = seconds[cell.row] * cell.steps / config.base.max_steps
+        trains = 0 if ROWS[cell.row].quantized_after and "float" in config.rows else to_run
+        cells.append(
+            {
+                "name": cell.row,
+                "budget": cell.budget,
+                "steps": cell.steps,
+                "runs": runs,
+                "cached": runs - to_run,
+                "to_run": to_run,
+                "seconds_a_run": each,
+                "seconds": each * trains,
+            }
+        )
+    total = math.fsum(cell["seconds"] for cell in cells)
+    return {
+        "recipe": config.base.recipe,
+        "cells": cells,
+        "workers": config.workers,
+        "seconds": total / config.workers,
+    }
+
+
+def _plain(base: TrainConfig) -> TrainConfig:
+    """The recipe without what is not compared."""
+    return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=())
+
+
+def _check_possible(recipe: TrainConfig) -> None:
+    """Raise what every run would, before anything is written."""
+    find_device(recipe.device)
+    optimizer_class(recipe.optimizer)
+    if recipe.initial_weights is not None:
+        find_weights(recipe.initial_weights)
+
+
+def _open(config: CompareConfig) -> RunCache:
+    _check_possible(config.base)
+    cache = RunCache(config.base.output_dir, code_version(), config.mix_versions)
+    cells = [_Cell(name, "steps", config.base.max_steps) for name in config.rows]
+    cache.check_versions((run.label, run.key) for cell in cells for run in cell.tuning(config))
+    return cache
+
+
+def _cells(config: CompareConfig, seconds: dict[str, float]) -> list[_Cell]:
+    """Every row at equal steps, then every row at equal time whose steps are then others."""
+    steps = config.base.max_steps
+    cells = [_Cell(name, "steps", steps) for name in config.rows]
+    if not config.equal_time or "fogzo" not in config.rows:
+        return cells
+    for name in config.rows:
+        ratio = seconds["fogzo"] / seconds[name]
+        if name == "fogzo" or abs(ratio - 1) <= _SAME_TIME:
+            continue
+        if math.floor(steps * ratio) < 1:
+            raise ValueError(
+                f"the {seconds['fogzo']:.3g} s of FOGZO's {steps} steps are too short for one step "
+                f"of {name}: --max-steps {math.ceil(1 / ratio)}, or --no-equal-time"
+            )
+        cells.append(_Cell(name, "time", math.floor(steps * ratio)))
+    return cells
+
+
+def _seconds(
+    config: CompareConfig,
+    cache: RunCache,
+    pool: Workers,
+    rounds: int = 15,
+    keep: bool = True,
+) -> dict[str, float]:
+    """Training seconds of a run of each row, at equal steps.
+
+    Rows that were measured before keep their times, or their runs at equal time would be others.
+    """
+    # A small rate, so that no weights diverge while they are timed; and the same for every grid.
+    base = replace(_plain(config.base), learning_rate=config.base.learning_rate / 100)
+    configs = {name: ROWS[name].change(base) for name in config.rows}
+    keys = {name: config_hash(row) for name, row in configs.items()}
+    by_key = {keys[name]: row for name, row in configs.items()}
+    timing = cache.timing()
+    found = {key: seconds for key in by_key if (seconds := timing.get(key)) is not None}
+    if len(found) < len(by_key):
+        reference = keys["fogzo" if "fogzo" in keys else config.rows[0]]
+        unknown = {k: c for k, c in by_key.items() if k not in found or k == reference}
+        steps = min(20, max(5, config.base.max_steps // rounds))
+        call = Call("the measurement of step times", run_seconds, (unknown, rounds, steps))
+        measured: dict[str, float]
+        [measured] = pool.results([call])
+        # Should the machine be busier than it was then, it is so for the reference too.
+        pace = found.get(reference, measured[reference]) / measured[reference]
+        found = {key: seconds * pace for key, seconds in measured.items()} | found
+        if keep:
+            timing.add({key: found[key] for key in measured})
+    return {name: found[keys[name]] for name in config.rows}
+
+
+def _codes(cache: RunCache, runs: Sequence[Run]) -> dict[str, object]:
+    used = {run.path(cache).name.rpartition("-")[2] for run in runs}
+    return {"version": cache.code, "versions_of_runs": sorted(used)}
+
+
+class _Progress:
+    def __init__(self, on_run: Callable[[int, int], None] | None, total: int, done: int) -> None:
+        self._on_run = on_run or (lambda done, total: None)
+        self._total, self._done = total, done
+
+    def one_more(self) -> None:
+        # Float networks that are trained only to be quantized were not counted.
+        self._done = min(self._done + 1, self._total)
+        self._on_run(self._done, self._total)
+
+    def finish(self) -> None:
+        """Say so even where nothing was left to run."""
+        self._on_run(self._total, self._total)
+
+
+def _check_grid(what: str, grid: Sequence[float] | None, example: float) -> None:
+    if grid is None:
+        return
+    option = f"--{what.replace(' ', '-')}"
+    if not grid:
+        raise ValueError(f"the grid of {what} is empty: {option} {example:g}, or leave it out")
+    if len(set(grid)) < len(grid):
+        once = " ".join(f"{value:g}" for value in dict.fromkeys(grid))
+        raise ValueError(f"one of the {what} is given twice: {option} {once}")

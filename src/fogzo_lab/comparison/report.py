@@ -1,0 +1,333 @@
+"""Self-contained HTML reports: plots as inline SVG, no script, nothing to download."""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fogzo_lab.comparison import tables
+from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.comparison.intervals import student_interval
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.comparison.summary import Results
+from fogzo_lab.comparison.tables import Table
+from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import write_text
+from fogzo_lab.training.config import TrainConfig, to_json
+from fogzo_lab.training.run_folder import Metrics
+
+# Told apart by line style and marker as well as by colour, for print and colour-blind readers.
+_STYLES: dict[str, tuple[str, Any, str]] = {
+    "float": ("#555555", (0, (1, 1)), "x"),
+    "ptq": ("#555555", "dotted", "1"),
+    "ste": ("#D55E00", "solid", "s"),
+    "ste-unmasked": ("#E69F00", "dashed", "D"),
+    "ste-stochastic": ("#A0522D", "dashdot", "d"),
+    "placebo": ("#0072B2", "dashdot", "^"),
+    "fogzo": ("#000000", "solid", "o"),
+    "lambda": ("#CC79A7", "dotted", "v"),
+    "fogzo-paired": ("#56B4E9", "solid", "P"),
+    "control-variate": ("#009E73", "dashed", "*"),
+    "spsa": ("#999999", "solid", "+"),
+    "ste-then-fogzo": ("#000000", "dashed", "h"),
+    "fogzo-uniform": ("#332288", (0, (5, 1)), "<"),
+    "fogzo-triangular": ("#117733", (0, (3, 1, 1, 1)), ">"),
+    "fogzo-normal": ("#88CCEE", (0, (1, 2)), "p"),
+    "fogzo-logistic": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
+    "fogzo-rademacher": ("#44AA99", (0, (7, 2)), "X"),
+}
+_ANY_STYLE = ("#777777", "solid", ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A figure of the report and what it shows."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: Metrics) -> Path:
+    """Write report.html of one run and return its path."""
+
+    def loss(axes: Axes) -> None:
+        axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="black")
+        axes.set(xlabel="step", ylabel="training loss (nats)")
+
+    plots = [_plot("Loss", "Loss of each logged batch under the quantized weights.", loss)]
+    measured = [m for m in metrics if m.get("agreement") is not None]
+    if measured:
+
+        def agreement(axes: Axes) -> None:
+            steps = [m["step"] for m in measured]
+            axes.plot(steps, _smooth([m["agreement"] for m in measured]), color="black")
+            _mark_one(axes)
+
+        plots.append(_plot("Agreement", _AGREEMENT, agreement))
+    said_in_words = ("refined_steps", "fallbacks")
+    numbers = {name: f"{result[name]:.5g}" for name in result if name not in said_in_words}
+    sentences = [f"After {result['steps']} steps: {tables.quality(result)}."]
+    return _write(
+        config.output_dir,
+        title=f"{config.recipe}: one run with {config.estimator}",
+        sentences=[*sentences, *filter(None, [tables.fallback_words(result)])],
+        tables=[Table("Result", "", list(numbers), [list(numbers.values())])],
+        plots=plots,
+        configs={"Configuration": to_json(config)},
+        facts=environment(),
+    )
+
+
+def write_compare_report(config: CompareConfig, results: Results) -> Path:
+    """Write report.html of a comparison and return its path."""
+    rows = [row for row in results["rows"] if row["budget"] == "steps"]
+    main = tables.main_metric(results)
+    plots = [
+        _plot(
+            f"Final {tables.METRICS[main].name}",
+            "Every seed is a mark; the bar is their mean and its ends Student's 95% interval of "
+            "it. Rows are compared by their differences, in the table, and not by overlaps here.",
+            lambda axes: _finals(axes, results["rows"], main),
+            height=0.6 + 0.3 * len(results["rows"]),
+        ),
+        _plot(
+            "Training loss against steps",
+            "Mean over seeds at each row's own best learning rate; batches are the same.",
+            lambda axes: _curves(axes, rows, "step", "loss", "step", "training loss (nats)"),
+        ),
+        _plot(
+            "Training loss against time",
+            "With equal time: each row for as long as FOGZO took, by step times measured in turns.",
+            lambda axes: _curves(
+                axes,
+                _at_equal_time(results["rows"]),
+                "seconds",
+                "loss",
+                "seconds",
+                "training loss (nats)",
+            ),
+        ),
+        _plot(
+            "Final loss against learning rate",
+            "Validation loss, from which each row's learning rate is chosen; a ring marks the "
+            "chosen one, a mark at the upper edge a rate at which a seed diverged. Flat is robust.",
+            lambda axes: _learning_rates(axes, rows),
+        ),
+    ]
+    if any("agreement" in point for row in rows for point in row["curve"]):
+        plots.append(_plot("Agreement over training", _AGREEMENT, lambda a: _agreements(a, rows)))
+    if any("flip_rate" in point for row in rows for point in row["curve"]):
+        plots.append(_plot("Code flips over training", _FLIPS, lambda axes: _flips(axes, rows)))
+    shown = [
+        tables.quality_table(results),
+        tables.difference_table(results),
+        tables.cost_table(results),
+    ]
+    chosen = [
+        dataclasses.asdict(
+            ROWS[row["name"]].change(
+                dataclasses.replace(
+                    config.base,
+                    learning_rate=row["learning_rate"],
+                    kappa=config.base.kappa if row.get("kappa") is None else row["kappa"],
+                    max_steps=row["steps"],
+                )
+            )
+        )
+        | {"row": tables.row_label(row)}
+        for row in results["rows"]
+    ]
+    return _write(
+        config.base.output_dir,
+        title=f"{config.base.recipe}: gradient estimators compared",
+        sentences=[_QUESTION, *tables.story(results), *tables.fallbacks(results)],
+        method=_method(config, results),
+        tables=[table for table in shown if table is not None],
+        plots=plots,
+        configs={
+            "The comparison": to_json(config),
+            "The recipe of each row, at what was chosen": json.dumps(chosen, indent=2, default=str),
+        },
+        facts=results["environment"]
+        | {"code": results["code"]["version"] if "code" in results else "not recorded"},
+    )
+
+
+_QUESTION = (
+    "Weights that may take only a few values cannot be trained by plain backpropagation: rounding "
+    "is flat almost everywhere. The usual way out, the straight-through estimator (STE), pretends "
+    "that rounding has slope 1. FOGZO also measures the loss of the rounded network at two nearby "
+    "points in every step and corrects STE's gradient by what it finds. The other rows are the "
+    "simpler explanations that any gain has to be held against."
+)
+
+
+def _method(config: CompareConfig, results: Results) -> list[str]:
+    rates = ", ".join(f"{rate:g}" for rate in results["grid"])
+    seeds = f"{results.get('num_seeds', config.num_seeds)} seeds"
+    tuning = results.get("tuning_seeds", config.num_seeds)
+    kappas = results.get("kappas", [config.base.kappa])
+    return [
+        f"Every row tried the learning rates {rates} with {tuning} seeds, rows with a kappa each "
+        f"of them with kappa {', '.join(f'{kappa:g}' for kappa in kappas)}; the candidate of "
+        f"lowest mean validation loss was run with {seeds} and is reported on test data. All rows "
+        "share initial weights, batches and seeds.",
+        "The rows: "
+        + "; ".join(f"{ROWS[name].label}, {ROWS[name].meaning}" for name in config.rows)
+        + '. "As long as FOGZO" gives a row as many steps as fit into FOGZO\'s seconds, by step '
+        "times measured in turns, with the learning rate tuned again and its schedule stretched.",
+    ]
+
+
+_FLIPS = (
+    "Share of the integer weights that differ between the two points at which FOGZO measures the "
+    "loss. At 0 the two losses would be equal and nothing would be measured."
+)
+_AGREEMENT = (
+    "The measured slope of the quantized loss along the STE gradient, divided by the slope STE "
+    "predicts: 1 where STE is right, below 1 where it promises too much, negative where it climbs. "
+    "A running mean of nine logged steps."
+)
+
+
+def _curves(axes: Axes, rows: Sequence[Results], x: str, y: str, xlabel: str, ylabel: str) -> None:
+    for number, row in enumerate(rows):
+        points = [p for p in row["curve"] if p.get(y) is not None]
+        if points:
+            every = max(1, len(points) // 6)
+            # Not all at the same steps, where marks would hide each other.
+            where = (number * every // len(rows), every)
+            _line(axes, row, [p[x] for p in points], [p[y] for p in points], markevery=where)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(axes)
+
+
+def _line(axes: Axes, row: Results, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    colour, dashes, marker = _STYLES.get(row["name"], _ANY_STYLE)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        linestyle=dashes,
+        marker=marker,
+        markersize=4,
+        linewidth=1.2,
+        label=ROWS[row["name"]].label,
+        **style,
+    )
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, so that it covers no line however many rows there are."""
+    axes.legend(
+        fontsize=7,
+        frameon=False,
+        ncols=2,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.18),
+        handlelength=4,
+    )
+
+
+def _finals(axes: Axes, rows: Sequence[Results], key: str) -> None:
+    metric = tables.METRICS[key]
+    shown = [row for row in reversed(rows) if row.get(key) and row[key]["mean"] is not None]
+    for position, row in enumerate(shown):
+        colour, _, marker = _STYLES.get(row["name"], _ANY_STYLE)
+        values = [metric.factor * seed[key] for seed in row["seeds"]]
+        low, high = student_interval(values)
+        centre = metric.factor * row[key]["mean"]
+        axes.plot(values, [position] * len(values), marker, color=colour, markersize=4, alpha=0.6)
+        width = 0.0 if math.isnan(low) else (high - low) / 2
+        axes.errorbar(centre, position, xerr=width, fmt="|", color=colour, markersize=14, capsize=3)
+    axes.set_yticks(range(len(shown)), [tables.row_label(row) for row in shown])
+    unit = {"points": " (%)", "nats": " (nats)", "": ""}[metric.unit]
+    axes.set(xlabel=metric.name + unit)
+
+
+def _learning_rates(axes: Axes, rows: Sequence[Results]) -> None:
+    diverged: list[tuple[Results, float]] = []
+    for row in rows:
+        curve = [p for p in row["validation_loss_by_learning_rate"] if p[1] is not None]
+        diverged += [(row, p[0]) for p in row["validation_loss_by_learning_rate"] if p[1] is None]
+        _line(axes, row, [p[0] for p in curve], [p[1] for p in curve])
+        best = [p for p in curve if p[0] == row["learning_rate"]]
+        for rate, loss in best:
+            axes.plot(rate, loss, "o", color="black", markersize=9, fillstyle="none")
+    axes.set(xlabel="learning rate", ylabel="validation loss (nats)", xscale="log")
+    for row, rate in diverged:
+        colour, _, marker = _STYLES.get(row["name"], _ANY_STYLE)
+        axes.plot(
+            rate,
+            0.99,
+            marker,
+            color=colour,
+            markersize=6,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
+    _legend(axes)
+
+
+def _flips(axes: Axes, rows: Sequence[Results]) -> None:
+    _curves(axes, rows, "step", "flip_rate", "step", "share of codes that flip")
+
+
+def _agreements(axes: Axes, rows: Sequence[Results]) -> None:
+    smooth = []
+    for row in rows:
+        points = [p for p in row["curve"] if p.get("agreement") is not None]
+        values = _smooth([p["agreement"] for p in points])
+        curve = [{"step": p["step"], "agreement": v} for p, v in zip(points, values, strict=True)]
+        smooth.append({**row, "curve": curve})
+    _curves(axes, smooth, "step", "agreement", "step", "agreement")
+    _mark_one(axes)
+
+
+def _smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+    """A running mean: one step's agreement has the noise of a few flipped weights."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _mark_one(axes: Axes) -> None:
+    axes.axhline(1.0, color="#888888", linewidth=0.6)
+    axes.set(xlabel="step", ylabel="agreement")
+
+
+def _at_equal_time(rows: Sequence[Results]) -> list[Results]:
+    """Each name once, with its run at equal time where there is one."""
+    return list({row["name"]: row for row in rows}.values())
+
+
+def _plot(title: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
+    # Text stays text, so that it scales, wraps and can be read aloud.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 9}):
+        figure = Figure(figsize=(4.8, height), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return Plot(title, caption, Markup(svg[svg.index("<svg") :]))
+
+
+def _write(folder: Path, **values: Any) -> Path:
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("fogzo_lab.comparison").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    path = folder / "report.html"
+    write_text(path, template.render({"method": []} | values))
+    return path

@@ -1,0 +1,136 @@
+"""The runs a comparison is made of, and the processes that train them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.comparison.run_cache import RunCache, config_hash, finish
+from fogzo_lab.system.workers import Call, Workers
+from fogzo_lab.training.checkpoint import newest_checkpoint
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
+from fogzo_lab.training.loop import DivergedError, train
+from fogzo_lab.training.run_folder import Metrics, read_result
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a row, or the quantization of one after training.
+
+    Attributes:
+        row: Name of the row.
+        recipe: The recipe with the run's learning rate, kappa, seed and number of steps, before
+            the row changes it.
+    """
+
+    row: str
+    recipe: TrainConfig
+
+    @property
+    def candidate(self) -> tuple[float, float]:
+        """What is tuned: learning rate and kappa."""
+        return self.recipe.learning_rate, self.recipe.kappa
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """What is trained."""
+        return ROWS[self.row].change(self.recipe)
+
+    @property
+    def trained(self) -> "Run":
+        """The run that trains the network: itself, unless it is quantized after training."""
+        return Run("float", self.recipe) if ROWS[self.row].quantized_after else self
+
+    @property
+    def label(self) -> str:
+        """The readable part of its folder's name."""
+        kappa = f"-kappa{self.recipe.kappa:g}" if ROWS[self.row].has_kappa else ""
+        recipe = self.recipe
+        return (
+            f"{self.row}-lr{recipe.learning_rate:g}{kappa}-steps{recipe.max_steps}"
+            f"-seed{recipe.seed}"
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of what it is."""
+        if not ROWS[self.row].quantized_after:
+            return config_hash(self.config)
+        quantizers = [self.recipe.quantizer, self.recipe.activations]
+        # The layers that are quantized are a part of the float run's config already.
+        return config_hash(self.config, json.dumps([dataclasses.asdict(q) for q in quantizers]))
+
+    def path(self, cache: RunCache) -> Path:
+        """Its folder."""
+        return cache.path(self.label, self.key)
+
+
+def start_pool(workers: int) -> Workers:
+    """Processes of one thread each."""
+    return Workers(workers, _use_one_thread)
+
+
+def execute(
+    pool: Workers, cache: RunCache, runs: Iterable[Run], on_run: Callable[[], None]
+) -> None:
+    """Run what is not finished; what trains comes before what is quantized from it."""
+    runs = list(runs)
+    trainings = [run.trained for run in runs]
+    for wave in (trainings, [run for run in runs if run.trained is not run]):
+        waiting = {run.path(cache): run for run in wave if cache.result(run.path(cache)) is None}
+        calls = [
+            Call(run.label, _run, (run, path, run.trained.path(cache)))
+            for path, run in waiting.items()
+        ]
+        for _ in pool.results(calls):
+            on_run()
+
+
+def missing(cache: RunCache, runs: Sequence[Run]) -> list[Run]:
+    """The runs that are not finished."""
+    return [run for run in runs if cache.result(run.path(cache)) is None]
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _run(run: Run, path: Path, trained: Path) -> None:
+    config = dataclasses.replace(run.config, output_dir=path, resume=False, overwrite=True)
+    result = _quantize(run, trained) if ROWS[run.row].quantized_after else _train(config)
+    finish(path, config, result)
+
+
+def _train(config: TrainConfig) -> Metrics:
+    try:
+        return train(config)
+    except DivergedError:
+        # It has no losses: this learning rate can never be chosen.
+        return read_result(config.output_dir)
+
+
+def _quantize(run: Run, trained: Path) -> Metrics:
+    result = read_result(trained)
+    training = {name: result[name] for name in ("steps", "seconds")}
+    if result.get("diverged"):
+        return training | {"diverged": True}
+    if newest_checkpoint(trained) is None:  # somebody has deleted it, or it is damaged
+        config = dataclasses.replace(run.config, output_dir=trained, overwrite=True)
+        finish(trained, config, train(config))
+    recipe = run.recipe
+    numbers = evaluate_run(
+        EvalConfig(
+            run=trained,
+            device=recipe.device,
+            quantizer=recipe.quantizer,
+            activations=recipe.activations,
+        )
+    )
+    scores = {name: value for name, value in numbers.items() if name not in ("run", "step")}
+    return training | {"extra_forwards": 0} | scores

@@ -1,0 +1,1 @@
+"""Images and text: from scikit-learn, Python's own prose, a hub id or a folder."""

@@ -1,0 +1,106 @@
+"""What is learned, as frozen dataclasses: images and their augmentation, or text."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from fogzo_lab.options import (
+    Example,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PathOrName,
+    PositiveInt,
+    ProperShare,
+    Rule,
+    ShareBelowOne,
+)
+
+EMBEDDED = ("digits", "pydoc")
+"""Data sets that come with what is installed."""
+
+HUB_IDS = {
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "imagenet-100": "clane9/imagenet-100",
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+}
+"""Hub ids by the short names that a config may give."""
+
+_Magnitude = Annotated[int, Rule(lambda magnitude: 0 <= magnitude < 30, "from 0 to 29")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentationConfig(Options):
+    """What happens to training images, on the device; nothing by default."""
+
+    PREFIX: ClassVar[str] = "data.augmentation."
+
+    crop: Literal["none", "pad", "resized"] = "none"
+    """pad: a random crop after padding by an eighth (small images); resized: a random part of 8% to
+    100% of the area, resized."""
+    flip: bool = False
+    """Mirror every other image."""
+    rand_augment: Annotated[_Magnitude, Example(9)] = 0
+    """Magnitude, up to 29, of RandAugment's two operations an image; 0 for none, 9 in DeiT."""
+    mixup: Annotated[NonNegativeFloat, Example(0.8)] = 0.0
+    """Alpha of mixup; 0 for none, 0.8 in DeiT."""
+    cutmix: Annotated[NonNegativeFloat, Example(1.0)] = 0.0
+    """Alpha of cutmix; 0 for none, 1 in DeiT. With mixup too, either is taken in turn by a coin."""
+    label_smoothing: Annotated[ShareBelowOne, Example(0.1)] = 0.0
+    """Probability spread over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagesConfig(Options):
+    """Which images."""
+
+    PREFIX: ClassVar[str] = "data."
+
+    kind: tyro.conf.Suppress[Literal["images"]] = "images"
+    dataset: PathOrName = "digits"
+    """digits (scikit-learn's, embedded), a preset (mnist, cifar10, imagenet-100, imagenet-1k), a
+    hub id, or a local folder: parquet files, or train/cat/1.png. Hidden files, backups, licences
+    and readmes are no data."""
+    validation_fraction: ProperShare = 0.15
+    """Share of the training images held out to choose learning rates."""
+    image_size: Annotated[PositiveInt | None, Example(224)] = None
+    """Pixels a side that the network sees; by default as the data set has them."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """What happens to training images."""
+    max_eval_images: PositiveInt = 65_536
+    """At most so many images are evaluated of a split."""
+    workers: NonNegativeInt = 0
+    """Processes that decode images ahead of training, for data sets too large for memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig(Options):
+    """Which text."""
+
+    PREFIX: ClassVar[str] = "data."
+
+    kind: tyro.conf.Suppress[Literal["text"]] = "text"
+    dataset: PathOrName = "pydoc"
+    """pydoc (the prose of Python's own help topics, embedded), a local text file, a folder of .txt
+    files, a file or folder of parquet, arrow, csv or json, or a hub id. Hidden files, backups,
+    licences and readmes are no data."""
+    subset: Annotated[str | None, Example("en")] = None
+    """Configuration of a hub data set, such as en of allenai/c4."""
+    column: str = "text"
+    """Where a data set of `datasets` keeps its text."""
+    tokenizer: PathOrName = "bytes"
+    """bytes (256 tokens), or a hub id or folder that transformers' AutoTokenizer reads."""
+    context: PositiveInt = 128
+    """Tokens a block."""
+    streaming: bool = False
+    """Read a hub data set while training instead of downloading it first."""
+    validation_fraction: ProperShare = 0.1
+    """Share of the text before the test part that is held out to choose learning rates; the test
+    part is the last tenth, or the data set's own validation or test split."""
+    max_eval_blocks: PositiveInt = 512
+    """At most so many blocks are evaluated of a split."""
+
+
+DataConfig = ImagesConfig | TextConfig

@@ -1,0 +1,57 @@
+"""Where to compute: devices by their names, and which of them this machine has."""
+
+import os
+from typing import Annotated
+
+import torch
+
+from fogzo_lab.options import Example, Rule
+
+
+def _is_named(name: str) -> bool:
+    if name == "auto":
+        return True
+    try:
+        return torch.device(name).type != "meta"  # holds no numbers
+    except RuntimeError:
+        return False
+
+
+Device = Annotated[
+    str, Rule(_is_named, "auto, or a device such as cpu, cuda, cuda:0 or mps"), Example("cpu")
+]
+"""The name of a device that torch can have, here or on another machine."""
+
+
+def available_devices() -> list[str]:
+    """The names of this machine's devices, the CPU first."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "an accelerator is available"
+    kind = accelerator.type
+    return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name: of ``auto`` a GPU where there is one, of ``cuda`` this rank's own.
+
+    Nothing is allocated.
+
+    Raises:
+        ValueError: If this machine does not have it.
+    """
+    available = available_devices()
+    if name == "auto":
+        name = "cuda" if "cuda" in available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type not in available or (device.index and str(device) not in available):
+        without = device.type == "cuda" and not torch.backends.cuda.is_built()
+        reason = " (this torch is built without CUDA)" if without else ""
+        raise ValueError(
+            f"cannot compute on {str(device)!r}{reason}, here is {', '.join(available)}: "
+            f"--device {available[0]}"
+        )
+    return device

@@ -1,0 +1,1 @@
+"""One run: its config, network, data order, loop, checkpoints and folder."""

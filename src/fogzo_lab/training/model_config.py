@@ -1,0 +1,196 @@
+"""What is trained, as frozen dataclasses: networks, and how their layers are quantized."""
+
+import math
+import typing
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from fogzo import quantizers
+from fogzo.quantizers import Quantizer
+from fogzo.quantizers.surrogates import SURROGATE_NAMES
+from fogzo_lab.options import (
+    Example,
+    OneOf,
+    Options,
+    PositiveInt,
+    Rule,
+    ShareBelowOne,
+    at_least_one,
+)
+
+_Bits = Annotated[int, Rule(lambda bits: 1 <= bits <= 8, "from 1 to 8")]
+_Surrogate = Annotated[str, OneOf(SURROGATE_NAMES)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizerConfig(Options):
+    """How weights, or a layer's inputs, are quantized."""
+
+    PREFIX: ClassVar[str] = "quantizer."
+
+    preset: Literal["none", "fixed", "lsq", "quest", "ternary", "sign", "abs_max"] = "none"
+    """none stays in float."""
+    bits: Annotated[_Bits | None, Example(2)] = None
+    """Bits of fixed, lsq, quest (by default 2) and abs_max (8)."""
+    surrogate: Annotated[_Surrogate | None, Example("identity")] = None
+    """Backward rule; by default the preset's own."""
+    granularity: Annotated[
+        Literal["tensor", "channel", "token"] | PositiveInt | None, Example("channel")
+    ] = None
+    """What shares a step size: tensor, channel (of weights), token (of inputs) or a group size; by
+    default the preset's own."""
+    init: Annotated[Literal["mse", "rms", "abs_mean", "lsq", "max"] | None, Example("mse")] = None
+    """How fixed and lsq find their first step size; by default the preset's own."""
+    stochastic: bool = False
+    """In training, round up or down at random, the nearer level the more often."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` if the preset does not take an option that is given."""
+        if self.preset in ("ternary", "sign") and self.bits is not None:
+            raise ValueError(
+                f"{self.preset} has levels of its own and takes no bits, got {self.bits}: "
+                f"--{prefix}bits None, or --{prefix}preset lsq"
+            )
+        if self.preset not in ("none", "fixed", "lsq") and self.init is not None:
+            raise ValueError(
+                f"{self.preset} measures its step size at every forward and takes no init, got "
+                f"{self.init}: --{prefix}init None, or --{prefix}preset fixed"
+            )
+
+    def build(self) -> Quantizer | None:
+        """The quantizer, or None for float."""
+        if self.preset == "none":
+            return None
+        options: dict[str, Any] = {
+            "surrogate": self.surrogate,
+            "granularity": self.granularity,
+            "init": self.init,
+            "bits": self.bits,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if self.preset in ("fixed", "lsq", "quest"):
+            given.setdefault("bits", 2)
+        quantizer = typing.cast(Quantizer, getattr(quantizers, self.preset)(**given))
+        return replace(quantizer, stochastic=self.stochastic)
+
+
+def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:
+    """Raise a `ValueError` unless weights and inputs of layers can be quantized so together."""
+    if activations.preset != "none" and weights.preset == "none":
+        raise ValueError(
+            "activations are quantized only where weights are: add --quantizer.preset lsq, or "
+            "--activations.preset none"
+        )
+    if weights.granularity == "token":
+        raise ValueError(
+            "weights have no tokens, but channels: --quantizer.granularity channel, or tensor"
+        )
+    kept = activations.preset in ("fixed", "lsq")
+    if kept and activations.granularity not in (None, "tensor"):
+        raise ValueError(
+            f"{activations.preset} keeps the step sizes of activations, whose tokens vary in "
+            f"number, got {activations.granularity}: --activations.granularity tensor, or "
+            "--activations.preset abs_max"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpConfig(Options):
+    """A multilayer perceptron with ReLU."""
+
+    PREFIX: ClassVar[str] = "model."
+
+    family: tyro.conf.Suppress[Literal["mlp"]] = "mlp"
+    hidden: tuple[PositiveInt, ...] = (32,)
+    """Widths of the hidden layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResNetConfig(Options):
+    """A residual network of transformers."""
+
+    PREFIX: ClassVar[str] = "model."
+
+    family: tyro.conf.Suppress[Literal["resnet"]] = "resnet"
+    widths: Annotated[tuple[PositiveInt, ...], at_least_one("stage")] = (64, 128, 256, 512)
+    """Output channels of the stages."""
+    depths: Annotated[tuple[PositiveInt, ...], at_least_one("stage")] = (2, 2, 2, 2)
+    """Blocks of the stages."""
+    bottleneck: bool = False
+    """Blocks of three convolutions (ResNet-50) instead of two (ResNet-18)."""
+    small_images: bool = False
+    """Begin with a 3x3 convolution of stride 1 and no pooling, as is usual for 32x32 pixels."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` if these are not the sizes of one network."""
+        if len(self.widths) != len(self.depths):
+            raise ValueError(
+                f"a ResNet needs as many widths as depths, got {len(self.widths)} and "
+                f"{len(self.depths)}: --{prefix}widths 64 128 --{prefix}depths 2 2"
+            )
+        if self.bottleneck and min(self.widths) < 4:
+            raise ValueError(
+                "a bottleneck has a quarter of its stage's channels inside, and the widths "
+                f"{self.widths} leave none: --{prefix}widths 4 8, or --{prefix}no-bottleneck"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeitConfig(Options):
+    """A vision transformer as DeiT trains it, without the distillation token."""
+
+    PREFIX: ClassVar[str] = "model."
+
+    family: tyro.conf.Suppress[Literal["deit"]] = "deit"
+    width: PositiveInt = 192
+    """Size of a token's vector."""
+    depth: PositiveInt = 12
+    """Blocks."""
+    heads: PositiveInt = 3
+    """Attention heads."""
+    patch_size: PositiveInt = 16
+    """Pixels a side of a patch."""
+    dropout: ShareBelowOne = 0.0
+    """Probability of dropping a hidden unit."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` if the heads cannot share a token's vector."""
+        _check_heads(self.width, self.heads, 1, prefix)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaConfig(Options):
+    """A LLaMA-2 decoder with untied embeddings."""
+
+    PREFIX: ClassVar[str] = "model."
+
+    family: tyro.conf.Suppress[Literal["llama"]] = "llama"
+    width: PositiveInt = 128
+    """Size of a token's vector; the SwiGLU layer is 8/3 as wide, rounded up to 256."""
+    depth: PositiveInt = 4
+    """Blocks."""
+    heads: PositiveInt = 4
+    """Attention heads."""
+    vocab_size: Annotated[PositiveInt | None, Example(256)] = None
+    """Rows of the embedding; by default the tokenizer's number of tokens."""
+
+    def check_together(self, prefix: str) -> None:
+        """Raise a `ValueError` if the heads cannot share a token's vector."""
+        _check_heads(self.width, self.heads, 2, prefix)  # rotary embeddings turn pairs
+
+
+ModelConfig = MlpConfig | ResNetConfig | DeitConfig | LlamaConfig
+
+
+def _check_heads(width: int, heads: int, multiple: int, prefix: str) -> None:
+    """Raise a `ValueError` unless every head gets as much of the width, some multiple."""
+    if width % (heads * multiple):
+        pairs = " in pairs" if multiple == 2 else ""
+        fitting = math.gcd(width, heads * multiple) // multiple
+        wider = heads * multiple * max(1, width // (heads * multiple))
+        other = f"--{prefix}heads {fitting}, or " if width % multiple == 0 else ""
+        raise ValueError(
+            f"{heads} heads cannot share a width of {width}{pairs}: {other}--{prefix}width {wider}"
+        )

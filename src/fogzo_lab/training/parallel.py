@@ -1,0 +1,128 @@
+"""Where a run computes: one process, or ranks that torchrun or accelerate launch started."""
+
+import gc
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fogzo_lab.system.devices import find_device
+from fogzo_lab.training.models import blocks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    Attributes:
+        device: Where it computes.
+        rank: Its number, from 0; rank 0 alone writes and prints.
+        count: How many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    def turns(self, count: int) -> range:
+        """This rank's share of so many turns, rounded up so that all ranks have equally many."""
+        return range(self.rank, -(-count // self.count) * self.count, self.count)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The elementwise sum over ranks, on the CPU."""
+        if self.count == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def most(self, value: int) -> int:
+        """The largest of a number over ranks."""
+        if self.count == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over ranks of a scalar."""
+        return self.sum(value.double()).item() / self.count
+
+
+@contextmanager
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Join the process group that a launcher prepared, or be the only process.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or dist.is_initialized():
+        initialized = dist.is_available() and dist.is_initialized()
+        rank, count = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+        yield Ranks(chosen, rank, count)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(chosen, dist.get_rank(), count)
+        gc.collect()
+        dist.barrier()  # nobody leaves while others still talk to it
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what was trained
+        raise
+    finally:
+        leave_ranks()
+
+
+def leave_ranks() -> None:
+    """Destroy the process group, after everything that still refers to it.
+
+    A DDP wrapper that outlived its group would destroy it while holding the interpreter's lock, for
+    which the group's own thread may be waiting: both wait for ever.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def parallelize(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module:
+    """The network for this rank: itself, wrapped by DDP, or sharded in place by FSDP2.
+
+    FSDP2 gathers the weights of one block at a time.
+    """
+    if ranks.count == 1:
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for block in blocks(model):
+        fully_shard(block)
+    return cast(nn.Module, fully_shard(model))
+
+
+def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[Any]:
+    """A context whose backward leaves the averaging of gradients to a later one, if asked."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync() if skip else nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not skip)
+    return nullcontext()
+
+
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the buffers of rank 0, as DDP does before its forwards.
+
+    FSDP leaves the running statistics of batch norms to each rank.
+    """
+    if ranks.count > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

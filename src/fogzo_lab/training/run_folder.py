@@ -1,0 +1,351 @@
+"""The files of a run: config.json, metrics.jsonl, checkpoints, result.json."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
+
+from fogzo_lab.system.folder_lock import locked
+from fogzo_lab.system.json_files import check_regular, dumps, parse_json, read_json, write_text
+from fogzo_lab.training.checkpoint import (
+    clear_partial,
+    delete,
+    on_all_ranks,
+    save_checkpoint,
+    whole_checkpoints,
+)
+from fogzo_lab.training.checkpoint_format import DamagedCheckpoint, step_of
+from fogzo_lab.training.config import TrainConfig, from_dict, to_json
+
+Metrics = dict[str, Any]
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+# What a resumed run may be asked for differently: none of it changes what is trained.
+_FREE = {"output_dir", "resume", "overwrite", "log_every", "checkpoint_every", "keep_checkpoints"}
+_FREE |= {"trackers", "device", "parallel"}
+_FILES = ("config.json", "metrics.jsonl", "result.json")
+
+
+class LogPosition(TypedDict):
+    """How much of metrics.jsonl was written when a checkpoint was, which keeps it."""
+
+    size: int
+    sha256: str
+
+
+class RunFolder(ExitStack):
+    """Finds what a folder holds, and writes a run into it. All ranks use it together.
+
+    As a context it keeps other processes out of the folder. It changes nothing before `open`.
+
+    Args:
+        config: The run.
+        writes: Whether this process is the one that writes; checkpoints are written by all.
+    """
+
+    def __init__(self, config: TrainConfig, writes: bool = True) -> None:
+        super().__init__()
+        self.path = config.output_dir
+        self._config = config
+        self._writes = writes
+        self._resumed = False
+        self._log: BinaryIO | None = None
+        self._written = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        """Lock the folder.
+
+        Raises:
+            ValueError: If another process is at work there, or the folder holds a run that this
+                one would replace or, with ``resume``, one of another config.
+        """
+        super().__enter__()
+        try:
+            on_all_ranks(self._claim)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _claim(self) -> None:
+        if not self._writes:
+            return
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            found = [name for name in (*_FILES, "checkpoints") if (self.path / name).exists()]
+            if found and self._config.resume:
+                _check_same(self._config, read_config(self.path))
+            elif found and not self._config.overwrite:
+                raise ValueError(
+                    f"{self.path} holds a run already: add --resume to go on with it, --overwrite "
+                    "to replace it, or choose another --output-dir"
+                )
+            self.push(stack.pop_all())
+
+    def begin(self, build: Callable[[Path | None], T]) -> T:
+        """What is built of the newest checkpoint that it can be built of, or of none.
+
+        Args:
+            build: Called with a checkpoint, or with None to begin anew.
+
+        Raises:
+            ValueError: If a run was to be resumed, and there is one, but no checkpoint is good.
+        """
+        damaged: list[str] = []
+        if self._config.resume:
+            for checkpoint in whole_checkpoints(self.path, damaged):
+                try:
+                    built = build(checkpoint)
+                    self._resumed = True
+                    return built
+                except DamagedCheckpoint as error:
+                    damaged.append(error.reason)
+                    if self._writes:
+                        _LOG.warning("skipped a checkpoint that cannot be used: %s", error.reason)
+            if not self._config.overwrite:
+                on_all_ranks(lambda: self._check_nothing_to_lose(damaged))
+        return build(None)
+
+    def _check_nothing_to_lose(self, damaged: list[str]) -> None:
+        """Raise unless the run was killed before its first checkpoint and its first step."""
+        if not self._writes:
+            return
+        held = [path.name for path in sorted((self.path / "checkpoints").glob("step-*"))]
+        held += [name for name in ("result.json",) if (self.path / name).exists()]
+        held += [name for name in ("metrics.jsonl",) if _read_log(self.path / name)]
+        if held or damaged:
+            found = "; ".join(damaged) or f"it holds {', '.join(held)}"
+            raise ValueError(
+                f"there is no checkpoint in {self.path} to go on from ({found}). Nothing was "
+                "changed: restore a checkpoint, add --overwrite to begin anew, or choose another "
+                "--output-dir"
+            )
+
+    @contextmanager
+    def open(self, step: int, position: LogPosition | None = None) -> Iterator[None]:
+        """Let `log` write after what was logged up to a step.
+
+        Args:
+            step: The one of the checkpoint; a new run replaces what is there.
+            position: From the checkpoint.
+        """
+        if not self._writes:
+            yield
+            return
+        clear_partial(self.path)
+        for name in _FILES:
+            (self.path / f"{name}.partial").unlink(missing_ok=True)
+        (self.path / "result.json").unlink(missing_ok=True)
+        path = self.path / "metrics.jsonl"
+        if self._resumed:
+            kept = _recovered(path, step, position)
+        else:
+            kept = b""
+            for checkpoint in (self.path / "checkpoints").glob("*"):
+                delete(checkpoint)
+        write_text(self.path / "config.json", to_json(self._config))
+        write_text(path, kept.decode())
+        self._written = hashlib.sha256(kept)
+        with path.open("ab") as self._log:
+            yield
+
+    def log(self, metrics: Metrics) -> None:
+        """Append one line; a killed process does not lose it."""
+        if self._writes:
+            assert self._log is not None, "log() before open()"
+            line = (dumps(metrics) + "\n").encode()
+            self._log.write(line)
+            self._log.flush()
+            self._written.update(line)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> Path:
+        """Write checkpoints/step-N, whole or not at all, and drop the oldest."""
+        position: LogPosition = {"size": 0, "sha256": ""}
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+            position = {"size": self._log.tell(), "sha256": self._written.hexdigest()}
+        state = {**state, "log": position}
+        return save_checkpoint(self.path, state["step"], state, self._config.keep_checkpoints)
+
+    def set_aside_checkpoints(self, first: int) -> None:
+        """Rename the checkpoints from a step on, whose weights turned out to give no loss."""
+        if not self._writes:
+            return
+        for path in (self.path / "checkpoints").glob("step-*"):
+            step = step_of(path)
+            if step is not None and step >= first:
+                aside = path.with_suffix(".diverged")
+                if aside.exists():  # it was resumed, and has diverged again
+                    delete(aside)
+                os.replace(path, aside)
+
+    def write_result(self, result: Metrics) -> None:
+        """Write result.json: the run's final numbers."""
+        if self._writes:
+            write_text(self.path / "result.json", dumps(result, indent=2) + "\n")
+
+
+class _Line(TypedDict):
+    """A line of metrics.jsonl; the rest are numbers."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    fallback: NotRequired[str | None]
+    agreement: NotRequired[float | None]
+    agreement_error: NotRequired[float | None]
+    flip_rate: NotRequired[float | None]
+
+
+class _Result(TypedDict):
+    """What result.json holds; the rest are numbers."""
+
+    steps: int
+    seconds: float
+    diverged: NotRequired[bool]
+    run: NotRequired[str]  # which one of a comparison
+    fallbacks: NotRequired[dict[str, int]]
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config of the run in a folder.
+
+    Raises:
+        ValueError: If there is none, or another version wrote it.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} is not a run folder, as it has no config.json: restore it, or give the "
+            "--output-dir of a run of fogzo train"
+        )
+    way_out = "restore it, or train again"
+    values = read_json(path, dict[str, Any], way_out)
+    try:
+        config: TrainConfig = from_dict(TrainConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used ({error}): {way_out}") from error
+    missing = sorted(_flat(dataclasses.asdict(config)).keys() - _flat(values).keys())
+    if missing:
+        _LOG.warning(
+            "%s has no %s, as where an earlier version wrote it: the defaults are taken",
+            path,
+            ", ".join(missing),
+        )
+    return config
+
+
+def read_result(folder: Path) -> Metrics:
+    """The final numbers of the run in a folder, from result.json.
+
+    Raises:
+        ValueError: If there are none, or they are damaged.
+    """
+    path, way_out = folder / "result.json", "run fogzo train with --resume to write it anew"
+    result: Metrics = read_json(path, _Result, way_out)
+    if result["steps"] < 0:
+        raise ValueError(f"{path} is of {result['steps']} steps: {way_out}")
+    return result
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a metrics.jsonl; none where there is no file, or no end to the last line.
+
+    Raises:
+        ValueError: If a line is none of a training's, or steps do not rise.
+    """
+    lines, bad = _parsed(_read_log(path))
+    for number, why in bad:
+        raise ValueError(f"{path}, line {number}, {why}: restore it, or delete the line by hand")
+    return [metrics for metrics, _ in lines]
+
+
+def _read_log(path: Path) -> bytes:
+    """The bytes of a metrics.jsonl, none where there is no file."""
+    if not path.exists():
+        return b""
+    try:
+        check_regular(path, largest=None)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}: move it out of the run folder") from error
+    return path.read_bytes()
+
+
+def _parsed(data: bytes) -> tuple[list[tuple[Metrics, bytes]], list[tuple[int, str]]]:
+    """The good lines, each with its bytes, and number and fault of the others."""
+    good: list[tuple[Metrics, bytes]] = []
+    bad: list[tuple[int, str]] = []
+    last = 0
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue  # cut short by a kill
+        try:
+            metrics: Metrics = parse_json(line, _Line)
+            if metrics["step"] <= last:
+                raise ValueError(f"is of step {metrics['step']} after step {last}")
+        except ValueError as error:
+            bad.append((number, str(error)))
+        else:
+            good.append((metrics, line))
+            last = metrics["step"]
+    return good, bad
+
+
+def _recovered(path: Path, step: int, position: LogPosition | None) -> bytes:
+    """What was logged up to a step.
+
+    A log that is no longer what it was at the checkpoint is set aside, and what can be read of it
+    is kept: it is the history of the run, and not what the run goes on from.
+    """
+    data = _read_log(path)
+    if position is not None:
+        kept = data[: position["size"]]
+        if hashlib.sha256(kept).hexdigest() == position["sha256"]:
+            return kept
+    good, bad = _parsed(data)
+    lines = [line for metrics, line in good if metrics["step"] <= step]
+    if position is None and not bad:  # an earlier version wrote the checkpoint
+        return b"".join(lines)
+    last = max((metrics["step"] for metrics, _ in good if metrics["step"] <= step), default=0)
+    aside = ""
+    if path.exists():
+        name = path.with_name(f"{path.name}.damaged")
+        while name.exists():
+            name = name.with_name(f"{name.name}-again")
+        os.replace(path, name)
+        aside = f"; the file itself is now {name}"
+    _LOG.warning(
+        "%s is not what it was when the checkpoint of step %d was written: of it %d lines are "
+        "kept, up to step %d, and other lines are lost%s",
+        *(path, step, len(lines), last, aside),
+    )
+    return b"".join(lines)
+
+
+def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
+    """Raise a `ValueError` that names what differs, unless a run can go on under this config."""
+    given, kept = (_flat(dataclasses.asdict(c)) for c in (config, stored))
+    differing = [
+        f"{name.replace('_', '-')} ({kept.get(name)} there, {given.get(name)} here)"
+        for name in sorted({*given, *kept})
+        if name not in _FREE and given.get(name) != kept.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in {stored.output_dir} has another config: {', '.join(differing)}. Give the "
+            "same options to resume it, or choose another --output-dir"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat

@@ -1,0 +1,388 @@
+"""The parts of a run, put together from its config, and what a checkpoint holds of them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from fogzo import (
+    ControlVariateEstimator,
+    FogzoEstimator,
+    PlaceboEstimator,
+    QuantizedWeight,
+    SpsaEstimator,
+    every,
+    linear_noise_share,
+    quantized_weights,
+)
+from fogzo.collectives import local
+from fogzo.estimators import GradientEstimator, RefineStats
+from fogzo.estimators.schedules import NoiseShare
+from fogzo.probing.rng import RngState
+from fogzo.quantizers.smoothing import LAWS, with_radius
+from fogzo_lab.system.json_files import checked
+from fogzo_lab.training.checkpoint import (
+    STRANGE,
+    load_checkpoint,
+    newest_checkpoint,
+    on_all_ranks,
+    restore_rng,
+    rng_state,
+)
+from fogzo_lab.training.checkpoint_format import invalid, step_of
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.ema import Ema, EmaState
+from fogzo_lab.training.learning_rates import learning_rate_factor
+from fogzo_lab.training.models import build_model, calibrate, checkpoint_blocks_
+from fogzo_lab.training.optimizers import OptimizerState, build_optimizer, load_optimizer
+from fogzo_lab.training.parallel import Ranks, parallelize, share_buffers
+from fogzo_lab.training.run_folder import LogPosition, Metrics
+from fogzo_lab.training.tasks import Batch, Task, load_task
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Weights(TypedDict):
+    """What is read of it to evaluate."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: EmaState | None
+
+
+class TrainingState(TypedDict):
+    """What a training's checkpoint holds."""
+
+    step: int
+    seconds: float
+    extra_forwards: float
+    refined_steps: NotRequired[int]
+    fallbacks: NotRequired[dict[str, int]]
+    first_loss: NotRequired[float | None]
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    estimator: dict[str, Any] | None
+    scaler: dict[str, float]
+    ema: EmaState | None
+    windows: dict[str, Any]
+    random_streams: dict[str, Any]
+    log: NotRequired[LogPosition]
+
+
+class Training:
+    """Everything that a run trains with.
+
+    Args:
+        config: The run.
+        ranks: This process among those of the run.
+        checkpoint: Where to go on, or None to begin.
+
+    Raises:
+        DamagedCheckpoint: If the checkpoint is not one of this training.
+
+    Attributes:
+        task: Data and loss.
+        windows: The training batches of this rank.
+        model: The network, to look into and to evaluate.
+        parallel: The same network, to train: wrapped where several ranks share the work.
+        estimator: None for plain backward.
+        optimizer: Any optimizer of torch.
+        scaler: Does nothing unless the precision is fp16.
+        ema: None unless asked for.
+        step: Optimizer steps taken.
+        seconds: Time they took.
+        extra_forwards: Forwards of the probes, in whole batches.
+        refined_steps: Steps in which the estimator was to measure.
+        fallbacks: How many of them kept the gradient of backward, by reason.
+        first_loss: The loss of the first step, once it is taken.
+        senseless: For how many steps until now the loss has been beyond all sense.
+        log_position: What was logged when the checkpoint was written.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
+        self.config, self.ranks = config, ranks
+        self.task = load_task(config)
+        self.windows = self.task.windows(config, ranks)
+        self.model = build_model(config, self.task.shapes).to(ranks.device)
+        if checkpoint is None:
+            if config.initial_weights is not None:
+                load_weights(self.model, config.initial_weights)
+            calibrate_activations(self.model, config, self.task, ranks.device)
+        if config.gradient_checkpointing:
+            checkpoint_blocks_(self.model)
+        if config.compile:
+            self.model.compile()
+        self.parallel = parallelize(self.model, config.parallel, ranks)
+        self.estimator = build_estimator(config, self.model)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self._learning_rate = learning_rate_factor(config)
+        self.step, self.seconds = 0, 0.0
+        self.extra_forwards: float = 0
+        self.refined_steps, self.fallbacks = 0, Counter[str]()
+        self.first_loss: float | None = None
+        self.senseless = 0
+        self.log_position: LogPosition | None = None
+        if checkpoint is not None:
+            on_all_ranks(lambda: self._resume(checkpoint))
+        self.model.train()
+
+    def next_window(self) -> list[Batch]:
+        """The coming step's micro-batches, on the device."""
+        return [self.task.prepare(raw, self.ranks.device) for raw in next(self.windows)]
+
+    def autocast(self, probing: bool = False) -> AbstractContextManager[Any]:
+        """The context of a forward in the precision that was asked for."""
+        own = self.config.precision
+        precision = (self.config.probe_precision or own) if probing else own
+        if precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, _DTYPES[precision])
+
+    def set_learning_rate(self) -> None:
+        """Set the rate of the coming step, which follows from the step alone."""
+        rate = self.config.learning_rate * self._learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def watch(self, loss: float) -> None:
+        """Take in a step's loss: one beyond a thousand times the first, and nats, has no sense.
+
+        To know nothing costs a few nats, and whoever is wrong with certainty pays tens.
+        """
+        if self.first_loss is None:
+            self.first_loss = loss
+        sensible = loss <= 1000 * max(self.first_loss, 1.0)  # false for what is not a number
+        self.senseless = 0 if sensible else self.senseless + 1
+
+    def evaluate(self) -> Metrics:
+        """The numbers of each split, under the averaged weights where there is an average."""
+        found: Metrics = {}
+        with self.ema.applied() if self.ema else nullcontext():
+            share_buffers(self.model, self.ranks)
+            for split in self.task.splits:
+                numbers = self.task.evaluate(self.model, split, _EVAL_BATCH, self.ranks)
+                found |= {f"{split}_{name}": value for name, value in numbers.items()}
+        return found
+
+    def all_finite(self) -> bool:
+        """Whether every weight on every rank is a finite number."""
+        params = [local(param.detach()) for param in self.model.parameters()]
+        bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
+        return not self.ranks.sum(bad)
+
+    def count(self, stats: RefineStats) -> None:
+        """Keep count of what the estimator has done in a step."""
+        self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+        if stats.probe_losses or stats.fallback is not None:
+            self.refined_steps += 1
+        if stats.fallback is not None:
+            self.fallbacks[stats.fallback] += 1
+
+    def refinements(self) -> Metrics:
+        """For result.json: the steps that were refined, and by reason those that fell back."""
+        found: Metrics = {"refined_steps": self.refined_steps} if self.refined_steps else {}
+        return found | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run needs to go on as if nothing had happened."""
+        share_buffers(self.model, self.ranks)
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "extra_forwards": self.extra_forwards,
+            "refined_steps": self.refined_steps,
+            "fallbacks": dict(self.fallbacks),
+            "first_loss": self.first_loss,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict() if self.estimator else None,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "windows": self.windows.state_dict(),
+            "random_streams": rng_state(),
+        }
+
+    def _resume(self, checkpoint: Path) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        like = {
+            "model": self.model.state_dict(),
+            "optimizer": {"state": dict(enumerate(parameters))},
+            "ema": self.ema.state_dict() if self.ema else None,
+        }
+        state = load_checkpoint(checkpoint, like)
+        try:
+            self._load(checked(TrainingState, state), checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except STRANGE as error:
+            reason = " ".join(str(error).split())
+            raise invalid(checkpoint, f"is of another training ({reason:.300})") from error
+
+    def _load(self, state: TrainingState, checkpoint: Path) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.extra_forwards = state["extra_forwards"]
+        self.refined_steps = state.get("refined_steps", 0)
+        self.fallbacks.update(state.get("fallbacks", {}))
+        self.first_loss, self.log_position = state.get("first_loss"), state.get("log")
+        named = step_of(checkpoint)
+        if not 0 <= self.step <= self.config.max_steps or self.step != (named or self.step):
+            raise ValueError(f"step is {self.step}")
+        if state["windows"].get("step", self.step) != self.step:
+            raise ValueError(f"windows.step is {state['windows']['step']}, unlike step")
+        check_same_tensors(self.model.state_dict(), state["model"])
+        self.model.load_state_dict(state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError("one has an average of weights, and the other none")
+        if (state["estimator"] is None) != (self.estimator is None):
+            raise ValueError("one has an estimator, and the other none")
+        if self.estimator is not None and state["estimator"] is not None:
+            self.estimator.load_state_dict(state["estimator"])
+            if (self.estimator.step, self.estimator.seed) != (self.step, self.config.seed):
+                raise ValueError(f"estimator.step is {self.estimator.step}")
+        if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
+            raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.windows.load_state_dict(state["windows"])
+        restore_rng(state["random_streams"])
+
+
+_EVAL_BATCH = 256
+
+
+def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator | None:
+    """The estimator by its name; None for plain backward."""
+    weights = [_perturbed_as_asked(weight, config) for weight in quantized_weights(model)]
+    if config.estimator == "ste" or not weights:
+        return None
+    options: dict[str, Any] = {
+        "num_samples": config.num_samples,
+        "probes_at_once": config.probes_at_once,
+        "one_sided": config.one_sided,
+        "overhead": config.overhead,
+        "lean": config.lean,
+        "track_flips": config.track_flips,
+        "noise_shape": config.noise_shape,
+        "seed": config.seed,
+    }
+    if config.estimator == "spsa":
+        options["noise_shape"] = "isotropic"  # there is no gradient to shape it by
+        return SpsaEstimator(weights, **options)
+    if config.estimator == "control-variate":
+        return ControlVariateEstimator(weights, **options)
+    schedule: NoiseShare = linear_noise_share(
+        kappa=0.0 if config.estimator == "lambda" else config.kappa,
+        total_steps=config.max_steps,
+        start=config.start,
+    )
+    if config.probe_every > 1:
+        schedule = every(config.probe_every, schedule)
+    if config.estimator == "placebo":
+        return PlaceboEstimator(weights, noise_share=schedule, **options)
+    paired = config.estimator == "fogzo-paired"
+    return FogzoEstimator(
+        weights, noise_share=schedule, paired=paired, agreement=config.agreement, **options
+    )
+
+
+def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:
+    """The record with the config's law and radius; its backward rule stays the quantizer's."""
+    surrogate = weight.surrogate
+    if config.perturbation == "auto" and config.radius == 1:
+        return weight
+    law = LAWS.get(config.perturbation, surrogate.perturbation)
+    law = with_radius(law, config.radius * surrogate.radius)
+    return replace(weight, surrogate=replace(surrogate, perturbation=law))
+
+
+def find_weights(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(
+            f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
+        )
+    return checkpoint
+
+
+def load_weights(model: nn.Module, run: Path) -> int:
+    """Load the weights of another run, averaged where it averaged; returns its step.
+
+    Those of a float run are quantized anew: its checkpoint has no step sizes.
+
+    Raises:
+        ValueError: If there is no checkpoint, or one of another network.
+    """
+    checkpoint = find_weights(run)
+    state = load_checkpoint(checkpoint, only=["step", "model", "ema"])
+    try:
+        found = checked(_Weights, state)
+        weights = found["model"]
+        if found["ema"] is not None:
+            average = found["ema"]["average"]
+            weights = {name: average.get(name, weight) for name, weight in weights.items()}
+        check_same_tensors(model.state_dict(), weights, all_of_them=False)
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        first = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint} is of another network ({first:.300}): use the recipe and the --model "
+            f"options of {run}/config.json"
+        ) from error
+    return found["step"]
+
+
+def check_same_tensors(
+    own: dict[str, Tensor], given: dict[str, Tensor], all_of_them: bool = True
+) -> None:
+    """Raise a `ValueError` unless tensors are of the names, shapes and types that are there."""
+    if all_of_them and own.keys() != given.keys():
+        differing = ", ".join(sorted(own.keys() ^ given.keys())[:5])
+        raise ValueError(f"another network, which differs in {differing}")
+    for name in own.keys() & given.keys():
+        mine, other = own[name], given[name]
+        if (mine.shape, mine.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{name} is {other.dtype} of shape {tuple(other.shape)} there and "
+                f"{mine.dtype} of shape {tuple(mine.shape)} here"
+            )
+
+
+def calibrate_activations(
+    model: nn.Module, config: TrainConfig, task: Task, device: torch.device
+) -> None:
+    """Measure the step sizes of activations on the first batch, the same on every rank."""
+    if config.activations.preset == "none" or config.quantizer.preset == "none":
+        return
+    raw = next(task.windows(config, Ranks(device)))[0]
+    inputs, _ = task.prepare(raw, device, training=False)
+    calibrate(model, inputs, config.seed)
+
+
+@contextmanager
+def own_random_streams(seed: int) -> Iterator[None]:
+    """Give the block torch's global streams seeded so, for dropout and augmentation.
+
+    The streams of the caller are put back.
+    """
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    caller = RngState(devices)
+    torch.manual_seed(seed)  # noqa: TID251 -- given back
+    try:
+        yield
+    finally:
+        caller.restore()

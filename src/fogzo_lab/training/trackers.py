@@ -1,0 +1,71 @@
+"""Logging to TensorBoard, W&B or trackio, through accelerate, when asked."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.parallel import Ranks
+from fogzo_lab.training.run_folder import Metrics
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Check that this machine has the trackers of the config, before anything is written.
+
+    Raises:
+        ValueError: If accelerate or a tracker is not installed.
+    """
+    if not config.trackers:
+        return
+    try:
+        from accelerate.tracking import get_available_trackers
+    except ImportError as error:
+        raise ValueError("--trackers needs accelerate: pip install 'fogzo[trackers]'") from error
+    available = {str(tracker) for tracker in get_available_trackers()}
+    missing = [tracker for tracker in config.trackers if tracker not in available]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}, or leave "
+            "--trackers out (metrics.jsonl is always written)"
+        )
+
+
+@contextmanager
+def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], None]]:
+    """A function that logs a step's metrics to the trackers of the config, if there are any.
+
+    Raises:
+        ValueError: If accelerate or a tracker is not installed.
+    """
+    if not config.trackers or ranks.rank:
+        yield lambda metrics: None
+        return
+    check_trackers(config)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=config.output_dir
+    )
+    project = config.recipe
+    accelerator.init_trackers(project, config=_flat(dataclasses.asdict(config)))
+
+    def track(metrics: Metrics) -> None:
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        accelerator.log(numbers, step=metrics["step"])
+
+    try:
+        yield track
+    finally:
+        accelerator.end_training()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, of the types that trackers take."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, int | float | str) else str(value)
+    return flat

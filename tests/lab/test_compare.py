@@ -1,0 +1,397 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from shrunk import shrunk
+
+from fogzo_lab.comparison import compare as module
+from fogzo_lab.comparison import run_cache
+from fogzo_lab.comparison import tables as words
+from fogzo_lab.comparison.compare import CompareConfig, compare, plan
+from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.comparison.timing import run_seconds
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.config import from_dict
+from fogzo_lab.training.model_config import QuantizerConfig
+
+SOME = ("float", "ptq", "ste", "ste-stochastic", "placebo", "fogzo", "ste-then-fogzo")
+
+
+def digits(folder, **changes):
+    return replace(RECIPES["digits-mlp"](), output_dir=folder, log_every=5, **changes)
+
+
+def small(folder, **changes):
+    """A comparison of seconds."""
+    options = {"rows": ("ste", "fogzo"), "learning_rates": (1e-3, 1e-2), "num_seeds": 2}
+    return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """One small comparison, in real worker processes."""
+    base = digits(tmp_path_factory.mktemp("compare"), max_steps=40, track_flips=True)
+    config = CompareConfig(
+        base=base,
+        rows=SOME,
+        learning_rates=(3e-3, 2e-2),
+        kappas=(0.1, 1.0),
+        num_seeds=3,
+        tuning_seeds=1,
+        workers=2,
+    )
+    progress = []
+    results = compare(config, lambda *counts: progress.append(counts))
+    return config, results, progress
+
+
+def by_name(results, budget="steps"):
+    return {row["name"]: row for row in results["rows"] if row["budget"] == budget}
+
+
+def test_every_row_tries_every_candidate_and_reports_the_best_on_validation(comparison):
+    config, results, progress = comparison
+    assert list(by_name(results)) == list(SOME)
+    for row in results["rows"]:
+        kappas = {0.1, 1.0} if ROWS[row["name"]].has_kappa else {None}
+        losses = {(p["learning_rate"], p["kappa"]): p["loss"] for p in row["tuning"]}
+        assert set(losses) == {(rate, kappa) for rate in (3e-3, 2e-2) for kappa in kappas}
+        assert losses[row["learning_rate"], row["kappa"]] == min(losses.values())
+        assert row["tuning_runs"] == len(losses) * config.tuning_seeds
+        assert len(row["seeds"]) == 3
+        assert row["train_loss"]["mean"] > 0
+    assert (
+        progress[-1][0] == progress[-1][1] == sum(row["tuning_runs"] + 2 for row in results["rows"])
+    )
+
+
+def test_equal_time_gives_every_row_the_steps_that_fit_into_fogzos_seconds(comparison):
+    _, results, _ = comparison
+    seconds, longer = results["run_seconds_measured_in_turns"], by_name(results, "time")
+    assert {"float", "ptq", "ste"} <= set(longer)
+    assert "fogzo" not in longer
+    for name, row in longer.items():
+        assert row["steps"] == math.floor(40 * seconds["fogzo"] / seconds[name])
+
+
+def test_rows_share_their_first_batch_and_initial_weights(comparison):
+    _, results, _ = comparison
+    first = {
+        (row["name"], row["budget"]): row["curve"][0]["loss"]
+        for row in results["rows"]
+        if row["name"] not in ("float", "ptq", "ste-stochastic")
+    }
+    assert len(set(first.values())) == 1
+
+
+def test_cost_is_counted_in_passes(comparison):
+    rows = by_name(comparison[1])
+    assert (rows["ste"]["forwards"], rows["ste"]["forward_equivalents"]) == (40, 120)
+    assert (rows["fogzo"]["forwards"], rows["fogzo"]["forward_equivalents"]) == (120, 200)
+    assert rows["ste-then-fogzo"]["forwards"] == 40 + 2 * 12
+
+
+def test_the_new_rows_are_what_they_say(comparison):
+    _, results, _ = comparison
+    rows = by_name(results)
+    loss = {name: row["test_loss"]["mean"] for name, row in rows.items()}
+    assert loss["float"] < loss["ptq"] < math.log(10)
+    assert loss["ste-stochastic"] < math.log(10)
+    assert loss["ste-stochastic"] != loss["ste"]
+    then = rows["ste-then-fogzo"]["curve"]
+    assert [p["step"] for p in then if "agreement" in p] == [30, 35, 40]
+    assert all(0 <= p["flip_rate"] < 0.2 for p in then[-2:])
+    assert rows["ptq"]["curve"] == []
+
+
+def test_the_same_again_runs_nothing_and_says_the_same(comparison):
+    config, results, _ = comparison
+    runs = config.base.output_dir / "runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    assert before
+    assert compare(config) == results
+    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+
+
+def test_the_files_on_disk_say_the_same(comparison):
+    config, results, _ = comparison
+    stored = json.loads((config.base.output_dir / "results.json").read_text())
+    assert stored == results
+    assert {"date", "torch", "processor", "cores"} <= set(stored["environment"])
+    assert stored["code"]["versions_of_runs"] == [stored["code"]["version"]]
+
+
+def test_the_report_is_one_file_with_every_row_table_and_plot(comparison):
+    config, results, _ = comparison
+    html = write_compare_report(config, results).read_text()
+    assert html.count("<svg") == 6
+    assert html.count("<table") == 3
+    assert not any(outside in html for outside in ("<script", "<link", "<img", "@import"))
+    for row in results["rows"]:
+        assert words.row_label(row) in html.replace("&#39;", "'")
+    for part in (
+        "Student",
+        "bootstrap",
+        "tuning runs",
+        "Agreement",
+        "flip",
+        results["code"]["version"],
+    ):
+        assert part in html
+
+
+def test_the_story_names_wins_losses_and_open_questions():
+    def row(name, gap):
+        metric = {"mean": 0.8, "sd": 0.01}
+        return {"name": name, "budget": "steps", "test_accuracy": metric, "seeds": [{}, {}]}, {
+            "name": name,
+            "budget": "steps",
+            "test_accuracy": dict(zip(("mean", "low", "high"), gap, strict=True)),
+        }
+
+    made = [
+        row("ste", (0.02, 0.01, 0.03)),
+        row("placebo", (-0.02, -0.03, -0.01)),
+        row("lambda", (0.0, -0.01, 0.01)),
+    ]
+    rows = [*(r for r, _ in made), row("fogzo", (0, 0, 0))[0]]
+    results = {"rows": rows, "differences": [gap for _, gap in made]}
+    story = " ".join(words.story(results))
+    assert "better than STE (+2.00 points, +1.00 to +3.00)" in story
+    assert "worse than placebo (-2.00 points" in story
+    assert "not told apart from lambda only" in story
+
+
+def test_a_run_that_begins_with_plain_ste_takes_the_time_of_its_parts(tmp_path):
+    base = digits(tmp_path, max_steps=100)
+    configs = {
+        "ste": replace(base, estimator="ste"),
+        "fogzo": base,
+        "half": replace(base, start=0.5),
+    }
+    seconds = run_seconds(configs, rounds=5, steps=10)
+    assert seconds["ste"] < seconds["half"] < seconds["fogzo"]
+
+
+def test_a_learning_rate_at_which_a_run_diverges_is_never_chosen(tmp_path):
+    base = digits(tmp_path, max_steps=20, optimizer="sgd", schedule="constant")
+    config = CompareConfig(
+        base=replace(base, quantizer=QuantizerConfig(preset="lsq")),
+        rows=("ptq", "fogzo"),
+        learning_rates=(1e30, 1e-2),
+        num_seeds=1,
+        equal_time=False,
+        workers=1,
+    )
+    results = compare(config)
+    for row in results["rows"]:
+        assert row["learning_rate"] == 1e-2
+        assert [1e30, None] in row["validation_loss_by_learning_rate"]
+    # one seed: allowed, and no winner
+    assert "no interval exists" in words.findings(results)[0]
+    assert "no interval exists" in write_compare_report(config, results).read_text()
+    assert results["differences"][0]["test_loss"]["low"] is None
+    worst = compare(replace(config, learning_rates=(1e30,)))
+    assert "diverged" in str(words.quality_table(worst).rows)
+    assert write_compare_report(config, worst).exists()
+
+
+def test_text_is_compared_by_perplexity(tmp_path):
+    base = shrunk(RECIPES["pydoc-llama"](), output_dir=tmp_path, max_steps=4)
+    config = CompareConfig(
+        base=base, rows=("ste", "spsa", "fogzo-rademacher", "fogzo"), learning_rates=(1e-3,),
+        num_seeds=2, equal_time=False, workers=1,
+    )  # fmt: skip
+    results = compare(config)
+    assert words.main_metric(results) == "test_perplexity"
+    gap = results["differences"][0]["test_perplexity"]
+    assert gap["low"] < gap["mean"] < gap["high"]
+    html = write_compare_report(config, results).read_text()
+    assert "test perplexity" in html
+    assert "less is better" in html
+
+
+def test_a_plan_runs_nothing_and_knows_what_is_finished(tmp_path):
+    config = small(tmp_path / "new", tuning_seeds=1)
+    planned = plan(config)
+    assert not (tmp_path / "new").exists()
+    steps = [cell for cell in planned["cells"] if cell["budget"] == "steps"]
+    assert [(c["name"], c["runs"], c["cached"], c["to_run"]) for c in steps] == [
+        ("ste", 3, 0, 3),
+        ("fogzo", 3, 0, 3),
+    ]
+    assert planned["seconds"] > 0
+    compare(config)
+    assert sum(cell["to_run"] for cell in plan(config)["cells"]) == 0
+    more = plan(replace(config, learning_rates=(1e-3, 1e-2, 1e-1)))
+    assert [c["to_run"] for c in more["cells"] if c["budget"] == "steps"] == [2, 2]
+
+
+def test_a_damaged_run_is_set_aside_and_run_again(tmp_path, caplog):
+    config = small(tmp_path, equal_time=False, num_seeds=1)
+    results = compare(config)
+    unreadable, foreign, short = sorted((tmp_path / "runs").iterdir())[:3]
+    (unreadable / "result.json").write_text("{")
+    text = (foreign / "result.json").read_text()
+    (foreign / "result.json").write_text(text.replace('"run": "', '"run": "0'))
+    (short / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 0.1}\n')
+    again = compare(config)
+    warned = [record.message for record in caplog.records]
+    assert [
+        sum(path.name in message for message in warned) for path in (unreadable, foreign, short)
+    ] == [1] * 3
+    assert len(list((tmp_path / "corrupt").iterdir())) == 3
+    assert by_name(again)["fogzo"]["test_loss"] == by_name(results)["fogzo"]["test_loss"]
+    caplog.clear()
+    compare(config)
+    assert not caplog.records
+
+
+def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    config = small(tmp_path, equal_time=False, learning_rates=(1e-2,))
+    results = compare(config)
+    monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
+    monkeypatch.setattr(module, "start_pool", lambda workers: pytest.fail("it has begun"))
+    for refused in (compare, plan):
+        with pytest.raises(ValueError, match="--mix-versions") as error:
+            refused(config)
+        assert "--output-dir" in str(error.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
+    before = sorted((tmp_path / "runs").iterdir())
+    mixed = compare(replace(config, mix_versions=True))
+    assert sorted((tmp_path / "runs").iterdir()) == before
+    assert mixed["code"]["versions_of_runs"] == [results["code"]["version"]]
+    assert mixed["rows"] == results["rows"]
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path):
+    config = small(tmp_path / "runs", equal_time=False)
+    cache = run_cache.RunCache(tmp_path / "runs", code="0" * 12)
+    with (
+        cache.lock(),
+        pytest.raises(ValueError, match=r"another process is at work.*--output-dir .*runs-2"),
+    ):
+        compare(config)
+    with cache.lock():  # given back
+        pass
+    plan(config)  # and a plan disturbs nobody
+
+
+def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
+    file = tmp_path / "some" / "text.txt"
+    file.parent.mkdir()
+    hashes = set()
+    for text in ("one", "two", "three"):
+        file.write_text(text)
+        config = RECIPES["pydoc-llama"]()
+        config = replace(config, data=replace(config.data, dataset=str(file)))
+        run_cache.RunCache(tmp_path, "code")
+        hashes.add(run_cache.config_hash(config))
+    assert len(hashes) == 3
+    file.write_text("four")
+    assert run_cache.config_hash(config) in hashes  # a comparison reads them once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ("ste", "fogso")}, "no such row: fogso; did you mean --rows fogzo?"),
+        ({"rows": ()}, "none given"),
+        ({"rows": ("ste", "fogzo", "ste")}, "--rows ste fogzo$"),
+        ({"num_seeds": 0}, "--num-seeds"),
+        ({"tuning_seeds": 0}, "--tuning-seeds"),
+        ({"tuning_seeds": 6}, "--tuning-seeds 5"),
+        ({"workers": 0}, "--workers"),
+        ({"learning_rates": ()}, "empty: --learning-rates"),
+        ({"learning_rates": (0.0,)}, "positive, got 0.0: --learning-rates"),
+        ({"learning_rates": (0.1, -0.1)}, "positive, got -0.1"),
+        ({"learning_rates": (math.nan,)}, "finite"),
+        ({"learning_rates": (0.1, 0.1)}, "--learning-rates 0.1$"),
+        ({"kappas": ()}, "empty: --kappas"),
+        ({"kappas": (-0.1,)}, "0 or more, got -0.1: --kappas 0.01 0.1"),
+    ],
+)  # fmt: skip
+def test_a_comparison_that_cannot_work_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(base=RECIPES["digits-mlp"](), **changes)
+
+
+def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    times = {"fogzo": 1.0, "fogzo-paired": 3.0}
+    monkeypatch.setattr(module, "_seconds", lambda *_, **__: times)
+    config = CompareConfig(
+        base=digits(tmp_path, max_steps=2), rows=tuple(times), num_seeds=1, workers=1
+    )
+    with pytest.raises(ValueError, match=r"fogzo-paired: --max-steps 3, or --no-equal-time"):
+        compare(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_row_can_be_made_of_every_recipe():
+    for recipe in RECIPES.values():
+        for row in ROWS.values():
+            changed = row.change(recipe())
+            assert (changed.seed, changed.data, changed.model) == (
+                recipe().seed,
+                recipe().data,
+                recipe().model,
+            )
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.glob("*/config.json")), ids=lambda path: path.parent.name
+)
+def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path):
+    config = from_dict(CompareConfig, json.loads(path.read_text()))
+    results = json.loads(path.with_name("results.json").read_text())
+    config = replace(config, base=replace(config.base, output_dir=tmp_path))
+    html = write_compare_report(config, results).read_text()
+    assert html.count("<table") == 2 + bool(results["differences"])
+
+
+FINISHED = {"steps": 10, "seconds": 1.5, "validation_loss": 2.0, "test_loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda result: [result], "it must be an object"),
+        (lambda result: result | {"steps": "10"}, "steps must be an integer"),
+        (lambda result: result | {"validation_loss": [2.0]}, "validation_loss must be a number"),
+        (lambda result: result | {"fallbacks": {"reason": "1"}}, "fallbacks.reason must be"),
+        (lambda result: {k: v for k, v in result.items() if k != "seconds"}, "seconds is missing"),
+        (lambda result: {k: v for k, v in result.items() if "val" not in k}, "no validation_loss"),
+        (lambda result: result | {"log_lines": 2}, "1 lines of 2"),
+        (lambda result: result | {"run": 7}, "run must be a text"),
+    ],
+)
+def test_a_result_of_another_structure_is_set_aside(damage, says, tmp_path, caplog):
+    cache = run_cache.RunCache(tmp_path, code="0" * 12)
+    path = cache.path("ste", "1" * 12)
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0, "seconds": 1.5}\n')
+    run_cache.finish(path, digits(path), FINISHED)
+    result = cache.result(path)
+    assert result == FINISHED | {"run": "1" * 12 + "-" + "0" * 12, "log_lines": 1}
+    (path / "result.json").write_text(json.dumps(damage(result)))
+    assert cache.result(path) is None
+    assert says in caplog.text
+    assert not path.exists()
+    assert len(list((tmp_path / "corrupt").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": "1"}', '{"a": 0}', "{"])
+def test_damaged_step_times_are_measured_again_and_that_is_said(text, tmp_path, caplog):
+    (tmp_path / "timing.json").write_text(text)
+    timing = run_cache.RunCache(tmp_path, code="0" * 12).timing()
+    assert timing.get("a") is None
+    assert "timing.json" in caplog.text
+    timing.add({"a": 0.5})
+    assert run_cache.RunCache(tmp_path, code="0" * 12).timing().get("a") == 0.5

@@ -1,0 +1,117 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.config import TrainConfig, from_dict, to_json
+from fogzo_lab.training.model_config import (
+    DeitConfig,
+    LlamaConfig,
+    MlpConfig,
+    QuantizerConfig,
+    ResNetConfig,
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_the_json_of_its_run_folder(name):
+    config = replace(
+        RECIPES[name](), output_dir=Path("elsewhere"), initial_weights=Path("float"), ema_decay=0.9
+    )
+    assert from_dict(TrainConfig, json.loads(to_json(config))) == config
+    comparison = CompareConfig(base=config, learning_rates=(0.1, 0.2))
+    assert from_dict(CompareConfig, json.loads(to_json(comparison))) == comparison
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_is_and_carries_its_own_name(name):
+    assert RECIPES[name].__doc__
+    assert RECIPES[name]().recipe == name
+
+
+def test_a_config_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="no field colour"):
+        from_dict(QuantizerConfig, {"colour": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "--max-steps 500"),
+        ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"num_samples": 0}, "--num-samples"),
+        ({"estimator": "spsa", "start": 0.5}, "--start"),
+        ({"estimator": "control-variate", "start": 0.5}, "--start"),
+        ({"accumulation": 0}, "--accumulation 1"),
+        ({"ema_decay": 1.0}, "--ema-decay 0.99"),
+        ({"clip_norm": 0.0}, "--clip-norm 1.0"),
+        ({"warmup_fraction": 1.5}, "--warmup-fraction 0.05"),
+        ({"schedule": "constant", "final_fraction": 0.1}, "--schedule linear"),
+        ({"data": TextConfig()}, "mlp cannot learn from text"),
+        (
+            {
+                "quantizer": QuantizerConfig(preset="none"),
+                "activations": QuantizerConfig(preset="lsq"),
+            },
+            "--quantizer.preset lsq",
+        ),
+        (
+            {"quantizer": QuantizerConfig(preset="lsq", granularity="token")},
+            "no tokens.*--quantizer.granularity channel",
+        ),
+        (
+            {"activations": QuantizerConfig(preset="lsq", granularity="token")},
+            "--activations.granularity tensor, or --activations.preset abs_max",
+        ),
+    ],
+)
+def test_options_that_cannot_work_name_the_option(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPES["digits-mlp"](), **changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (ImagesConfig, {"validation_fraction": 1.0}, "--data.validation-fraction 0.15"),
+        (ImagesConfig, {"image_size": 0}, "--data.image-size 224"),
+        (TextConfig, {"context": 0}, "--data.context 128"),
+        (QuantizerConfig, {"preset": "lsq", "bits": 9}, "from 1 to 8, got 9: --quantizer.bits 2"),
+        (QuantizerConfig, {"preset": "quest", "init": "mse"}, "--quantizer.init None"),
+        (QuantizerConfig, {"preset": "ternary", "bits": 2}, "--quantizer.bits None"),
+        (QuantizerConfig, {"surrogate": "identiy"}, "--quantizer.surrogate identity"),
+        (QuantizerConfig, {"granularity": 0}, "--quantizer.granularity channel"),
+        (MlpConfig, {"hidden": (8, -5)}, "got -5: --model.hidden 32"),
+        (ResNetConfig, {"widths": (8,)}, "as many widths as depths, got 1 and 4"),
+        (ResNetConfig, {"widths": (), "depths": ()}, "one stage or more"),
+        (ResNetConfig, {"widths": (2,), "depths": (1,), "bottleneck": True}, "a quarter"),
+        (DeitConfig, {"heads": 5}, "5 heads cannot share a width of 192: --model.heads 1, or"),
+        (DeitConfig, {"width": 64}, "--model.heads 1, or --model.width 63"),
+        (LlamaConfig, {"heads": 128}, "128 heads .*in pairs: --model.heads 64, or .*width 256"),
+        (LlamaConfig, {"width": 5, "heads": 1}, "in pairs: --model.width 4"),
+        (AugmentationConfig, {"rand_augment": 30}, "--data.augmentation.rand-augment 9"),
+        (AugmentationConfig, {"mixup": -1.0}, "--data.augmentation.mixup 0.8"),
+        (AugmentationConfig, {"label_smoothing": 1.0}, "--data.augmentation.label-smoothing 0.1"),
+    ],
+)
+def test_nested_options_that_cannot_work_name_the_option(cls, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**changes)
+
+
+def test_a_model_of_no_known_family_is_refused():
+    values = json.loads(to_json(RECIPES["digits-mlp"]()))
+    values["model"]["family"] = "rnn"
+    with pytest.raises(ValueError, match="none of MlpConfig"):
+        from_dict(TrainConfig, values)
+
+
+@pytest.mark.parametrize("preset", ["fixed", "lsq", "quest", "ternary", "sign"])
+def test_every_preset_can_be_asked_for(preset):
+    assert QuantizerConfig(preset=preset).build() is not None
+    assert QuantizerConfig(preset=preset, granularity="channel").build().granularity == "channel"
+    assert QuantizerConfig(preset="none").build() is None

@@ -1,0 +1,48 @@
+"""A device by its name, or a refusal that says what there is."""
+
+import pytest
+import torch
+
+from fogzo_lab.system.devices import available_devices, find_device
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def test_without_an_accelerator_there_is_the_cpu(no_gpu):
+    assert available_devices() == ["cpu"]
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7", "mps", "xpu", "hpu", "cpu:1"])
+def test_what_is_not_here_is_refused(no_gpu, name):
+    with pytest.raises(ValueError, match=r"cannot compute on '.*here is cpu: --device cpu"):
+        find_device(name)
+
+
+def test_a_torch_without_cuda_is_the_reason(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ValueError, match=r"'cuda:0' \(this torch is built without CUDA\)"):
+        find_device("cuda")
+
+
+def test_gpus_by_name_number_and_rank(two_gpus, monkeypatch):
+    assert available_devices() == ["cpu", "cuda", "cuda:0", "cuda:1"]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("auto", "cuda", "cuda:0"):
+        assert find_device(name) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device("auto") == find_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("auto", "cuda", "cuda:7", "mps"):
+        with pytest.raises(ValueError, match=r"here is cpu, cuda, cuda:0, cuda:1"):
+            find_device(name)

@@ -1,0 +1,184 @@
+"""Training on two ranks against one process: the same global batches, the same numbers.
+
+This file is also the program that each rank runs: ``torchrun test_train_ranks.py FOLDER``.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from fogzo.collectives import full
+from fogzo_lab.data.config import TextConfig
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
+from fogzo_lab.training.loop import train, training_step
+from fogzo_lab.training.model_config import LlamaConfig
+from fogzo_lab.training.parallel import join_ranks
+from fogzo_lab.training.run_folder import read_metrics
+from fogzo_lab.training.state import Training
+
+VARIANTS = {
+    f"n={n}, accumulation {k}": {"num_samples": n, "accumulation": k}
+    for n in (1, 2)
+    for k in (1, 3)
+}
+STEPS = 6
+
+
+def config(folder, **changes):
+    recipe = RECIPES["pydoc-llama"]()
+    return replace(
+        recipe,
+        model=LlamaConfig(width=16, depth=2, heads=2),
+        data=TextConfig(context=16, max_eval_blocks=32),
+        # AdamW divides by gradients that are nearly zero, which makes rounding errors large.
+        optimizer="sgd",
+        learning_rate=0.1,
+        batch_size=12,
+        max_steps=STEPS,
+        log_every=1,
+        checkpoint_every=3,
+        output_dir=folder,
+        **changes,
+    )
+
+
+def weights(folder):
+    return load_checkpoint(newest_checkpoint(folder), only=["model"])["model"]
+
+
+def rank_program(folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # so that sums in another order flip no rounded weight
+    with join_ranks("cpu") as ranks:
+        for name, changes in VARIANTS.items():
+            for parallel in ("ddp", "fsdp"):
+                train(config(folder / parallel / name, parallel=parallel, **changes))
+        # From the checkpoint of one process in mid-run, and on with shards.
+        train(config(folder / "resumed", parallel="fsdp", resume=True))
+        seen = {parallel: look_closely(parallel, ranks) for parallel in ("ddp", "fsdp")}
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
+
+
+def look_closely(parallel, ranks):
+    """Whether the ranks' weights are the same to the last bit, and how much of them each holds."""
+    training = Training(config(Path("unused"), parallel=parallel), ranks)
+    for _ in range(2):
+        training_step(training, training.next_window())
+    same = True
+    for param in training.model.parameters():
+        whole = full(param.detach()).clone()
+        first = whole.clone()
+        dist.broadcast(first, src=0)
+        same = same and torch.equal(whole, first)
+    held = sum(
+        (p.to_local() if parallel == "fsdp" else p).numel() for p in training.model.parameters()
+    )
+    total = sum(p.numel() for p in training.model.parameters())
+    units = sum(isinstance(module, FSDPModule) for module in training.model.modules())
+    return {"same": same, "share": held / total, "units": units}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, changes in VARIANTS.items():
+            train(config(folder / "alone" / name, **changes))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    shutil.copytree(folder / "alone" / "n=1, accumulation 1", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoints" / f"step-{STEPS:06d}")
+    arguments = [*torchrun(), __file__, str(folder)]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=quiet(), check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def torchrun():
+    options = ("--standalone", "--nproc-per-node", "2")
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def quiet():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def assert_same_run(first, second):
+    for a, b in zip(*(read_metrics(f / "metrics.jsonl") for f in (first, second)), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        # From differences of losses that transformers takes in float32.
+        assert a["agreement"] == pytest.approx(b["agreement"], abs=1e-2)
+    results = [json.loads((f / "result.json").read_text()) for f in (first, second)]
+    for name in results[0]:
+        if name != "seconds":
+            assert results[0][name] == pytest.approx(results[1][name], rel=1e-5), name
+    for (name, a), b in zip(weights(first).items(), weights(second).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ddp_trains_as_one_process_does(folder, name):
+    assert_same_run(folder / "ddp" / name, folder / "alone" / name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fsdp_trains_as_ddp_does(folder, name):
+    assert_same_run(folder / "fsdp" / name, folder / "ddp" / name)
+
+
+def test_ranks_hold_the_same_weights_and_with_fsdp_half_of_them_each(folder):
+    for rank in (0, 1):
+        seen = json.loads((folder / f"{rank}.json").read_text())
+        assert seen["ddp"] == {"same": True, "share": 1.0, "units": 0}
+        assert seen["fsdp"]["same"]
+        assert seen["fsdp"]["share"] == pytest.approx(0.5, abs=0.01)
+        assert seen["fsdp"]["units"] == 3  # two blocks and the root
+
+
+def test_a_run_of_one_process_is_resumed_on_two(folder):
+    assert_same_run(folder / "resumed", folder / "alone" / "n=1, accumulation 1")
+
+
+def fogzo(*arguments):
+    program = [*torchrun(), "-m", "fogzo_lab.cli.main", *map(str, arguments)]
+    return subprocess.run(
+        program, capture_output=True, text=True, env=quiet(), check=False, timeout=240
+    )
+
+
+def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):
+    done = fogzo(
+        *("train", "digits-resnet", "--output-dir", tmp_path, "--max-steps", 4),
+        *("--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    assert math.isfinite(json.loads((tmp_path / "result.json").read_text())["test_loss"])
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_message(tmp_path):
+    done = fogzo("train", "digits-mlp", "--output-dir", tmp_path / "run", "--batch-size", 15)
+    assert done.returncode != 0
+    assert "cannot be shared equally by 2 rank(s)" in done.stderr
+    assert "--batch-size 14" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    rank_program(Path(sys.argv[1]))

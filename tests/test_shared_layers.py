@@ -114,13 +114,14 @@ def test_gradients_are_right_while_another_thread_evaluates(quantizer, frequent_
         return torch.autograd.grad(model(x).square().sum(), params)
 
     expected = [gradients(x) for x in inputs]
-    trained = threading.Event()
+    evaluating, trained = threading.Event(), threading.Event()
 
     def evaluate() -> int:
         count = 0
         with torch.no_grad():
             outputs = [model(x) for x in inputs]
-            while not trained.is_set():
+            evaluating.set()
+            while not (trained.is_set() and count):
                 i = count % len(inputs)
                 assert torch.equal(model(inputs[i]), outputs[i])
                 count += 1
@@ -128,6 +129,7 @@ def test_gradients_are_right_while_another_thread_evaluates(quantizer, frequent_
 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(evaluate)
+        assert evaluating.wait(60)
         try:
             for x, alone in zip(inputs, expected, strict=True):
                 for ours, grad in zip(gradients(x), alone, strict=True):

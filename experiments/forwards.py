@@ -149,7 +149,7 @@ def comparison_of(
         recipe,
         optimizer=cell.optimizer,
         num_samples=cell.samples,
-        probes_at_once="auto" if cell.samples > 1 else 1,
+        evaluate="stacked" if cell.samples > 1 else "in_place",
         max_steps=cell.steps,
         log_every=max(1, cell.steps // 20),
         output_dir=options.output_dir / "runs" / f"{cell.optimizer}-{cell.samples}-{cell.steps}",

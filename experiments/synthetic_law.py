@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fogzo
+from fogzo.probing.directions import Direction, Directions
 from fogzo.quantizers import resolve_surrogate, uniform
 from fogzo_lab.system.environment import environment
 
@@ -93,10 +94,19 @@ class Law:
     variance: float
 
 
+class PairedFogzo(fogzo.FogzoEstimator):
+    """Both signs of the guide for each u: the noise that says nothing about the loss cancels."""
+
+    def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
+        """Two directions per sample."""
+        plan = super().plan(noise_share, directions)
+        return [v._replace(guide=sign * v.guide) for v in plan for sign in (1, -1)]
+
+
 LITERAL: dict[str, Any] = {"agreement": "measured", "noise_shape": "isotropic"}
 MAKERS: dict[str, Callable[..., Any]] = {
     "fogzo": partial(fogzo.FogzoEstimator, **LITERAL),
-    "fogzo-paired": partial(fogzo.FogzoEstimator, paired=True, **LITERAL),
+    "fogzo-paired": partial(PairedFogzo, **LITERAL),
     "control-variate": lambda weights, noise_share, **options: fogzo.ControlVariateEstimator(
         weights, weight=noise_share, **options
     ),

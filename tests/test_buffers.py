@@ -1,7 +1,6 @@
 """Memory that is used again where it fits, and made anew where it does not."""
 
 import torch
-
 from fogzo.probing.buffers import Buffers
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from fogzo.probing.noise import working_dtype
 from torch import nn
 
 import fogzo
 from fogzo.probing.directions import Directions, Probe
-from fogzo.probing.noise import working_dtype
 
 PRESETS = {
     "fixed": lambda: fogzo.fixed(2),

@@ -12,15 +12,20 @@ evenly between thresholds, how far their density there is from even is the large
 """
 
 import math
-from collections.abc import Sequence
 
-from fogzo.probing.directions import Moments
+import torch
+from torch import Tensor
+
+from fogzo.collectives import sum_over_shards
+from fogzo.probing.directions import Directions, Part, as_floats
+
+_SAMPLE = 2**12  # weights; more of them would cost a small network time and memory
+_NEAR = (0.1, 0.01)  # of the distance of levels
 
 
 def agreement_error(
-    moments: Sequence[Moments],
+    directions: Directions,
     noise_share: float,
-    norm: float,
     loss_error: float,
     num_probes: int,
     one_sided: bool,
@@ -28,24 +33,49 @@ def agreement_error(
     """The standard error of a measured agreement where STE is right.
 
     Args:
-        moments: One per weight.
+        directions: Of the step.
         noise_share: q.
-        norm: N, in the loss's units.
         loss_error: Rounding error of one loss, in the loss's units.
         num_probes: How many slopes are averaged.
         one_sided: Whether each slope is measured from the weights themselves.
     """
-    beta = 1 - noise_share
+    beta, norm = 1 - noise_share, directions.norm
     if not (beta > 0 and norm > 0):
         return math.inf
+    scaled_norm = norm * directions.grad_scale
+    moments = zip(directions.parts, directions.norms, *_moments(directions), strict=True)
     # |v| is at most sqrt(beta) |ghat| + sqrt(q) |u|, and E |u| at most 1.
     flips = math.fsum(
-        m.flip_size * (math.sqrt(beta) * m.cubes + math.sqrt(noise_share) * m.noise * m.squares)
-        for m in moments
+        _flip_size(part)
+        * (
+            math.sqrt(beta) * cubes / scaled_norm**3
+            + math.sqrt(noise_share) * noise * (own_norm / scaled_norm) ** 2
+        )
+        for part, own_norm, cubes, noise in moments
     )
     rounding = loss_error**2 / (2 * norm**2)
     sides = 2 if one_sided else 1
     return math.sqrt((sides * (flips + rounding) + noise_share) / beta / num_probes)
+
+
+def unevenness(directions: Directions) -> float:
+    """How far the density of weights at thresholds is from that of an even spread, which is 1.
+
+    A gradient predicts a slope as if they were spread evenly. Weights that crowd on levels (a
+    dequantized checkpoint) hardly round differently however right it is; those that cross
+    thresholds together or oscillate about them do so more often. It is weighted by the gradient's
+    squares and estimated from a sample of rows.
+    """
+    parts = [p for p in directions.parts if p.weight.grid is not None and p.grad is not None]
+    numbers = [number for part in parts for number in _near_thresholds(part)]
+    kinds = 1 + len(_NEAR)
+    params = [part.weight.param for part in parts for _ in range(kinds)]
+    values = as_floats(sum_over_shards(numbers, params))
+    inside, *near = (math.fsum(values[kind::kinds]) for kind in range(kinds))
+    if not inside > 0:
+        return 0.0
+    densities = [part / (2 * width * inside) for part, width in zip(near, _NEAR, strict=True)]
+    return max(abs(1 - density) for density in densities)
 
 
 def is_explained(agreement: float, error: float, errors: float = 2.0) -> bool:
@@ -68,3 +98,58 @@ def shrink(agreement: float, error: float, errors: float = 2.0) -> float:
     distance = agreement - 1
     shrunk = 1 + distance * (1 - (errors * error / distance) ** 2)
     return shrunk if agreement < -2 * error else max(shrunk, 0.0)
+
+
+def _flip_size(part: Part) -> float:
+    """The distance of levels in units of 2 eps."""
+    spacing = part.weight.grid.spacing if part.weight.grid else 1.0
+    return spacing / (2 * part.weight.surrogate.radius)
+
+
+def _moments(directions: Directions) -> tuple[list[float], list[float]]:
+    """Of each weight the sum of ``|eps * grad|^3``, and the root mean square of u's factor in v."""
+    params = [part.weight.param for part in directions.parts]
+    cubes = sum_over_shards([_sum_of_cubes(part) for part in directions.parts], params)
+    pairs = zip(directions.parts, directions.sizes, strict=True)
+    noise = [torch.linalg.vector_norm(part.eps * size) for part, size in pairs]
+    values = as_floats([*cubes, *noise])
+    cubes_read, noise_read = values[: len(params)], values[len(params) :]
+    for index, part in enumerate(directions.parts):
+        noise_read[index] /= math.sqrt(part.eps.numel())
+        if part.weight.rotate is not None:  # a rotation makes Gaussians
+            factor = math.sqrt(8 / math.pi / params[index].numel())
+            cubes_read[index] = directions.norms[index] ** 3 * factor
+    return cubes_read, noise_read
+
+
+def _sum_of_cubes(part: Part) -> Tensor | float:
+    """The sum of ``|eps * grad|^3``, from a sample of a large tensor's rows."""
+    grad, eps = part.grad, part.eps
+    if grad is None or not grad.numel() or part.weight.rotate is not None:
+        return 0.0
+    stride = math.ceil(grad.numel() / _SAMPLE)
+    rows = grad[::stride] if stride > 1 else grad
+    if eps.numel() > 1:
+        eps = eps.expand(grad.shape)[::stride] if stride > 1 else eps
+    cubes = (rows * eps).abs_().pow_(3).sum(dtype=part.dtype)
+    return cubes * (grad.numel() / rows.numel())
+
+
+def _near_thresholds(part: Part) -> list[Tensor]:
+    """Squares of a sample's scaled gradients: of all weights inside, and of those near thresholds.
+
+    One number for each distance of `_NEAR`.
+    """
+    weight, grad, grid = part.weight, part.grad, part.weight.grid
+    assert grad is not None and grid is not None
+    # Rows of a rotated weight are rotated one by one, if they are its outputs.
+    stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SAMPLE)
+    param, grad, eps = part.param, grad.to(part.dtype), part.eps
+    if stride > 1:
+        param, grad, eps = param[::stride], grad[::stride], eps.expand(param.shape)[::stride]
+    param, grad = part.rotated(param.to(part.dtype)), part.rotated(grad)
+    cells = param / eps * (weight.surrogate.radius / grid.spacing)
+    cells = cells - grid.thresholds[0] / grid.spacing
+    distance = (cells - cells.round().clamp(0, len(grid.thresholds) - 1)).abs()
+    squares = (grad * eps).square()
+    return [(squares * (distance <= d)).sum(dtype=torch.float64) for d in (0.5, *_NEAR)]

@@ -1,52 +1,73 @@
 """What every gradient estimator shares: one call between backward and step."""
 
 import math
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import NamedTuple, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import compute_device
-from fogzo.estimators.agreement import agreement_error, is_explained
-from fogzo.estimators.cautions import (
-    NO_STEP,
-    NOT_FINITE,
-    RESOLVES,
-    advice,
-    coarse_loss,
-    doubt,
-    mention_loud_noise,
-    name_of,
+from fogzo.estimators.fallbacks import (
+    caution,
+    nothing_measured,
+    nothing_to_follow,
+    warn_if_noise_dominates,
 )
-from fogzo.estimators.combination import Combination, mean_along_probes
-from fogzo.estimators.options import check_choice, check_options, check_seed
-from fogzo.estimators.pacing import Pace
 from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
-from fogzo.estimators.schedules import NoiseShare, as_noise_share, bind, kappa_from_noise_share
+from fogzo.estimators.schedules import (
+    NoiseShare,
+    as_noise_share,
+    bind,
+    kappa_from_noise_share,
+    require_count,
+)
 from fogzo.estimators.stats import RefineStats
 from fogzo.layers.audit import LayerAudit
 from fogzo.layers.weights import QuantizedWeight, WeightLike, as_quantized_weights
 from fogzo.probing.audit import Audit
-from fogzo.probing.directions import Coordinates, Directions, NoiseShape, Probe
-from fogzo.probing.lean import check_lean
-from fogzo.probing.loan import Closure, Probes
-from fogzo.probing.measure import NO_EFFECT, Measurement, measure
-from fogzo.probing.noise import is_kept, mix_seed
-from fogzo.probing.stacked import AtOnce, check_at_once
+from fogzo.probing.directions import Direction, Directions, NoiseShape, mix_seed
+from fogzo.probing.flips import flip_rate
+from fogzo.probing.lender import Closure, Lender
+from fogzo.probing.measure import Evaluate, Measurement, check_evaluate, measure
 
-# Differences of fewer units in the last place than this may be the rounding of the loss.
-_RESOLVED = 4
+
+class Refined(NamedTuple):
+    """The refined gradient ``guide * g + sum_i noise_i * u_i / eps``.
+
+    Attributes:
+        guide: Factor of the first-order gradient.
+        noise: Pairs (sample, factor).
+        agreement: The measured agreement, if one was measured.
+        agreement_error: Its standard error.
+    """
+
+    guide: float
+    noise: Sequence[tuple[int, float]] = ()
+    agreement: float | None = None
+    agreement_error: float | None = None
+
+
+class EstimatorOptions(TypedDict, total=False):
+    """The keyword arguments that every member of the family takes; see `GradientEstimator`."""
+
+    num_samples: int
+    noise_share: float | NoiseShare | None
+    noise_shape: NoiseShape | None
+    one_sided: bool
+    evaluate: Evaluate
+    seed: int
+    model: nn.Module | None
 
 
 class GradientEstimator(ABC):
-    """Plans probes, measures losses along them, and rewrites the gradients.
+    """Plans directions, measures losses along them, and rewrites the gradients.
 
-    A member of the family says which directions to probe (`plan`) and what to make of the
-    measured slopes (`combine`); everything else is here.
+    A member of the family says which directions to measure along (`plan`) and what to make of the
+    slopes (`combine`); everything else is here.
 
     Args:
         weights: What `quantized_weights` lists, or ``(name, param, step_size)`` triples of your
@@ -54,34 +75,22 @@ class GradientEstimator(ABC):
         num_samples: n, how many directions are averaged per step.
         noise_share: q = 1 - beta in [0, 1), or a function of the step that may return None to
             leave the gradient alone. By default the member's own.
-        seed: Directions follow from it and the step. Give every rank the same.
-        coordinates: See `Directions`.
-        noise_shape: See `Directions`. By default ``"tensor_rms"`` where there is a guide:
-            optimizers that normalise gradients, and clipping, turn the paper's isotropic noise
-            into a random walk of all layers whose gradients are small.
-        one_sided: Measure ``L(w + v) - L(w)`` instead of ``[L(w + v) - L(w - v)] / 2``: n forwards
-            a step, as backward's own loss is L(w). `refine_grads_` then needs ``expected_loss`` in
-            every step, from a forward in the same mode and random state. The mean is the same
-            where the loss is linear or quadratic along v; the variance grows by
-            ``E[(v.Hv)^2 |v|^2] / 4n`` for a Hessian H of the smoothed loss, and fewer rounded
+        noise_shape: ``"tensor_rms"`` or ``"isotropic"``, the paper's; see `Directions`. By default
+            the first where there is a guide: optimizers that normalise gradients, and clipping,
+            turn isotropic noise into a random walk of all layers whose gradients are small.
+        one_sided: Measure ``L(w + v) - L(w)`` instead of ``[L(w + v) - L(w - v)] / 2``: n forward
+            passes per step, as backward's own loss is L(w). `refine_grads_` then needs
+            ``expected_loss`` in every step, from a forward pass in the same mode and random state.
+            The mean is the same where the loss is linear or quadratic along v; the variance grows
+            by ``E[(v.Hv)^2 |v|^2] / 4n`` for a Hessian H of the smoothed loss, and fewer rounded
             weights average out in one difference.
-        track_flips: Count the integer codes that differ between the first two probes.
-        probes_at_once: How many directions to evaluate together, by `torch.vmap` over copies of
-            the weights, with the same result. It pays where many samples meet a small model;
-            memory grows with it: copies of the weights, their noise, and the activations of as
-            many forwards. ``"auto"`` takes as many as keep copies and noise below 256 MiB (4 MiB
-            on a CPU, for its caches), whatever the activations take.
-        keep_noise: Keep the noise of the perturbation until the gradients are written, for the
-            memory of the weights a sample, on a CPU and of a uniform law 2 bytes a weight; else
-            it is drawn twice, which on a CPU costs more. ``"auto"`` keeps it where that takes no
-            more than 16 MiB, and not with ``lean``. The result is the same. Noise of sharded
-            weights is never kept.
-        lean: Move each weight only while its layer computes, by hooks around the layer's forward:
-            the extra memory is one layer instead of a copy of all quantized weights, the noise is
-            drawn twice a sample instead of once, the result is the same. Not for compiled models.
-        overhead: Probe only as often as costs this share of the time of everything else: .15 for
-            15% more time a step. After ten probed steps, which are timed, `interval` says how
-            many steps lie between probes, and so does the ``fogzo`` logger.
+        evaluate: How probes are evaluated; the result is the same. ``"in_place"`` moves the
+            weights and keeps a copy of them. ``"lean"`` moves each weight only while its layer
+            computes, by hooks: the extra memory is one layer, and the noise is drawn once more per
+            pair; not for compiled models. ``"stacked"`` evaluates many directions in one
+            `torch.vmap` over copies of the weights, which pays where many samples meet a small
+            model; memory grows by as many activations.
+        seed: Directions follow from it and the step. Give every rank the same.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Raises:
@@ -97,65 +106,44 @@ class GradientEstimator(ABC):
         *,
         num_samples: int = 1,
         noise_share: float | NoiseShare | None = None,
-        seed: int = 0,
-        coordinates: Coordinates = "scaled",
         noise_shape: NoiseShape | None = None,
         one_sided: bool = False,
-        track_flips: bool = False,
-        probes_at_once: AtOnce = 1,
-        keep_noise: bool | Literal["auto"] = "auto",
-        lean: bool = False,
-        overhead: float | None = None,
+        evaluate: Evaluate = "in_place",
+        seed: int = 0,
         model: nn.Module | None = None,
     ) -> None:
+        name = type(self).__name__
         self.weights: list[QuantizedWeight] = as_quantized_weights(weights)
-        self.num_samples = check_options(
-            type(self).__name__,
-            num_samples=num_samples,
-            one_sided=one_sided,
-            track_flips=track_flips,
-            lean=lean,
-            model=model,
+        self.num_samples = require_count(
+            "num_samples", num_samples, f"{name}(weights, num_samples=1)"
         )
-        noise_shape = self.noise_shape if noise_shape is None else noise_shape
-        check_choice("coordinates", coordinates, ("scaled", "global"))
-        check_choice("noise_shape", noise_shape, ("isotropic", "tensor_rms"))
-        if track_flips and any(weight.codes is None for weight in self.weights):
+        if noise_shape is not None:
+            check_choice("noise_shape", noise_shape, get_args(NoiseShape))
+            self.noise_shape = noise_shape
+        if not isinstance(one_sided, bool):
             raise ValueError(
-                "track_flips needs the integer codes of every weight: give "
-                "QuantizedWeight(..., codes=lambda: ...), or leave track_flips=False"
+                f"one_sided must be True or False, got {one_sided!r:.80}: "
+                f"{name}(weights, one_sided=True)"
+            )
+        if not (model is None or isinstance(model, nn.Module)):
+            raise ValueError(
+                f"model must be the nn.Module that holds the weights, got {type(model).__name__}: "
+                f"{name}(weights, model=model)"
             )
         trained = [weight for weight in self.weights if weight.param.requires_grad]
         self.num_weights = sum(weight.param.numel() for weight in trained or self.weights)
         given = self.default_noise_share() if noise_share is None else noise_share
         self.noise_share: NoiseShare = self._schedule(given)
         if isinstance(noise_share, float):
-            mention_loud_noise(noise_share, self.num_weights, self.num_samples)
-        self.seed = check_seed(seed)
-        self.step = 0
+            warn_if_noise_dominates(noise_share, self.num_weights, self.num_samples)
         self.one_sided = one_sided
-        self.track_flips = track_flips
-        self._probes = Probes(self.weights, model)
-        kept = is_kept(keep_noise, self.weights, self.num_samples, lean)
-        self._direction_options: dict[str, Any] = {
-            "coordinates": coordinates,
-            "noise_shape": noise_shape,
-            "guided": self.needs_gradient,
-            "buffers": self._probes.buffers if kept else None,
-        }
-        check_at_once(probes_at_once, self.weights, self._probes)
-        self.probes_at_once: AtOnce = probes_at_once
-        if lean:
-            if probes_at_once != 1:
-                raise ValueError(
-                    "lean probes hold one moved layer, and probes_at_once many copies of all: "
-                    "leave out lean=True or probes_at_once"
-                )
-            check_lean(self.weights, self._probes.models)
-        self.lean = lean
-        self._pace = None if overhead is None else Pace(overhead)
+        self.seed = _check_seed(seed)
+        self.step = 0
+        self._lender = Lender(self.weights, model)
+        check_evaluate(evaluate, self.weights, self._lender)
+        self.evaluate: Evaluate = evaluate
         self._audit = Audit()
-        self._layer_audits = [LayerAudit(model) for model in self._probes.models]
+        self._layer_audits = [LayerAudit(model) for model in self._lender.models]
         self._num_refined = 0
         self._warned: set[str] = set()
 
@@ -164,37 +152,33 @@ class GradientEstimator(ABC):
         """The noise share used where none is given."""
 
     @abstractmethod
-    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
-        """The directions to probe in this step; none if no loss is needed."""
+    def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
+        """The directions to measure along in this step; none if no loss is needed."""
 
     @abstractmethod
     def combine(
         self,
         noise_share: float,
-        probes: Sequence[Probe],
-        slopes: Sequence[float],
         directions: Directions,
-        norm: float,
-        error: float,
-    ) -> Combination:
-        """The refined gradient, from the slopes ``(L+ - L-) / 2`` measured along the probes.
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
+        """The refined gradient, from the slopes measured along the plan.
 
         Args:
             noise_share: As given to `plan`.
-            probes: What `plan` returned.
-            slopes: One a probe, in the loss's units.
             directions: As given to `plan`.
-            norm: Norm of the first-order gradient in scale-normalised coordinates, in the loss's
-                units.
-            error: Standard error of the agreement.
+            plan: What `plan` returned.
+            measured: Its losses; ``measured.slopes`` are ``(L+ - L-) / 2``, one per direction.
         """
 
     @contextmanager
     def record_rng(self) -> Iterator[None]:
         """Wrap the first-order forward, so that the probes replay its dropout masks."""
-        self._probes.record_rng()
+        self._lender.record_rng()
         yield
 
+    @torch.no_grad()
     def refine_grads_(
         self,
         closure: Closure | None = None,
@@ -205,7 +189,7 @@ class GradientEstimator(ABC):
 
         Args:
             closure: Recomputes the scalar loss that backward() differentiated, on the same
-                batches, without backward. Called 2n times, 4n if paired and n if one-sided.
+                batches, without backward. Called 2n times, n times if one-sided.
             expected_loss: That loss. The first, tenth, hundredth, ... call then checks, with one
                 more forward pass, that the closure reproduces it, and every call looks whether
                 the probes lie near it. One-sided differences start from it. Give it on all ranks
@@ -223,27 +207,79 @@ class GradientEstimator(ABC):
                 that loss. Weights, gradients, buffers, modes and random streams are then as
                 before the call.
         """
-        if self._pace is not None:
-            self._pace.begin(compute_device(self.weights[0].param))
+        if not (grad_scale > 0 and math.isfinite(grad_scale)):
+            raise ValueError(f"grad_scale must be positive, got {grad_scale}: scaler.get_scale()")
         try:
-            with torch.no_grad():
-                stats = self._refine(closure, expected_loss, grad_scale)
+            stats = self._refine(closure, expected_loss, grad_scale)
         finally:
-            self._probes.forget_rng()
-        if self._pace is not None:
-            self._pace.end(probed=bool(stats.probe_losses))
+            self._lender.forget_rng()
         self.step += 1
         return stats
 
-    @property
-    def interval(self) -> int | None:
-        """Steps between probes that ``overhead`` chose; None before, and without it."""
-        return None if self._pace is None else self._pace.interval
+    def _refine(
+        self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
+    ) -> RefineStats:
+        share = self.noise_share(self.step)
+        if share is None:
+            return RefineStats(self.step)
+        directions = self._directions(grad_scale)
+        plan = self.plan(share, directions)
+        self._check_closure(plan, closure, expected_loss)
+        measured, refined = Measurement(), Refined(1.0)
+        fallback = nothing_to_follow(directions)
+        if fallback is None and closure is not None and plan:
+            measured = measure(
+                self._lender,
+                directions,
+                plan,
+                closure,
+                evaluate=self.evaluate,
+                expected_loss=expected_loss,
+                one_sided=self.one_sided,
+                audit=self._audit,
+            )
+            fallback = nothing_measured(directions, measured)
+        if fallback is None:
+            refined = self.combine(share, directions, plan, measured)
+            directions.write_grads_(refined.guide, refined.noise)
+            if self.needs_gradient:
+                mark_refined(directions.weights)
+        self._look_after(fallback, measured, refined, grad_scale)
+        return RefineStats(
+            step=self.step,
+            agreement=refined.agreement,
+            agreement_error=refined.agreement_error,
+            applied_agreement=None if refined.agreement is None else refined.guide,
+            probe_losses=tuple(measured.losses),
+            base_loss=measured.base,
+            gradient_norm=directions.norm if self.needs_gradient else None,
+            fallback=fallback,
+            **self._noise_stats(share),
+        )
+
+    @torch.no_grad()
+    def flip_rate(self) -> float | None:
+        """The share of integer codes that differ between the two sides of this step's first probe.
+
+        Call it between backward and `refine_grads_`. It changes nothing and costs no forward pass.
+
+        Returns:
+            The share; None where this step measures nothing or a weight's record does not tell
+            its codes.
+        """
+        share = self.noise_share(self.step)
+        if share is None:
+            return None
+        directions = self._directions()
+        plan = self.plan(share, directions)
+        if not plan or nothing_to_follow(directions):
+            return None
+        with self._lender.lend(directions.weights):
+            return flip_rate(directions, plan[0], self.one_sided)
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the same directions, in the same steps."""
-        state = {"step": self.step, "seed": self.seed}
-        return state if self.interval is None else state | {"interval": self.interval}
+        """What a resumed run needs to draw the same directions."""
+        return {"step": self.step, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue where `state_dict` was taken.
@@ -252,79 +288,28 @@ class GradientEstimator(ABC):
             ValueError: If it is not a state of an estimator.
         """
         given = state_dict if isinstance(state_dict, dict) else {}
-        known = set(given) - {"interval"} == {"step", "seed"}
-        if not (known and all(isinstance(v, int) for v in given.values())):
+        if not (set(given) == {"step", "seed"} and all(isinstance(v, int) for v in given.values())):
             raise ValueError(
                 f"expected two integers, step and seed, got {state_dict!r:.80}: "
                 "estimator.load_state_dict(checkpoint['estimator'])"
             )
         self.step, self.seed = int(given["step"]), int(given["seed"])
-        if self._pace is not None:
-            self._pace.interval = given.get("interval")
 
     def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
         return bind(as_noise_share(noise_share), self.num_weights, self.num_samples)
 
-    def _refine(
-        self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
-    ) -> RefineStats:
-        if not (grad_scale > 0 and math.isfinite(grad_scale)):
-            raise ValueError(f"grad_scale must be positive, got {grad_scale}: scaler.get_scale()")
-        share = self.noise_share(self.step)
-        if share is None or not (self._pace is None or self._pace.due(self.step)):
-            return RefineStats(self.step)
-        weights = self._weights_to_refine()
-        seed = mix_seed(self.seed, self.step)
-        directions = Directions(weights, seed, grad_scale=grad_scale, **self._direction_options)
-        probes = self.plan(share, directions)
-        measured = self._measure(directions, probes, closure, expected_loss)
-        norm = float(directions.norm)
-
-        fallback = self._reason_to_fall_back(directions, norm, measured)
-        refined = Combination(1.0, [])
-        error = None
-        if fallback is None:
-            if probes and self.needs_gradient:
-                error = self._agreement_error(share, directions, norm, measured, probes)
-            refined = self.combine(
-                share,
-                probes,
-                measured.slopes,
-                directions,
-                norm,
-                math.inf if error is None else error,
-            )
-            directions.write_grads_(refined.guide, refined.noise)
-            if self.needs_gradient:
-                mark_refined(weights)
-                self._audit_layers()
-        if measured.losses:
-            if measured.is_finite and math.isfinite(norm):
-                self._audit.step_passed()
-            self._warn(fallback, refined.agreement, error, grad_scale, measured.dtype)
-        return RefineStats(
-            step=self.step,
-            agreement=refined.agreement,
-            agreement_error=None if refined.agreement is None else error,
-            applied_agreement=None if refined.agreement is None else refined.guide,
-            probe_losses=tuple(measured.losses),
-            base_loss=measured.base,
-            gradient_norm=norm if self.needs_gradient else None,
-            flip_rate=measured.flip_rate,
-            fallback=fallback,
-            **self._noise_stats(share),
-        )
-
-    def _audit_layers(self) -> None:
-        """At steps 1, 10, 100, ... look for layers that are bypassed and steps nobody trains."""
-        self._num_refined += 1
-        if math.log10(self._num_refined).is_integer():
-            for audit in self._layer_audits:
-                audit.check()
-
     def _noise_stats(self, share: float) -> dict[str, float]:
         kappa = kappa_from_noise_share(share, self.num_weights, self.num_samples)
         return {"noise_share": share, "kappa": kappa}
+
+    def _directions(self, grad_scale: float = 1.0) -> Directions:
+        return Directions(
+            self._weights_to_refine(),
+            mix_seed(self.seed, self.step),
+            grad_scale=grad_scale,
+            noise_shape=self.noise_shape,
+            guided=self.needs_gradient,
+        )
 
     def _weights_to_refine(self) -> list[QuantizedWeight]:
         weights = [weight for weight in self.weights if weight.param.requires_grad]
@@ -338,7 +323,7 @@ class GradientEstimator(ABC):
         # A weight without gradient took no part in this step (an unused expert): leave it alone.
         used = [weight for weight in weights if weight.param.grad is not None]
         if len(used) < len(weights):
-            check_still_held(weights, self._probes.models)
+            check_still_held(weights, self._lender.models)
         if not used:
             raise ValueError(
                 "no quantized weight has a gradient. Call it after backward and before zero_grad: "
@@ -349,92 +334,74 @@ class GradientEstimator(ABC):
         check_not_refined(used)
         return used
 
-    def _measure(
+    def _check_closure(
         self,
-        directions: Directions,
-        probes: Sequence[Probe],
+        plan: Sequence[Direction],
         closure: Closure | None,
         expected_loss: Tensor | float | None,
-    ) -> Measurement:
-        if not probes:
-            return Measurement([])
-        if closure is None:
+    ) -> None:
+        """Raise a `ValueError` unless what is needed to measure along the plan was given."""
+        if plan and closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
                 "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
             )
-        if self.one_sided and expected_loss is None:
+        if plan and self.one_sided and expected_loss is None:
             raise ValueError(
                 "one-sided differences start from the loss that backward() saw, in every step: "
                 "estimator.refine_grads_(closure, expected_loss=loss)"
             )
-        return measure(
-            self._probes,
-            directions,
-            probes,
-            closure,
-            at_once=self.probes_at_once,
-            lean=self.lean,
-            track_flips=self.track_flips,
-            expected_loss=expected_loss,
-            one_sided=self.one_sided,
-            audit=self._audit,
-        )
 
-    def _agreement_error(
-        self,
-        share: float,
-        directions: Directions,
-        norm: float,
-        measured: Measurement,
-        probes: Sequence[Probe],
-    ) -> float:
-        error = agreement_error(
-            directions.moments(), share, norm, measured.loss_error, len(probes), self.one_sided
-        )
-        agreement = mean_along_probes(probes, measured.slopes, norm).guide
-        if is_explained(agreement, error):
-            return error
-        return math.hypot(error, directions.unevenness())
-
-    def _reason_to_fall_back(
-        self, directions: Directions, norm: float, measured: Measurement
-    ) -> str | None:
-        if self.needs_gradient and not math.isfinite(norm):
-            return "the first-order gradient is not finite"
-        if self.needs_gradient and norm == 0:
-            return NO_STEP if directions.has_gradient() else "the first-order gradient is zero"
-        if not measured.is_finite:
-            return NOT_FINITE
-        if not measured.losses:
-            return None
-        is_coarse = measured.dtype.itemsize < 4
-        if measured.unchanged is not None and not (is_coarse and measured.unchanged == NO_EFFECT):
-            return measured.unchanged
-        gap = 2 * max(map(abs, measured.slopes))
-        predicted = 2 * norm if self.needs_gradient else math.inf
-        if gap <= _RESOLVED * measured.loss_error or predicted <= measured.loss_error:
-            return f"the probes change the loss by less than {name_of(measured.dtype)} {RESOLVES}"
-        return None
-
-    def _warn(
-        self,
-        fallback: str | None,
-        agreement: float | None,
-        error: float | None,
-        grad_scale: float,
-        dtype: torch.dtype,
+    def _look_after(
+        self, fallback: str | None, measured: Measurement, refined: Refined, grad_scale: float
     ) -> None:
-        """Say once per run what deserves to be known of a step."""
-        kind, text = fallback, None
-        if fallback is not None:
-            text = advice(fallback)
-            kind = "half" if fallback.endswith(RESOLVES) and dtype.itemsize < 4 else fallback
-        elif dtype.itemsize < 4:
-            kind, text = "half", coarse_loss(dtype)
-        elif agreement is not None and error is not None:
-            first = self._audit.steps == 1
-            kind, text = "agreement", doubt(agreement, error, grad_scale, first)
-        if kind and text and kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        """Count the step, and warn once per run of what deserves to be known."""
+        if fallback is None and self.needs_gradient:
+            self._num_refined += 1
+            if math.log10(self._num_refined).is_integer():
+                for audit in self._layer_audits:
+                    audit.check()
+        if measured.losses and measured.is_finite:
+            self._audit.step_passed()
+        said = caution(
+            fallback,
+            measured,
+            refined.agreement,
+            refined.agreement_error,
+            grad_scale,
+            first=self._audit.steps == 1,
+        )
+        if said and said[0] not in self._warned:
+            self._warned.add(said[0])
+            warnings.warn(said[1], RuntimeWarning, stacklevel=5)
+
+
+def mean_along(plan: Sequence[Direction], slopes: Sequence[float], norm: float) -> Refined:
+    """The two-point estimate: the mean over directions of ``slope * v``."""
+    count = len(plan)
+    pairs = list(zip(plan, slopes, strict=True))
+    guide = math.fsum(slope * direction.guide for direction, slope in pairs) / count
+    noise = [(d.sample, slope * d.noise / count) for d, slope in pairs]
+    return Refined(guide / norm if guide else 0.0, noise)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a `ValueError` unless the value is one of the words."""
+    if value not in choices:
+        raise ValueError(
+            f'{name} must be one of {", ".join(choices)}, got {value!r}: {name}="{choices[0]}"'
+        )
+
+
+def _check_seed(seed: object) -> int:
+    """The seed as an int.
+
+    Raises:
+        ValueError: If it is no integer, of Python or NumPy.
+    """
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(cast(int, seed))
+    except TypeError:
+        pass
+    raise ValueError(f"seed must be an integer, the same on every rank, got {seed!r:.80}: seed=0")

@@ -4,10 +4,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Unpack
 
-from fogzo.estimators.agreement import shrink
-from fogzo.estimators.base import GradientEstimator
-from fogzo.estimators.combination import Combination, mean_along_probes
-from fogzo.estimators.options import EstimatorOptions, check_choice, check_options
+from fogzo.estimators.agreement import agreement_error, is_explained, shrink, unevenness
+from fogzo.estimators.base import (
+    EstimatorOptions,
+    GradientEstimator,
+    Refined,
+    check_choice,
+    mean_along,
+)
 from fogzo.estimators.schedules import (
     DEFAULT_KAPPA,
     ConstantNoiseShare,
@@ -15,7 +19,8 @@ from fogzo.estimators.schedules import (
     noise_share_from_kappa,
 )
 from fogzo.layers.weights import WeightLike
-from fogzo.probing.directions import Directions, Probe
+from fogzo.probing.directions import Direction, Directions
+from fogzo.probing.measure import Measurement
 
 
 class FogzoEstimator(GradientEstimator):
@@ -28,8 +33,6 @@ class FogzoEstimator(GradientEstimator):
 
     Args:
         weights: See `GradientEstimator`.
-        paired: Probe each u_i with both signs of the guide: four forward passes per sample, and
-            the noise that carries no information about the loss cancels.
         agreement: ``"shrunk"`` draws the measured agreement towards 1 by its own standard error,
             so that a slope lost in the noise of few roundings changes nothing and never turns the
             gradient round; see `fogzo.estimators.agreement`. ``"measured"`` is the paper's
@@ -42,52 +45,81 @@ class FogzoEstimator(GradientEstimator):
         self,
         weights: Iterable[WeightLike],
         *,
-        paired: bool = False,
         agreement: Literal["shrunk", "measured"] = "shrunk",
         **options: Unpack[EstimatorOptions],
     ) -> None:
         super().__init__(weights, **options)
-        check_options(type(self).__name__, num_samples=1, model=None, paired=paired)
         check_choice("agreement", agreement, ("shrunk", "measured"))
-        self.paired = paired
         self.agreement = agreement
 
     def default_noise_share(self) -> float:
         """That of the default kappa."""
         return noise_share_from_kappa(DEFAULT_KAPPA, self.num_weights, self.num_samples)
 
-    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
-        """One direction a sample, or two that differ in the sign of the guide."""
+    def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
+        """One direction per sample."""
         guide, noise = math.sqrt(1 - noise_share), math.sqrt(noise_share)
-        probes = []
-        for sample in range(self.num_samples):
-            sign = directions.sign(sample)
-            probes.append(Probe(sample, sign * guide, noise))
-            if self.paired:
-                probes.append(Probe(sample, -sign * guide, noise))
-        return probes
+        return [Direction(i, directions.sign(i) * guide, noise) for i in range(self.num_samples)]
 
     def combine(
         self,
         noise_share: float,
-        probes: Sequence[Probe],
-        slopes: Sequence[float],
         directions: Directions,
-        norm: float,
-        error: float,
-    ) -> Combination:
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
         """The mean of ``slope * v``; the guide's share of it is the agreement."""
-        combination = mean_along_probes(probes, slopes, norm)
-        measured = combination.guide
-        guide = measured if self.agreement == "measured" else shrink(measured, error)
-        return combination._replace(guide=guide, agreement=measured)
+        mean = mean_along(plan, measured.slopes, directions.norm)
+        agreement = mean.guide
+        error = agreement_error(
+            directions, noise_share, measured.loss_error, len(plan), self.one_sided
+        )
+        if not is_explained(agreement, error):
+            error = math.hypot(error, unevenness(directions))
+        guide = agreement if self.agreement == "measured" else shrink(agreement, error)
+        return Refined(guide, mean.noise, agreement, error)
 
 
-class SpsaEstimator(GradientEstimator):
+class PlaceboEstimator(FogzoEstimator):
+    """FOGZO's own noise without its losses: ``g + N sqrt(q) mean(s_i u_i) / eps``.
+
+    With FOGZO's seed it draws the very same s and u, at the size they have where STE is right
+    (agreement 1). What FOGZO gains over it is what the measured losses are worth.
+    """
+
+    def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
+        """Measure nothing."""
+        return []
+
+    def combine(
+        self,
+        noise_share: float,
+        directions: Directions,
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
+        """The gradient as it is, and noise of its norm."""
+        size = directions.norm * math.sqrt(noise_share) / self.num_samples
+        return Refined(1.0, [(i, directions.sign(i) * size) for i in range(self.num_samples)])
+
+
+class _NoiseOnly(GradientEstimator):
+    """Directions of noise alone."""
+
+    noise_shape = "isotropic"
+
+    def _noise_stats(self, share: float) -> dict[str, float]:
+        return {}
+
+    def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
+        """One direction of pure noise per sample."""
+        return [Direction(sample, 0.0, 1.0) for sample in range(self.num_samples)]
+
+
+class SpsaEstimator(_NoiseOnly):
     """n-SPSA: smoothing by noise alone (beta = 0). Needs no backward pass, and far more samples."""
 
     needs_gradient = False
-    noise_shape = "isotropic"
 
     def __init__(self, weights: Iterable[WeightLike], **options: Unpack[EstimatorOptions]) -> None:
         if options.get("noise_share") is not None:
@@ -109,52 +141,18 @@ class SpsaEstimator(GradientEstimator):
     def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
         return self.default_noise_share()  # the only share outside [0, 1)
 
-    def _noise_stats(self, share: float) -> dict[str, float]:
-        return {}
-
-    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
-        """Pure noise."""
-        return [Probe(sample, 0.0, 1.0) for sample in range(self.num_samples)]
-
     def combine(
         self,
         noise_share: float,
-        probes: Sequence[Probe],
-        slopes: Sequence[float],
         directions: Directions,
-        norm: float,
-        error: float,
-    ) -> Combination:
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
         """The mean of ``slope * u``."""
-        return mean_along_probes(probes, slopes, norm)
+        return mean_along(plan, measured.slopes, directions.norm)
 
 
-class PlaceboEstimator(FogzoEstimator):
-    """FOGZO's own noise without its losses: ``g + N sqrt(q) mean(s_i u_i) / eps``.
-
-    With FOGZO's seed it draws the very same s and u, at the size they have where STE is right
-    (agreement 1). What FOGZO gains over it is what the measured losses are worth.
-    """
-
-    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
-        """Measure nothing."""
-        return []
-
-    def combine(
-        self,
-        noise_share: float,
-        probes: Sequence[Probe],
-        slopes: Sequence[float],
-        directions: Directions,
-        norm: float,
-        error: float,
-    ) -> Combination:
-        """The gradient as it is, and noise of its norm."""
-        size = norm * math.sqrt(noise_share) / self.num_samples
-        return Combination(1.0, [(i, directions.sign(i) * size) for i in range(self.num_samples)])
-
-
-class ControlVariateEstimator(GradientEstimator):
+class ControlVariateEstimator(_NoiseOnly):
     """``g + (w/n) sum_i (slope_i - u_i . g) u_i / eps``: only the surprise becomes noise.
 
     Args:
@@ -164,8 +162,6 @@ class ControlVariateEstimator(GradientEstimator):
             one of least squared error, ``n / (n + d + kurtosis - 2)``.
         **options: See `GradientEstimator`; there is no noise share.
     """
-
-    noise_shape = "isotropic"
 
     def __init__(
         self,
@@ -187,26 +183,17 @@ class ControlVariateEstimator(GradientEstimator):
         kurtosis = self.weights[0].surrogate.perturbation.kurtosis
         return self.num_samples / (self.num_samples + self.num_weights + kurtosis - 2)
 
-    def _noise_stats(self, share: float) -> dict[str, float]:
-        return {}
-
-    def plan(self, noise_share: float, directions: Directions) -> list[Probe]:
-        """Pure noise, as the gradient's own share is known."""
-        return [Probe(sample, 0.0, 1.0) for sample in range(self.num_samples)]
-
     def combine(
         self,
         noise_share: float,
-        probes: Sequence[Probe],
-        slopes: Sequence[float],
         directions: Directions,
-        norm: float,
-        error: float,
-    ) -> Combination:
-        """The gradient, corrected by what it did not predict."""
-        predicted = directions.projections([probe.sample for probe in probes])
-        surprises = [
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
+        """The gradient plus the error of its own prediction, along the noise."""
+        predicted = directions.projections([direction.sample for direction in plan])
+        errors = [
             noise_share * (slope - expected)
-            for slope, expected in zip(slopes, predicted, strict=True)
+            for slope, expected in zip(measured.slopes, predicted, strict=True)
         ]
-        return mean_along_probes(probes, surprises, norm)._replace(guide=1.0)
+        return mean_along(plan, errors, directions.norm)._replace(guide=1.0)

@@ -25,8 +25,6 @@ class RefineStats:
         base_loss: The loss at the weights themselves that one-sided differences start from.
         gradient_norm: N, the norm of the first-order gradient in scale-normalised coordinates;
             None for estimators that use none.
-        flip_rate: Fraction of integer codes that differ between the first pair of probes; None
-            unless asked for.
         fallback: Why the first-order gradient was kept, or None.
     """
 
@@ -39,7 +37,6 @@ class RefineStats:
     probe_losses: tuple[float, ...] = ()
     base_loss: float | None = None
     gradient_norm: float | None = None
-    flip_rate: float | None = None
     fallback: str | None = None
 
     @property

@@ -48,7 +48,7 @@ class QuantizedLayer(QuantizedInput):
     weight_step_knee: Tensor | None
     output_dim: int
     _name: str  # in the model that `quantize_` was given
-    _frozen_step: Tensor | None
+    _held_step_size: Tensor | None
     # Of the weight and its step when that was measured, until the first training forward.
     _versions: tuple[int, int, int] | None = None
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
@@ -104,17 +104,19 @@ class QuantizedLayer(QuantizedInput):
         return self.quantizer.codes(self._whole_weight(), self._step(), self.output_dim)
 
     @contextmanager
-    def frozen_step(self) -> Iterator[None]:
+    def hold_step_size(self) -> Iterator[None]:
         """Keep the present step sizes although the weight moves (dynamic scales only)."""
         if self.quantizer.scale.has_state:
             yield
             return
         # Not by way of a local variable, which would keep a gathered weight until the end.
-        self._frozen_step = self.quantizer.current_step(self._whole_weight(), None, self.output_dim)
+        self._held_step_size = self.quantizer.current_step(
+            self._whole_weight(), None, self.output_dim
+        )
         try:
             yield
         finally:
-            self._frozen_step = None
+            self._held_step_size = None
 
     @torch.no_grad()
     def measure_step_(self) -> None:
@@ -227,8 +229,8 @@ class QuantizedLayer(QuantizedInput):
 
     def _step(self) -> Tensor | None:
         """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
-        if self._frozen_step is not None:
-            return self._frozen_step
+        if self._held_step_size is not None:
+            return self._held_step_size
         step = self.weight_step
         if step is None:
             return None
@@ -445,7 +447,7 @@ def dequantize_(model: ModelT) -> ModelT:
                 baked.add(id(layer.weight))
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
-        del layer.output_dim, layer._frozen_step, layer._name, layer._stale
+        del layer.output_dim, layer._held_step_size, layer._name, layer._stale
         for name in ("_forward_dtype", "_versions"):
             layer.__dict__.pop(name, None)
         layer.detach_input()
@@ -534,7 +536,7 @@ def _attach(
     layer.quantizer = quantizer
     layer.output_dim = dim or 0
     layer._name, layer._stale = name or "model", stale
-    layer._frozen_step = None
+    layer._held_step_size = None
     layer.weight_step_knee = None
     if isinstance(step, nn.Parameter):
         layer.register_parameter("weight_step", step)
@@ -605,15 +607,17 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         codes=layer.codes,
         grid=quantizer.grid,
         held=_padding(layer),
-        frozen_step=nullcontext if quantizer.scale.has_state else partial(_frozen_steps, layers),
+        hold_step_size=nullcontext
+        if quantizer.scale.has_state
+        else partial(_held_step_sizes, layers),
     )
 
 
 @contextmanager
-def _frozen_steps(layers: list[QuantizedLayer]) -> Iterator[None]:
+def _held_step_sizes(layers: list[QuantizedLayer]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.frozen_step())
+            stack.enter_context(layer.hold_step_size())
         yield
 
 

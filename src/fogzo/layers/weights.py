@@ -37,7 +37,7 @@ class QuantizedWeight:
         grid: The levels, in steps; None stands for evenly spaced ones, one step apart.
         held: True where an entry must not move, such as the row of an embedding's ``padding_idx``;
             broadcastable to the weight. A weight that does not require a gradient is held whole.
-        frozen_step: A context in which the quantizer keeps its present step sizes although its
+        hold_step_size: A context in which the quantizer keeps its present step sizes although its
             weights move, for scales that are measured from the weights.
     """
 
@@ -50,7 +50,7 @@ class QuantizedWeight:
     codes: Callable[[], Tensor] | None = None
     grid: Grid | None = None
     held: Tensor | None = None
-    frozen_step: Callable[[], AbstractContextManager[None]] = nullcontext
+    hold_step_size: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]

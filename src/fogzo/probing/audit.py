@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import compute_device, mean_over_ranks
-from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.loan import Closure, Probes, as_loss
+from fogzo.collectives import mean_over_ranks
+from fogzo.probing.lender import Closure, Lender
 
 _TIGHT = 1e-5
 # bfloat16, another graph of the compiler, statistics that every forward pass moves.
@@ -73,25 +72,22 @@ class Audit:
 
     def check(
         self,
-        probes: Probes,
+        lender: Lender,
         closure: Closure,
-        expected_loss: Tensor | float,
-        weights: Sequence[QuantizedWeight],
+        expected: Tensor,
+        device: torch.device,
     ) -> None:
         """Raise a `ValueError`, on all ranks together, unless the closure returns that loss.
 
         Args:
-            probes: On loan, with the weights unperturbed.
-            closure: What is checked.
-            expected_loss: The loss that was differentiated.
-            weights: On loan.
+            lender: Lends the weights, which are unperturbed.
+            closure: The closure to check.
+            expected: The loss that was differentiated, a scalar.
+            device: Where the process group can reach a tensor.
         """
-        expected = as_loss(expected_loss, "expected_loss must be")
-        found = probes.evaluate(closure)
-        mistake = _mistake(probes, closure, found, expected)
-        anywhere = mean_over_ranks(
-            [torch.tensor(float(mistake is not None))], compute_device(weights[0].param)
-        )
+        found = lender.evaluate(closure)
+        mistake = _mistake(lender, closure, found, expected)
+        anywhere = mean_over_ranks([torch.tensor(float(mistake is not None))], device)
         if not anywhere[0]:
             return
         raise ValueError(
@@ -100,7 +96,7 @@ class Audit:
         )
 
 
-def _mistake(probes: Probes, closure: Closure, found: Tensor, expected: Tensor) -> str | None:
+def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) -> str | None:
     loss, wanted = float(found), float(expected)
     if not math.isfinite(loss):
         return None  # a fallback of the step, not a mistake in the closure
@@ -110,7 +106,7 @@ def _mistake(probes: Probes, closure: Closure, found: Tensor, expected: Tensor) 
         distance = abs(loss - wanted)
         if distance <= max(_TIGHT, _ULPS * ulp) * size:
             return None
-        if distance <= _scatter(probes, closure, loss, size):
+        if distance <= _scatter(lender, closure, loss, size):
             return None
     return (
         f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
@@ -122,18 +118,18 @@ def _mistake(probes: Probes, closure: Closure, found: Tensor, expected: Tensor) 
     )
 
 
-def _scatter(probes: Probes, closure: Closure, loss: float, size: float) -> float:
+def _scatter(lender: Lender, closure: Closure, loss: float, size: float) -> float:
     """How far the closure's loss may lie from backward's for reasons that are no mistake."""
     buffers = [
         (buffer, buffer.clone())
-        for model in probes.models
+        for model in lender.models
         for module in model.modules()
         if not isinstance(module, nn.modules.batchnorm._NormBase)  # not read in train mode
         for buffer in module._buffers.values()
         if buffer is not None
     ]
-    with _watched(probes.models) as seen:
-        again = float(probes.evaluate(closure))
+    with _watched(lender.models) as seen:
+        again = float(lender.evaluate(closure))
     moved = any(not torch.equal(buffer, saved) for buffer, saved in buffers)
     compiled = not seen and _something_is_compiled()  # such graphs call no hooks
     inexact = moved or compiled or any(dtype.itemsize < 4 for dtype in seen)

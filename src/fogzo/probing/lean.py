@@ -2,7 +2,7 @@
 
 The default keeps a copy of all quantized weights during the probes. Here each layer's weight is
 copied, moved, used and put back by hooks around its own forward, so that what is held beside the
-model is one layer, and the noise is drawn once more a pair.
+model is one layer, and the noise is drawn once more per pair of probes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,37 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import is_sharded
-from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.directions import Directions, Probe
+from fogzo.probing.directions import Direction, Directions
+from fogzo.probing.lender import Closure, Lender
 
 
-def check_lean(weights: Sequence[QuantizedWeight], models: Sequence[nn.Module]) -> None:
-    """Raise a `ValueError` unless these weights can move while their layers compute."""
-    held = {id(p) for model in models for m in model.modules() for p in m._parameters.values()}
-    for weight in weights:
-        if is_sharded(weight.param):
-            raise ValueError(
-                f"{weight.name!r} is sharded, and FSDP gathers it before lean probes could move "
-                "it; its copy is one shard anyway: leave lean=True out"
-            )
-        if id(weight.param) not in held:
-            raise ValueError(
-                f"lean probes move {weight.name!r} in the forward of the module that holds it, and "
-                "no known model does: give the estimator model=model, or leave lean=True out"
-            )
+def losses(
+    lender: Lender,
+    directions: Directions,
+    plan: Sequence[Direction],
+    closure: Closure,
+    two_sided: bool,
+) -> list[Tensor]:
+    """Losses at weights that are moved while their layers compute."""
+    found: list[Tensor] = []
+    for direction in plan:
+        for mirrored in (False, True) if two_sided else (False,):
+            with _moved_in_forwards(lender.models, directions, direction, mirrored):
+                found.append(lender.evaluate(closure))
+    return found
 
 
 @contextmanager
-def moved_in_forwards(
-    models: Sequence[nn.Module], directions: Directions, probe: Probe, mirrored: bool
+def _moved_in_forwards(
+    models: Sequence[nn.Module], directions: Directions, direction: Direction, mirrored: bool
 ) -> Iterator[None]:
-    """While it lasts, every layer computes with its weight at ``w + v``, mirrored at ``w - v``.
-
-    Outside of its layer's forward a weight is as it was; what else reads it sees it unmoved.
+    """While it lasts, every layer computes with its weight moved, mirrored to the other side.
 
     Raises:
-        ValueError: If no layer's forward ran.
+        ValueError: If nothing moved, as no layer's forward ran.
     """
     index_of = {id(weight.param): index for index, weight in enumerate(directions.weights)}
     # The forwards at work, inner ones last, with what they moved and its copies.
@@ -59,8 +56,8 @@ def moved_in_forwards(
                 assert param is not None
                 copy = param.detach().clone()
                 calls[-1][1].append((param, copy))
-                directions.move_(index_of[id(param)], param, probe)
-                if mirrored:  # to the bit what Probes.mirror_ does
+                directions.move_(param, index_of[id(param)], direction)
+                if mirrored:  # to the bit what Lender.mirror_ does
                     param.lerp_(copy, 2.0)
                 moved = True
 
@@ -90,7 +87,7 @@ def moved_in_forwards(
         raise ValueError(
             "no layer with a quantized weight ran its forward, so lean probes moved nothing. A "
             "compiled model runs without the hooks that they need, and a closure may evaluate "
-            "another model: leave lean=True out, or list the weights of the model in the closure"
+            'another model: use evaluate="in_place", or list the weights of that model'
         )
 
 

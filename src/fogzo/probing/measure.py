@@ -1,43 +1,41 @@
-"""Measuring: the loss along every probe, one by one or many at once."""
+"""Measuring: the loss on both sides of every direction."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fogzo.collectives import (
-    compute_device,
-    full,
-    local,
-    mean_over_ranks,
-    shard_like,
-    sum_over_shards,
-)
+from fogzo.collectives import compute_device, full, is_sharded, mean_over_ranks
 from fogzo.layers.weights import QuantizedWeight
+from fogzo.probing import lean, stacked
 from fogzo.probing.audit import Audit
-from fogzo.probing.directions import Directions, Probe
-from fogzo.probing.lean import moved_in_forwards
-from fogzo.probing.loan import Closure, Probes, as_loss
-from fogzo.probing.stacked import AtOnce, chunk_size, evaluate_stacked
+from fogzo.probing.directions import Direction, Directions
+from fogzo.probing.flips import flip_rate
+from fogzo.probing.lender import Closure, Lender, as_loss
+
+Evaluate = Literal["in_place", "stacked", "lean"]
+
+NO_FLIP = "no weight rounds differently between the probes"
+NO_EFFECT = "the probes do not change the loss"
 
 
-class Measurement(NamedTuple):
-    """What was measured, averaged over ranks.
+@dataclass(frozen=True)
+class Measurement:
+    """The losses of one step, averaged over ranks.
 
     Attributes:
         losses: In the order ``L1+, L1-, L2+, ...``, one-sided ``L1+, L2+, ...``.
         base: The loss at the weights themselves, one-sided only.
-        flip_rate: Share of codes that differ between the first two of these losses.
         loss_error: Rounding error of one loss, in the loss's units.
         dtype: In which the closure computes it.
         unchanged: Why all losses are the same, if they are.
     """
 
-    losses: list[float]
+    losses: Sequence[float] = ()
     base: float | None = None
-    flip_rate: float | None = None
     loss_error: float = 0.0
     dtype: torch.dtype = torch.float32
     unchanged: str | None = None
@@ -49,90 +47,114 @@ class Measurement(NamedTuple):
 
     @property
     def slopes(self) -> list[float]:
-        """Half the loss's change from one side of each probe to the other."""
+        """Half the loss's change from one side of each direction to the other."""
         if self.base is not None:
             return [loss - self.base for loss in self.losses]
         pairs = zip(self.losses[::2], self.losses[1::2], strict=True)
         return [(plus - minus) / 2 for plus, minus in pairs]
 
 
-NO_FLIP = "no weight rounds differently between the probes"
-NO_EFFECT = "the probes do not change the loss"
+def check_evaluate(evaluate: object, weights: Sequence[QuantizedWeight], lender: Lender) -> None:
+    """Raise a `ValueError` unless probes of these weights can be evaluated so."""
+    if evaluate not in get_args(Evaluate):
+        raise ValueError(
+            f"evaluate must be one of {', '.join(get_args(Evaluate))}, got {evaluate!r:.80}: "
+            'evaluate="in_place"'
+        )
+    if evaluate == "in_place":
+        return
+    for weight in weights:
+        if is_sharded(weight.param):
+            raise ValueError(
+                f"{weight.name!r} is sharded, and FSDP gathers it before evaluate={evaluate!r} "
+                'could move it: evaluate="in_place" copies one shard only'
+            )
+        if not lender.holds(weight.param):
+            raise ValueError(
+                f"evaluate={evaluate!r} moves {weight.name!r} in the module that holds it, and no "
+                'known model does: give the estimator model=model, or use evaluate="in_place"'
+            )
 
 
 def measure(
-    probes: Probes,
+    lender: Lender,
     directions: Directions,
-    plan: Sequence[Probe],
+    plan: Sequence[Direction],
     closure: Closure,
     *,
-    at_once: AtOnce = 1,
-    lean: bool = False,
-    track_flips: bool = False,
-    expected_loss: Tensor | float | None = None,
-    one_sided: bool = False,
+    evaluate: Evaluate,
+    expected_loss: Tensor | float | None,
+    one_sided: bool,
     audit: Audit,
 ) -> Measurement:
-    """The losses at ``w + v`` and ``w - v`` for every probe of a plan.
+    """The losses at ``w + eps v`` and ``w - eps v`` for every direction of a plan.
 
     Args:
-        probes: Lends the weights.
+        lender: Lends the weights.
         directions: Of this step.
-        plan: One probe or more.
+        plan: One direction or more.
         closure: Recomputes the loss.
-        at_once: How many probes are evaluated together.
-        lean: Move weights one layer at a time instead of copying all.
-        track_flips: Count the codes that differ between the first two losses.
+        evaluate: How; the losses are the same.
         expected_loss: What the closure must return at the unperturbed weights.
-        one_sided: Evaluate ``w + v`` only; differences start from the expected loss.
-        audit: Whether it does is asked by this.
+        one_sided: Evaluate ``w + eps v`` only; differences start from the expected loss.
+        audit: Decides when to check that the closure returns the expected loss.
 
     Raises:
         ValueError: If the closure fails a check.
     """
-    weights, two_sided = directions.weights, not one_sided
-    with probes.loan(weights, copy=not lean):
-        audited = expected_loss is not None and audit.due
+    losses_of = {"in_place": in_place, "stacked": stacked.losses, "lean": lean.losses}[evaluate]
+    known = [] if expected_loss is None else [as_loss(expected_loss, "expected_loss must be")]
+    device = compute_device(directions.weights[0].param)
+    with lender.lend(directions.weights, copy=evaluate != "lean"):
+        audited = bool(known) and audit.due
         if audited:
-            audit.check(probes, closure, cast(Tensor, expected_loss), weights)
-        size = chunk_size(at_once, weights)
-        if lean:
-            losses = _layer_by_layer(probes, directions, plan, closure, two_sided)
-        elif size == 1:
-            losses = _one_by_one(probes, directions, plan, closure, two_sided)
-        else:
-            losses = _together(probes, directions, plan, closure, two_sided, size)
-        flip_rate = None
-        if track_flips:
-            probes.reset_()
-            probes.reshard()  # codes are to be those of the shards as they are then
-            flip_rate = _flip_rate(directions, plan[0], two_sided)
-        known = [] if expected_loss is None else [as_loss(expected_loss, _EXPECTED).to(losses[0])]
-        # The step's one wait for the device.
-        means = mean_over_ranks([*losses, *known], compute_device(weights[0].param))
-        count = len(losses)
-        means, expected = means[:count], means[count:]
-        dtype = _loss_dtype(losses[0], means, weights)
-        loss_error = torch.finfo(dtype).eps * max(map(abs, means))
+            audit.check(lender, closure, known[0], device)
+        losses = losses_of(lender, directions, plan, closure, not one_sided)
+        values = mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)], device)
+        values, expected = values[: len(losses)], values[len(losses) :]
+        dtype = _loss_dtype(losses[0], values, directions.weights)
         measured = Measurement(
-            means, expected[0] if one_sided else None, flip_rate, loss_error, dtype
+            values,
+            base=expected[0] if one_sided else None,
+            loss_error=torch.finfo(dtype).eps * max(map(abs, values)),
+            dtype=dtype,
         )
         if not (measured.is_finite and all(map(math.isfinite, expected))):
             return measured
-        if two_sided and expected and not audited:
-            reach = float(directions.norm) + max(map(abs, measured.slopes))
-            if audit.suspects(math.fsum(means) / count, expected[0], reach):
-                probes.reset_()
-                audit.check(probes, closure, cast(Tensor, expected_loss), weights)
+        if expected and not (one_sided or audited):
+            reach = directions.norm + max(map(abs, measured.slopes))
+            if audit.suspects(math.fsum(values) / len(values), expected[0], reach):
+                lender.reset_()
+                audit.check(lender, closure, known[0], device)
         if any(measured.slopes):
             return measured
-        probes.reset_()
-        if not lean and not audit.passed:  # lean probes know what they have moved
-            _check_dependence(probes, directions, closure, losses[0], loss_error)
-        return measured._replace(unchanged=_why_unchanged(probes, directions, plan[0], two_sided))
+        lender.reset_()
+        if evaluate != "lean" and not audit.passed:  # lean probes know what they have moved
+            _check_dependence(lender, directions, closure, losses[0], measured.loss_error)
+        lender.reshard()  # codes are to be those of the shards as they are
+        flips = flip_rate(directions, plan[0], one_sided)
+        return replace(measured, unchanged=NO_FLIP if flips == 0 else NO_EFFECT)
 
 
-_EXPECTED = "expected_loss must be"
+def in_place(
+    lender: Lender,
+    directions: Directions,
+    plan: Sequence[Direction],
+    closure: Closure,
+    two_sided: bool,
+) -> list[Tensor]:
+    """Losses at the weights themselves, moved one direction after another."""
+    losses: list[Tensor] = []
+    for direction in plan:
+        if losses:
+            lender.reset_()
+        for index, part in enumerate(directions.parts):
+            directions.move_(part.param, index, direction)
+        losses.append(lender.evaluate(closure))
+        if two_sided:
+            lender.mirror_()
+            losses.append(lender.evaluate(closure))
+    return losses
 
 
 def _loss_dtype(
@@ -148,74 +170,8 @@ def _loss_dtype(
     return dtype
 
 
-def _why_unchanged(probes: Probes, directions: Directions, probe: Probe, two_sided: bool) -> str:
-    """Every probe gave the same loss: see whether it was because no code changed."""
-    if any(weight.codes is None for weight in directions.weights):
-        return NO_EFFECT
-    probes.reshard()
-    return NO_EFFECT if _flip_rate(directions, probe, two_sided) else NO_FLIP
-
-
-def _one_by_one(
-    probes: Probes,
-    directions: Directions,
-    plan: Sequence[Probe],
-    closure: Closure,
-    two_sided: bool,
-) -> list[Tensor]:
-    """Losses at the weights themselves, moved in place."""
-    losses: list[Tensor] = []
-    for probe in plan:
-        if losses:
-            probes.reset_()
-        directions.add_offsets_(probe)
-        losses.append(probes.evaluate(closure))
-        if two_sided:
-            probes.mirror_()
-            losses.append(probes.evaluate(closure))
-    return losses
-
-
-def _layer_by_layer(
-    probes: Probes,
-    directions: Directions,
-    plan: Sequence[Probe],
-    closure: Closure,
-    two_sided: bool,
-) -> list[Tensor]:
-    """The same losses, the weights moved while their layers compute."""
-    losses: list[Tensor] = []
-    for probe in plan:
-        for mirrored in (False, True) if two_sided else (False,):
-            with moved_in_forwards(probes.models, directions, probe, mirrored):
-                losses.append(probes.evaluate(closure))
-    return losses
-
-
-def _together(
-    probes: Probes,
-    directions: Directions,
-    plan: Sequence[Probe],
-    closure: Closure,
-    two_sided: bool,
-    size: int,
-) -> list[Tensor]:
-    """The same losses at moved copies of the weights, ``size`` probes at a time."""
-    weights = directions.weights
-    losses: list[Tensor] = []
-    for start in range(0, len(plan), size):
-        stacks = directions.stacks(plan[start : start + size])
-        sides = [evaluate_stacked(probes, closure, weights, stacks)]
-        if two_sided:
-            for weight, stack in zip(weights, stacks, strict=True):
-                stack.lerp_(weight.param, 2.0)  # as Probes.mirror_ does
-            sides.append(evaluate_stacked(probes, closure, weights, stacks))
-        losses += torch.stack(sides, 1).flatten().unbind()
-    return losses
-
-
 def _check_dependence(
-    probes: Probes, directions: Directions, closure: Closure, loss: Tensor, loss_error: float
+    lender: Lender, directions: Directions, closure: Closure, loss: Tensor, loss_error: float
 ) -> None:
     """Every probe gave the same loss: see whether the closure uses these weights at all.
 
@@ -226,15 +182,14 @@ def _check_dependence(
         return
     predicted, same = 0.0, True
     for sign in (-1, 1):  # of two ways out of the range of levels one leads into it
-        for weight in directions.weights:
-            param, grad = local(weight.param), weight.param.grad
-            if grad is None or not param.numel():
+        for part in directions.parts:
+            if part.grad is None or not part.param.numel():
                 continue  # a rank may hold no row of a small weight
-            size = float(param.abs().max() + full(weight.step_size()).max())
-            predicted += size * float(local(grad).abs().sum()) / directions.grad_scale
-            param.add_(local(grad).sign().to(param.dtype), alpha=sign * size)
-        same = torch.equal(probes.evaluate(closure).to(loss), loss) and same
-        probes.reset_()
+            size = float(part.param.abs().max() + full(part.weight.step_size()).max())
+            predicted += size * float(part.grad.abs().sum()) / directions.grad_scale
+            part.param.add_(part.grad.sign().to(part.param.dtype), alpha=sign * size)
+        same = torch.equal(lender.evaluate(closure).to(loss), loss) and same
+        lender.reset_()
     told = torch.tensor(float(same and predicted > 1e3 * loss_error))
     # On all ranks or on none, or one would wait for the others.
     if mean_over_ranks([told], compute_device(directions.weights[0].param)) == [1.0]:
@@ -243,29 +198,3 @@ def _check_dependence(
             "model, or a cached output. List the weights of the model in the closure: "
             "fogzo.quantized_weights(model)"
         )
-
-
-def _codes(weights: Sequence[QuantizedWeight]) -> list[Tensor]:
-    """This rank's part of the integer codes."""
-    return [shard_like(weight.codes(), weight.param) for weight in weights if weight.codes]
-
-
-def _flip_rate(directions: Directions, probe: Probe, two_sided: bool) -> float:
-    """The fraction of codes that differ between the two losses of a probe.
-
-    The weights must be unperturbed, and are so again afterwards.
-    """
-    weights = directions.weights
-    flips = []
-    for index, weight in enumerate(weights):
-        param = local(weight.param)
-        saved = param.detach().clone()
-        before = [] if two_sided else _codes([weight])
-        directions.move_(index, param, probe)
-        if two_sided:
-            before = _codes([weight])
-            param.lerp_(saved, 2.0)  # as Probes.mirror_ does
-        flips += [(a != b).sum() for a, b in zip(before, _codes([weight]), strict=True)]
-        param.copy_(saved)
-    params = [weight.param for weight in weights]
-    return float(sum(sum_over_shards(flips, params))) / sum(param.numel() for param in params)

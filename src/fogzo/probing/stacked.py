@@ -1,87 +1,82 @@
 """Many probes at once: the closure under `torch.vmap`, the model's weights lent as stacks.
 
-A small network spends more time between operations than in them, which k forwards in one spend
-once. The closure stays as it is: while it runs, the modules hold one weight a probe in the
-parameter's place, and all that it computes from them is one value a probe.
+A small network spends more time between operations than in them, which k forward passes in one
+spend once. The closure stays as it is: while it runs, the modules hold one weight per probe in the
+parameter's place, and all that it computes from them is one value per probe.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import is_sharded
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.loan import Closure, Probes
-from fogzo.probing.noise import working_dtype
+from fogzo.probing.directions import Direction, Directions
+from fogzo.probing.lender import Closure, Lender
 
-AtOnce = int | Literal["auto"]
-
-# Of copies of the weights and their noise. A CPU gains nothing from more than its caches hold.
+# Of the copies of the weights and their offsets. A CPU gains nothing from more than its caches
+# hold.
 _MAX_BYTES = {"cpu": 4 * 2**20}
 _MAX_BYTES_ELSEWHERE = 256 * 2**20
-_REMEDY = "probes_at_once=1 evaluates the probes one by one, without torch.vmap"
+_REMEDY = 'evaluate="in_place" evaluates the probes one by one, without torch.vmap'
 
 
-def check_at_once(at_once: object, weights: Sequence[QuantizedWeight], probes: Probes) -> None:
-    """Raise a `ValueError` unless so many probes of these weights can be evaluated together."""
-    if at_once != "auto" and (
-        isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1
-    ):
-        raise ValueError(
-            f'probes_at_once must be an integer of 1 or more or "auto", got {at_once!r}: '
-            "probes_at_once=1 evaluates them one by one"
-        )
-    if at_once == 1:
-        return
-    held = {id(p) for model in probes.models for p in model.parameters()}
-    for weight in weights:
-        if is_sharded(weight.param):
-            raise ValueError(
-                f"{weight.name!r} is sharded, and no rank can stack weights that it does not "
-                "hold: use probes_at_once=1"
-            )
-        if id(weight.param) not in held:
-            raise ValueError(
-                f"probes_at_once={at_once!r} lends {weight.name!r} to the modules that hold it, "
-                "and no known model does: give the estimator model=model, or probes_at_once=1"
-            )
-
-
-def chunk_size(at_once: AtOnce, weights: Sequence[QuantizedWeight]) -> int:
-    """How many directions to take together; ``"auto"`` bounds the memory of the stacks."""
-    if at_once != "auto":
-        return at_once
-    sizes = [
-        w.param.numel() * (w.param.itemsize + working_dtype(w.param).itemsize) for w in weights
-    ]
-    limit = _MAX_BYTES.get(weights[0].param.device.type, _MAX_BYTES_ELSEWHERE)
-    return max(1, limit // sum(sizes))
-
-
-def evaluate_stacked(
-    probes: Probes,
+def losses(
+    lender: Lender,
+    directions: Directions,
+    plan: Sequence[Direction],
     closure: Closure,
-    weights: Sequence[QuantizedWeight],
-    stacks: Sequence[Tensor],
-) -> Tensor:
-    """The closure's losses, one a row of the stacks.
+    two_sided: bool,
+) -> list[Tensor]:
+    """Losses at moved copies of the weights, as many at a time as the bound on memory allows."""
+    found: list[Tensor] = []
+    size = chunk_size(directions.weights)
+    for start in range(0, len(plan), size):
+        stacks = _stacks(directions, plan[start : start + size])
+        sides = [_evaluate(lender, closure, directions, stacks)]
+        if two_sided:
+            for part, stack in zip(directions.parts, stacks, strict=True):
+                stack.lerp_(part.param, 2.0)  # as Lender.mirror_ does
+            sides.append(_evaluate(lender, closure, directions, stacks))
+        found += torch.stack(sides, 1).flatten().unbind()
+    return found
 
-    Args:
-        probes: On loan.
-        closure: Sees each row in place of the weights.
-        weights: What the stacks replace.
-        stacks: For each weight a tensor of shape (rows, *weight.shape).
+
+def chunk_size(weights: Sequence[QuantizedWeight]) -> int:
+    """How many directions to take together."""
+    params = [weight.param for weight in weights]
+    size = sum(p.numel() * (p.itemsize + max(p.itemsize, 4)) for p in params)
+    limit = _MAX_BYTES.get(params[0].device.type, _MAX_BYTES_ELSEWHERE)
+    return max(1, limit // size)
+
+
+def _stacks(directions: Directions, plan: Sequence[Direction]) -> list[Tensor]:
+    """Copies of every weight, moved along one direction each: (directions, *shape) per weight."""
+    stacks = []
+    for index, part in enumerate(directions.parts):
+        stack = part.param.detach().expand(len(plan), *part.param.shape)
+        stack = stack.clone(memory_format=torch.contiguous_format)
+        for row, direction in zip(stack.unbind(), plan, strict=True):
+            directions.move_(row, index, direction)
+        stacks.append(stack)
+    return stacks
+
+
+def _evaluate(
+    lender: Lender, closure: Closure, directions: Directions, stacks: Sequence[Tensor]
+) -> Tensor:
+    """The closure's losses, one per row of the stacks.
 
     Raises:
         ValueError: If the closure returns anything but one number or does what `torch.vmap`
             cannot follow.
     """
+    weights = directions.weights
     stack_of = {id(weight.param): stack for weight, stack in zip(weights, stacks, strict=True)}
     lent: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in (module for model in probes.models for module in model.modules()):
+    for module in (module for model in lender.models for module in model.modules()):
         for name, param in module._parameters.items():
             if id(param) in stack_of:
                 lent.append((module._parameters, name, stack_of[id(param)]))
@@ -94,7 +89,7 @@ def evaluate_stacked(
 
     def loss(*rows: Tensor) -> Tensor:
         with _lent([(held, name, row) for (held, name, _), row in zip(lent, rows, strict=True)]):
-            return probes.evaluate(closure)
+            return lender.evaluate(closure)
 
     try:
         return torch.vmap(loss, randomness="same")(*(stack for *_, stack in lent))

@@ -4,15 +4,18 @@ import torch
 from torch import Tensor, nn
 
 
-def can_be_read(tensor: Tensor) -> bool:
-    """Whether a tensor's value is to be had without waiting for a device or leaving a graph."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None  # torch.jit.trace
-        and tensor.is_cpu
-        and has_a_value(tensor)
-        and torch._C._len_torch_dispatch_stack() == 0  # nobody records operations (make_fx)
-    )
+def can_be_read(*tensors: Tensor) -> bool:
+    """Whether values are to be had without waiting for a device or leaving a graph."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._len_torch_dispatch_stack() != 0  # somebody records operations (make_fx)
+    ):
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator would cost more than it asks
+        if not (tensor.is_cpu and has_a_value(tensor)):
+            return False
+    return True
 
 
 def has_a_value(tensor: Tensor) -> bool:

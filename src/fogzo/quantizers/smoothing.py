@@ -44,11 +44,6 @@ class SmoothingLaw(ABC):
         and `torch.compile` know.
         """
 
-    @property
-    def code_unit(self) -> float | None:
-        """The unit in which u is a random odd 16-bit integer; None where the law is not of such."""
-        return None
-
 
 @dataclass(frozen=True)
 class Uniform(SmoothingLaw):
@@ -75,10 +70,6 @@ class Uniform(SmoothingLaw):
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return _fill_uniform_(out, math.sqrt(3), generator)
-
-    @property
-    def code_unit(self) -> float:
-        return math.sqrt(3) / 2**15
 
 
 @dataclass(frozen=True)
@@ -303,10 +294,6 @@ class Scaled(SmoothingLaw):
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return self.law.sample_(out, generator)
 
-    @property
-    def code_unit(self) -> float | None:
-        return self.law.code_unit
-
 
 def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
     """The law, stretched to a standard deviation of ``radius`` steps.
@@ -321,41 +308,17 @@ def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
 
 def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Tensor:
     """Fill with independent values of U(-edge, edge)."""
-    if (
-        generator is None
-        or out.device.type != "cpu"
-        or out.dtype != torch.float32
-        or out.numel() < 4096
-        or not out.is_contiguous()
-    ):
+    if generator is None or out.device.type != "cpu" or not out.is_contiguous():
         return out.uniform_(-edge, edge, generator=generator)
-    # In parts that stay in the cache; not worth its few calls on a small tensor.
+    # The CPU generator is serial and would be most of a step's overhead if each number took a draw:
+    # four odd 16-bit integers, symmetric about zero, come from each draw of 64 bits. In parts that
+    # stay in the cache.
     flat = out.view(-1)
-    for part in flat.split(2**16) if len(flat) > 2**16 else [flat]:
-        codes = random_odd_codes(torch.empty(words_of(part), dtype=torch.int64), generator)
-        part.copy_(codes[: part.numel()]).mul_(edge / 2**15)
+    for part in flat.split(2**16) if len(flat) > 2**16 else (flat,):
+        words = torch.empty((part.numel() + 3) // 4, dtype=torch.int64)
+        words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
+        part.copy_(words.view(torch.int16)[: part.numel()]).mul_(edge / 2**15)
     return out
-
-
-def words_of(tensor: Tensor) -> int:
-    """How many 64-bit integers hold one code for each of its elements."""
-    return (tensor.numel() + 3) // 4
-
-
-def random_odd_codes(words: Tensor, generator: Generator | None) -> Tensor:
-    """Independent odd 16-bit integers, symmetric about zero, four in each 64-bit integer.
-
-    The CPU generator is serial and would be most of a step's overhead if each number took a draw.
-
-    Args:
-        words: int64, of one dimension; the memory to fill.
-        generator: Where they come from.
-
-    Returns:
-        The same memory as int16.
-    """
-    words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
-    return words.view(torch.int16)
 
 
 LAWS: dict[str, SmoothingLaw] = {

@@ -16,11 +16,14 @@ def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
 
     The gradient passes straight through.
     """
-    own, value = torch.finfo(step.dtype), step.detach()
+    value = step.detach()
     if dtype is None:
-        value = value.clamp(min=_minimum(step.dtype))
+        minimum = _minimum(step.dtype)
+        if step.numel() == 1 and can_be_read(step) and step.item() >= minimum:
+            return step
+        value = value.clamp(min=minimum)
     else:
-        limits = torch.finfo(dtype)
+        own, limits = torch.finfo(step.dtype), torch.finfo(dtype)
         smallest = max(limits.smallest_normal, MIN_STEP)
         # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
         largest = limits.max * (1 - own.eps)
@@ -61,7 +64,7 @@ def positive_step(step: Tensor, knee: Tensor) -> Tensor:
     tensor([0.2000, 0.1000, 0.0667, 0.0500, 0.0083])
     """
     knee = knee.to(step)
-    if can_be_read(step) and can_be_read(knee) and _all_above(step, knee):
+    if can_be_read(step, knee) and _all_above(step, knee):
         return step
     value = step.detach()
     return _straight_through(step, torch.maximum(value, knee / (2 - value / knee).clamp(min=1)))

@@ -61,7 +61,7 @@ def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
 
 def _memory(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     rows: Dots = {}
-    kinds = {"default": "default", "redrawn": "noise drawn twice", "lean": "lean"}
+    kinds = {"default": "default", "lean": "lean"}
     for case in cases:
         copies = {kinds[kind]: case["facts"][f"{kind}_copies"] for kind in kinds}
         rows[case["name"]] = {kind: (value,) * 3 for kind, value in copies.items()}

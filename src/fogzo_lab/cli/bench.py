@@ -144,7 +144,6 @@ _VIEWS = {
             _mib("weights, MiB", "weight_bytes"),
             _mib("STE peak, MiB", "ste_peak_bytes"),
             _fact("default", "default_copies", ".2f"),
-            _fact("noise drawn twice", "redrawn_copies", ".2f"),
             _fact("lean", "lean_copies", ".2f"),
         ),
     ),

@@ -36,7 +36,6 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     "placebo": ("#0072B2", "dashdot", "^"),
     "fogzo": ("#000000", "solid", "o"),
     "lambda": ("#CC79A7", "dotted", "v"),
-    "fogzo-paired": ("#56B4E9", "solid", "P"),
     "control-variate": ("#009E73", "dashed", "*"),
     "spsa": ("#999999", "solid", "+"),
     "ste-then-fogzo": ("#000000", "dashed", "h"),

@@ -85,12 +85,6 @@ ROWS: dict[str, Row] = {
         _to(estimator="fogzo"),
         has_kappa=True,
     ),
-    "fogzo-paired": Row(
-        "FOGZO, paired",
-        "FOGZO with both signs of STE's direction for each noise",
-        _to(estimator="fogzo-paired"),
-        has_kappa=True,
-    ),
     "fogzo-one-sided": Row(
         "FOGZO, one-sided",
         "FOGZO with differences from the step's own loss, half the forwards",

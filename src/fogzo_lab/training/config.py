@@ -28,9 +28,7 @@ from fogzo_lab.training.model_config import ModelConfig, QuantizerConfig, check_
 
 __all__ = ["TrainConfig", "from_dict", "to_json"]
 
-EstimatorName = Literal[
-    "ste", "fogzo", "fogzo-paired", "lambda", "placebo", "control-variate", "spsa"
-]
+EstimatorName = Literal["ste", "fogzo", "lambda", "placebo", "control-variate", "spsa"]
 ScheduleName = Literal["cosine", "linear", "onecycle", "wsd", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -66,8 +64,9 @@ class TrainConfig(Options):
     """Where the quantized weights' gradients come from."""
     num_samples: PositiveInt = 1
     """n, directions probed a step."""
-    probes_at_once: PositiveInt | Literal["auto"] = 1
-    """Directions whose forwards run together: faster for many samples of a small network."""
+    evaluate: Literal["in_place", "stacked", "lean"] = "in_place"
+    """How probes are evaluated, with the same result: stacked takes many in one forward pass, which
+    is faster for many samples of a small network; lean copies one layer's weights at a time."""
     kappa: NonNegativeFloat = 1e-3
     """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
     noise_shape: Literal["isotropic", "tensor_rms"] = "tensor_rms"
@@ -90,10 +89,6 @@ class TrainConfig(Options):
     """Share of the batch that probes see."""
     probe_precision: Annotated[Precision | None, Example("bf16")] = None
     """Precision of the probes' forwards; by default that of training."""
-    overhead: Annotated[PositiveFloat | None, Example(0.15)] = None
-    """Probe only as often as costs this share of training time, measured in the first steps."""
-    lean: bool = False
-    """Move weights for the probes one layer at a time instead of keeping a copy of all."""
     track_flips: bool = False
     """Log the share of integer codes that differ between two probes; costs a rounding each."""
 

@@ -80,8 +80,6 @@ def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics
             result |= {"extra_forwards": training.extra_forwards} | training.evaluate()
             if not math.isfinite(sum(v for k, v in result.items() if k.endswith("_loss"))):
                 _end_diverged(training, folder, "a loss of the evaluation is not finite", 0)
-            if training.estimator is not None and training.estimator.interval is not None:
-                result |= {"probe_every": training.estimator.interval}
             result |= training.refinements()
             folder.write_result(result)
             track({"step": training.step} | result)
@@ -186,7 +184,7 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
                     loss = training.task.loss(training.parallel, batch) / len(window)
                 if not probing:
                     scaler.scale(loss).backward()  # at once, so that one graph lives at a time
-            total = total + loss.detach()  # not in place: probes_at_once makes it one a probe
+            total = total + loss.detach()  # not in place: stacked probes make it one per probe
         return total
 
     training.set_learning_rate()
@@ -202,6 +200,8 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
         return mean_loss, None
     scaler.unscale_(optimizer)
     if estimator is not None:
+        if config.track_flips:
+            training.flip_rate = estimator.flip_rate()
         stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
         training.count(stats)
     if config.clip_norm is not None:
@@ -229,5 +229,5 @@ def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metr
         metrics |= {"loss_gap": stats.loss_gap}
         metrics |= {"kappa": stats.kappa, "fallback": stats.fallback}
         if training.config.track_flips:
-            metrics |= {"flip_rate": stats.flip_rate}
+            metrics |= {"flip_rate": training.flip_rate}
     return metrics

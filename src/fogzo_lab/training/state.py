@@ -102,6 +102,7 @@ class Training:
         fallbacks: How many of them kept the gradient of backward, by reason.
         first_loss: The loss of the first step, once it is taken.
         senseless: For how many steps until now the loss has been beyond all sense.
+        flip_rate: Share of codes that differ between this step's first two probes, if tracked.
         log_position: What was logged when the checkpoint was written.
     """
 
@@ -129,6 +130,7 @@ class Training:
         self.refined_steps, self.fallbacks = 0, Counter[str]()
         self.first_loss: float | None = None
         self.senseless = 0
+        self.flip_rate: float | None = None
         self.log_position: LogPosition | None = None
         if checkpoint is not None:
             on_all_ranks(lambda: self._resume(checkpoint))
@@ -267,11 +269,8 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         return None
     options: dict[str, Any] = {
         "num_samples": config.num_samples,
-        "probes_at_once": config.probes_at_once,
+        "evaluate": config.evaluate,
         "one_sided": config.one_sided,
-        "overhead": config.overhead,
-        "lean": config.lean,
-        "track_flips": config.track_flips,
         "noise_shape": config.noise_shape,
         "seed": config.seed,
     }
@@ -289,10 +288,7 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
         schedule = every(config.probe_every, schedule)
     if config.estimator == "placebo":
         return PlaceboEstimator(weights, noise_share=schedule, **options)
-    paired = config.estimator == "fogzo-paired"
-    return FogzoEstimator(
-        weights, noise_share=schedule, paired=paired, agreement=config.agreement, **options
-    )
+    return FogzoEstimator(weights, noise_share=schedule, agreement=config.agreement, **options)
 
 
 def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:

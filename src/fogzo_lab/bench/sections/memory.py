@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from fogzo import FogzoEstimator
+from fogzo.probing.measure import Evaluate
 from fogzo_lab.bench.cases import Case, attempt
 from fogzo_lab.bench.config import BenchConfig, Suite
 from fogzo_lab.bench.memory import peak_bytes
@@ -30,13 +30,9 @@ def measure(make: Make, device: torch.device) -> Case:
     steps.ste()  # the optimizer's own state is none of the difference
     plain = _peak(steps, steps.ste, device)
     copies = {}
-    kinds: dict[str, dict[str, Any]] = {
-        "default": {},
-        "redrawn": {"keep_noise": False},
-        "lean": {"lean": True},
-    }
-    for name, options in kinds.items():
-        estimator = FogzoEstimator(network.weights, **options)
+    kinds: dict[str, Evaluate] = {"default": "in_place", "lean": "lean"}
+    for name, evaluate in kinds.items():
+        estimator = FogzoEstimator(network.weights, evaluate=evaluate)
         peak = _peak(steps, partial(steps.refined, estimator), device)
         copies[f"{name}_copies"] = (peak - plain) / network.weight_bytes
     return Case(

@@ -47,7 +47,7 @@ def at_once(network: Network, n: int, config: BenchConfig, device: torch.device)
     steps = Steps(network)
     makers = {
         "one by one": lambda: _fogzo(steps, num_samples=n),
-        "at once": lambda: _fogzo(steps, num_samples=n, probes_at_once="auto"),
+        "at once": lambda: _fogzo(steps, num_samples=n, evaluate="stacked"),
         "products of input and weights alone": lambda: _products(network, 2 * n),
     }
     title = f"{network.name}, n = {n}"
@@ -56,13 +56,13 @@ def at_once(network: Network, n: int, config: BenchConfig, device: torch.device)
 
 
 def _products(network: Network, forwards: int) -> Callable[[], None]:
-    """The matrix products of so many forwards, as many at once as "auto" takes.
+    """The matrix products of so many forwards, as many at once as stacked probes.
 
     They bound what any way to evaluate probes in the network's own precision can cost. The first
     layer's input is the same for all, so that its weights, side by side, are one matrix.
     """
     layers = [module for module in network.model.modules() if isinstance(module, nn.Linear)]
-    calls = math.ceil(forwards / (2 * chunk_size("auto", network.weights)))
+    calls = math.ceil(forwards / (2 * chunk_size(network.weights)))
     size = math.ceil(forwards / calls)
     operands = []
     for layer in layers:
@@ -97,7 +97,7 @@ def cheaper(network: Network, config: BenchConfig, device: torch.device) -> Iter
         f"every {_INTERVAL}th step": lambda: _fogzo(steps, noise_share=now_and_then),
         f"1/{_PART} of the batch": lambda: _fogzo(steps, on_a_part),
         "bf16 autocast": lambda: _fogzo(steps, in_half_precision),
-        "lean": lambda: _fogzo(steps, lean=True),
+        "lean": lambda: _fogzo(steps, evaluate="lean"),
         "STE step": lambda: steps.ste,
     }
     # As many steps a call as hold one that probes, where few steps do.

@@ -1,21 +1,53 @@
-"""What an estimator says of settings that are allowed and seldom meant."""
+"""Why a step keeps its first-order gradient, and what an estimator warns of."""
 
 import logging
+import math
 
 import torch
 
 from fogzo.estimators.schedules import kappa_from_noise_share, noise_share_from_kappa
-from fogzo.probing.measure import NO_EFFECT, NO_FLIP
+from fogzo.probing.directions import Directions
+from fogzo.probing.measure import NO_EFFECT, NO_FLIP, Measurement
 
 logger = logging.getLogger(__name__)
 
 _LOUD_KAPPA = 100
+# Differences of fewer units in the last place than this may be the rounding of the loss.
+_RESOLVED = 4
+
+ZERO_GRADIENT = "the first-order gradient is zero"
+BROKEN_GRADIENT = "the first-order gradient is not finite"
 NO_STEP = "the step size of every weight that has a gradient is zero"
 NOT_FINITE = "a probe loss is not finite"
-RESOLVES = "resolves"
+_RESOLVES = "resolves"
 
 
-def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -> None:
+def nothing_to_follow(directions: Directions) -> str | None:
+    """Why there is no first-order gradient to follow, before anything is measured."""
+    if not directions.guided or 0 < directions.norm < math.inf:
+        return None
+    if directions.norm != 0:
+        return BROKEN_GRADIENT
+    return NO_STEP if directions.has_gradient() else ZERO_GRADIENT
+
+
+def nothing_measured(directions: Directions, measured: Measurement) -> str | None:
+    """Why the losses say nothing of the gradient."""
+    if not measured.is_finite:
+        return NOT_FINITE
+    if not measured.losses:
+        return None
+    is_coarse = measured.dtype.itemsize < 4
+    if measured.unchanged is not None and not (is_coarse and measured.unchanged == NO_EFFECT):
+        return measured.unchanged
+    gap = 2 * max(map(abs, measured.slopes))
+    predicted = 2 * directions.norm if directions.guided else math.inf
+    if gap <= _RESOLVED * measured.loss_error or predicted <= measured.loss_error:
+        return f"the probes change the loss by less than {_name(measured.dtype)} {_RESOLVES}"
+    return None
+
+
+def warn_if_noise_dominates(noise_share: float, num_weights: int, num_samples: int) -> None:
     """A share that suits a small network drowns the gradient of a large one."""
     kappa = kappa_from_noise_share(noise_share, num_weights, num_samples)
     if kappa > _LOUD_KAPPA:
@@ -29,7 +61,43 @@ def mention_loud_noise(noise_share: float, num_weights: int, num_samples: int) -
         )
 
 
-def advice(fallback: str) -> str | None:
+def caution(
+    fallback: str | None,
+    measured: Measurement,
+    agreement: float | None,
+    error: float | None,
+    grad_scale: float,
+    first: bool,
+) -> tuple[str, str] | None:
+    """What a step deserves to be said of it, once per run, as (kind, text).
+
+    Args:
+        fallback: Why the gradient was kept, if it was.
+        measured: The step's losses.
+        agreement: As measured, if it was.
+        error: Its standard error.
+        grad_scale: As the user gave it.
+        first: Whether it is the first step that was measured.
+    """
+    is_coarse = bool(measured.losses) and measured.dtype.itemsize < 4
+    if fallback is not None:
+        text = _advice(fallback)
+        kind = "half" if fallback.endswith(_RESOLVES) and is_coarse else fallback
+        return (kind, text) if text else None
+    if is_coarse:
+        text = (
+            f"the closure's loss has the precision of {_name(measured.dtype)}, too coarse for the "
+            "small differences that are measured: compute it in float32, "
+            "cross_entropy(logits.float(), y), and return it so"
+        )
+        return "half", text
+    if agreement is None or error is None:
+        return None
+    text = _doubt(agreement, error, grad_scale, first)
+    return ("agreement", text) if text else None
+
+
+def _advice(fallback: str) -> str | None:
     """What to say of a reason to fall back; nothing where another part of the loop will."""
     remedy = {
         NO_FLIP: (
@@ -46,7 +114,7 @@ def advice(fallback: str) -> str | None:
         ),
         NOT_FINITE: "Look for an overflow in the closure, or lower the learning rate",
     }.get(fallback)
-    if fallback.endswith(RESOLVES):
+    if fallback.endswith(_RESOLVES):
         remedy = (
             "Compute the loss in float32, cross_entropy(logits.float(), y), and return it so; if "
             "it is, these weights hardly matter to the loss yet"
@@ -59,21 +127,12 @@ def advice(fallback: str) -> str | None:
     )
 
 
-def coarse_loss(dtype: torch.dtype) -> str:
-    """A loss of few digits hides the differences that are measured."""
-    return (
-        f"the closure's loss has the precision of {name_of(dtype)}, too coarse for the small "
-        "differences that are measured: compute it in float32, "
-        "cross_entropy(logits.float(), y), and return it so"
-    )
-
-
-def name_of(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> str:
     """A dtype as users write it, without its module."""
     return str(dtype).removeprefix("torch.")
 
 
-def doubt(agreement: float, error: float, grad_scale: float, first: bool) -> str | None:
+def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> str | None:
     """What is probably wrong where an agreement is none that rounding explains.
 
     Args:

@@ -1,4 +1,4 @@
-"""Probes: the loss at perturbed weights, with everything borrowed given back bit for bit."""
+"""Lending weights to a closure, with everything borrowed given back bit for bit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.buffers import Buffers
 from fogzo.probing.rng import RngState
 
 Closure = Callable[[], Tensor | float]
 
 
-class Probes:
+class Lender:
     """Lends the weights to a closure and takes them back.
 
-    While a loan lasts, probes run without gradient, in the mode the model is in (train mode: the
-    function that backward saw), with frozen step sizes, and each from the same random state. When
-    it ends, also by an exception, the weights come back from a copy, and gradients, buffers,
-    modes, random streams and the autocast cache are as they were.
+    While a loan lasts, probes run without gradients, in the mode the model is in (train mode: the
+    function that backward saw), with the step sizes of the unperturbed weights, and each from the
+    same random state. When it ends, also by an exception, the weights come back from a copy, and
+    gradients, buffers, modes, random streams and the autocast cache are as they were.
 
     All of it belongs under `torch.no_grad`, as the weights are edited in place.
 
@@ -46,9 +45,8 @@ class Probes:
                 "model=model, the module that fully_shard was called on last"
             )
         self._weights = weights
-        self._lent: list[Tensor] = []
+        self._lent: list[Tensor] = []  # shards, in the weights' own memory
         self._saved: list[Tensor] = []
-        self.buffers = Buffers()
         self._recorded: RngState | None = None
         self._replay: RngState | None = None
         self._numpy_in_use = False
@@ -58,10 +56,13 @@ class Probes:
         self._recorded = self._rng_state()
 
     @contextmanager
-    def loan(self, weights: Sequence[QuantizedWeight], copy: bool = True) -> Iterator[None]:
-        """Borrow these weights; `evaluate` and the perturbing methods work inside.
+    def lend(self, weights: Sequence[QuantizedWeight], copy: bool = True) -> Iterator[None]:
+        """Lend these weights while the context lasts, in which `evaluate` works.
 
-        Without a copy only `evaluate` does, and whoever moves a weight puts it back.
+        Args:
+            weights: What may be moved in place.
+            copy: Whether to put back a copy of them at the end; without one the caller restores
+                what it moves, and `reset_` and `mirror_` do nothing.
         """
         self.reshard()
         before = self._rng_state()
@@ -78,13 +79,13 @@ class Probes:
         params = [p for module in modules for p in module._parameters.values() if p is not None]
         params += [weight.param for weight in weights]
         grads = [(param, param.grad) for param in params]
-        with ExitStack() as frozen:
+        with ExitStack() as held:
             for weight in weights:
-                if weight.frozen_step is not nullcontext:
-                    frozen.enter_context(weight.frozen_step())
+                if weight.hold_step_size is not nullcontext:
+                    held.enter_context(weight.hold_step_size())
             if copy:
                 self._lent = [local(weight.param) for weight in weights]
-                self._saved = [self._copy(weight.param) for weight in weights]
+                self._saved = [shard.clone() for shard in self._lent]
             try:
                 yield
             except BaseException:
@@ -126,9 +127,9 @@ class Probes:
                     "was called on last, and make it after sharding"
                 )
 
-    def _copy(self, param: Tensor) -> Tensor:
-        shard = local(param)
-        return self.buffers.empty_like(id(param), shard).copy_(shard)
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether a module of a known model holds this parameter."""
+        return any(param is held for model in self.models for held in model.parameters())
 
     def forget_rng(self) -> None:
         """Drop the recorded random state: it belonged to the step that has just ended."""
@@ -150,7 +151,7 @@ class Probes:
         Raises:
             ValueError: If the closure returns anything but one number.
         """
-        assert self._replay is not None, "evaluate() outside a loan"
+        assert self._replay is not None, "evaluate() outside of lend()"
         self.reshard()
         self._replay.restore(numpy=self._numpy_in_use)
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.

@@ -2,12 +2,12 @@
 
 from fogzo.layers.activations import calibrate_
 from fogzo.layers.attach import (
-    QuantizedLayer,
     dequantize_,
     measure_steps_,
     quantize_,
     quantized_weights,
 )
+from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.layers.weights import QuantizedWeight
 
 __all__ = [

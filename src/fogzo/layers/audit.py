@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import local
-from fogzo.layers.attach import QuantizedLayer
 from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.wording import listed
 
 

@@ -160,7 +160,7 @@ def _check_own_forward(name: str, layer: nn.Module) -> None:
     # layer had before `dequantize_`.
     if isinstance(forward, MethodType) and forward.__self__ is layer:
         function = forward.__func__
-        if function is type(layer).forward or function.__module__ == "fogzo.layers.attach":
+        if function is type(layer).forward or function.__module__ == "fogzo.layers.quantized_layer":
             return
     raise ValueError(
         f"{name!r} has a forward that was put on the layer itself (by accelerate's device_map or "

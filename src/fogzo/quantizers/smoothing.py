@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from fogzo.quantizers.checks import is_int, require_positive, require_type
+from fogzo.quantizers.checks import require_positive, require_type
 
 
 class SmoothingLaw(ABC):
@@ -163,81 +163,6 @@ class Normal(SmoothingLaw):
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return out.normal_(generator=generator)
-
-
-@dataclass(frozen=True)
-class RaisedCosine(SmoothingLaw):
-    """``p(z) = pi/4 cos(pi z / 2)`` on (-1, 1): sign becomes sin(pi x / 2), clipped."""
-
-    @property
-    def radius(self) -> float:
-        return math.sqrt(1 - 8 / math.pi**2)
-
-    @property
-    def kurtosis(self) -> float:
-        return (1 - 48 / math.pi**2 + 384 / math.pi**4) / self.radius**4
-
-    def pdf(self, z: Tensor) -> Tensor:
-        return math.pi / 4 * torch.cos(math.pi / 2 * z.clamp(-1, 1))
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return 0.5 + 0.5 * torch.sin(math.pi / 2 * z.clamp(-1, 1))
-
-    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
-        _fill_uniform_(out, 1.0, generator)
-        return out.asin_().mul_(2 / (math.pi * self.radius))
-
-
-@dataclass(frozen=True)
-class BSpline(SmoothingLaw):
-    """The sum of ``order`` uniforms of width ``width``: sign becomes a polynomial of that order.
-
-    Order 1 is Uniform, order 2 Triangular; the law tends to a Gaussian as the order grows.
-    """
-
-    order: int = 3
-    width: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_positive("width", self.width, "bspline(order=3, width=1.0)")
-        if not is_int(self.order) or not 1 <= self.order <= 8:
-            # The alternating sum below loses all digits for high orders.
-            raise ValueError(
-                f"order must be an integer from 1 to 8, got {self.order!r}: "
-                "for example bspline(order=3); "
-                "for a smoother law use erf(sigma=...)"
-            )
-
-    @property
-    def radius(self) -> float:
-        return self.width * math.sqrt(self.order / 12)
-
-    @property
-    def kurtosis(self) -> float:
-        return 3 - 6 / (5 * self.order)
-
-    def pdf(self, z: Tensor) -> Tensor:
-        if self.order == 1:
-            return Uniform(self.width).pdf(z)
-        return self._truncated_powers(z, self.order - 1) / self.width
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return self._truncated_powers(z, self.order).clamp(0, 1)
-
-    def _truncated_powers(self, z: Tensor, power: int) -> Tensor:
-        """The Irwin-Hall sum ``sum_j (-1)^j C(k, j) (y - j)_+^power / power!``."""
-        y = (z / self.width + self.order / 2).clamp(0, self.order)
-        total = torch.zeros_like(y)
-        for j in range(self.order + 1):
-            total += (-1) ** j * math.comb(self.order, j) * (y - j).clamp(min=0) ** power
-        return total / math.factorial(power)
-
-    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
-        _fill_uniform_(out, 1.0, generator)
-        term = torch.empty_like(out)
-        for _ in range(self.order - 1):
-            out.add_(_fill_uniform_(term, 1.0, generator))
-        return out.mul_(math.sqrt(3 / self.order))
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from fogzo.quantizers.checks import is_number, require_positive, require_type
+from fogzo.quantizers.checks import is_number, require_type
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.reading import can_be_read
 from fogzo.quantizers.smoothing import (
-    BSpline,
     Logistic,
     Normal,
-    RaisedCosine,
     SmoothingLaw,
     Triangular,
     Uniform,
@@ -41,7 +39,8 @@ class Surrogate:
         perturbation: The law FOGZO perturbs with: ``law`` itself, or what is used instead of one.
         range_slack: For identity-like rules: the slope is 1 up to this many steps beyond the end
             levels and 0 outside (infinity: never masked). None where the slope is a sum of kernels.
-        kernel: The density summed over thresholds where there is no finite-variance law.
+        kernel: The density summed over thresholds where there is no law of finite variance, for
+            example ``lambda z: gamma / (math.pi * (z * z + gamma**2))`` for an arctangent.
     """
 
     name: str
@@ -219,56 +218,9 @@ def approx_sign() -> Surrogate:
     return _from_law("approx_sign", Triangular(1.0))
 
 
-def triangular() -> Surrogate:
-    """Round under TPDF dither; see `approx_sign`, the same law met on the sign grid."""
-    return _from_law("triangular", Triangular(1.0))
-
-
 def erf(sigma: float = 0.5) -> Surrogate:
     """Gaussian smoothing: sign becomes erf(x / (sqrt(2) sigma))."""
     return _from_law("erf", Normal(sigma))
-
-
-def sine() -> Surrogate:
-    """Sign becomes sin(pi x / 2), clipped: raised-cosine smoothing."""
-    return _from_law("sine", RaisedCosine())
-
-
-def bspline(order: int = 3, width: float = 1.0) -> Surrogate:
-    """Sign becomes a polynomial of the given order: smoothing by a sum of uniforms."""
-    return _from_law("bspline", BSpline(order, width))
-
-
-@dataclass(frozen=True)
-class _Cauchy:
-    gamma: float
-
-    def __post_init__(self) -> None:
-        require_positive("gamma", self.gamma, "arctan(gamma=0.5)")
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.gamma / (math.pi * (z * z + self.gamma**2))
-
-
-@dataclass(frozen=True)
-class _FastSigmoid:
-    alpha: float
-
-    def __post_init__(self) -> None:
-        require_positive("alpha", self.alpha, "fast_sigmoid(alpha=2.0)")
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.alpha / 2 / (1 + self.alpha * z.abs()).square()
-
-
-def arctan(gamma: float = 0.5) -> Surrogate:
-    """Sign becomes 2/pi atan(x / gamma). Cauchy smoothing has no variance; perturbs uniformly."""
-    return Surrogate("arctan", None, Uniform(2.0), kernel=_Cauchy(gamma))
-
-
-def fast_sigmoid(alpha: float = 2.0) -> Surrogate:
-    """Sign becomes ``alpha x / (1 + alpha|x|)``. Infinite variance too; perturbs uniformly."""
-    return Surrogate("fast_sigmoid", None, Uniform(2.0), kernel=_FastSigmoid(alpha))
 
 
 def _from_law(name: str, law: SmoothingLaw) -> Surrogate:
@@ -285,12 +237,7 @@ _FIXED_WIDTH: dict[str, Callable[[], Surrogate]] = {
     "hardtanh": hardtanh,
     "tanh": tanh,
     "approx_sign": approx_sign,
-    "triangular": triangular,
     "erf": erf,
-    "sine": sine,
-    "bspline": bspline,
-    "arctan": arctan,
-    "fast_sigmoid": fast_sigmoid,
 }
 SURROGATE_NAMES = (*_AS_WIDE_AS_THE_GRID, *_FIXED_WIDTH)
 

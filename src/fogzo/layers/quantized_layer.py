@@ -1,0 +1,368 @@
+"""A layer whose own forward sees quantized weights."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import distributed_like, full, is_sharded
+from fogzo.layers.activations import QuantizedInput
+from fogzo.layers.quantizable import parametrization
+from fogzo.quantizers import Quantizer
+from fogzo.quantizers.steps import loaded_knee, positive_step
+from fogzo.wording import listed
+
+
+class QuantizedLayer(QuantizedInput):
+    """Mixed into a layer's class by `quantize_`: the layer's own forward sees quantized weights.
+
+    ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
+    weight tying are untouched. ``layer.weight_step`` holds the step sizes of fixed scales (a
+    buffer) and learned ones (a parameter, which an optimizer may move anywhere: `step_size` is
+    positive, by the buffer ``weight_step_knee``). To begin from steps of your own, load them:
+    ``layer.load_state_dict({"weight_step": steps}, strict=False)`` finds the knee that fits.
+    """
+
+    quantizer: Quantizer
+    weight: nn.Parameter
+    weight_step: Tensor | None
+    weight_step_knee: Tensor | None
+    output_dim: int
+    _name: str  # in the model that `quantize_` was given
+    _held_step_size: Tensor | None
+    # Of the weight and its step when that was measured, until the first training forward.
+    _versions: tuple[int, int, int] | None = None
+    _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
+    _loading: bool = False
+    # In which the last forward saw the weight: FSDP gathers it in another. None before the first.
+    _forward_dtype: torch.dtype | None = None
+
+    @property
+    def forward_ran(self) -> bool:
+        """Whether anything has called this layer since it was quantized."""
+        return self._forward_dtype is not None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the forward uses, differentiable by the surrogate."""
+        return self._quantized(self.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on quantized weights."""
+        if not isinstance(self, QuantizedLayer):
+            # Wrapped before `dequantize_`, by accelerate's hooks for instance.
+            return type(self).forward(self, *args, **kwargs)
+        if "weight" not in self._parameters:
+            self._check_own_weight()
+        tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and self._versions is not None:
+            self._check_versions(self._versions)
+        self.__dict__["_forward_dtype"] = self.weight.dtype
+        args = self.with_quantized_input(args)
+        weight = self.quantized_weight()
+        if tracing:
+            # Only the trace sees this attribute, and unlike a view's it knows whose it is.
+            self.__dict__["weight"] = weight
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                del self.__dict__["weight"]
+        # Threads may share the layer, so the quantized weight lives on an object of this call's.
+        view = object.__new__(_view_class(type(self)))
+        object.__setattr__(view, "__dict__", self.__dict__)
+        object.__setattr__(view, "_quantized_weight", weight)
+        return super(QuantizedLayer, view).forward(*args, **kwargs)
+
+    def step_size(self) -> Tensor:
+        """Step sizes in use, broadcastable to the weight.
+
+        Of a layer that FSDP has sharded, all ranks have to ask for them together, as for `codes`:
+        the step sizes are gathered, or the weight that they are measured from.
+        """
+        return self.quantizer.step_size(*self._gathered(), self.output_dim)
+
+    def codes(self) -> Tensor:
+        """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
+        return self.quantizer.codes(self._whole_weight(), self._step(), self.output_dim)
+
+    @contextmanager
+    def hold_step_size(self) -> Iterator[None]:
+        """Keep the present step sizes although the weight moves (dynamic scales only)."""
+        if self.quantizer.scale.has_state:
+            yield
+            return
+        # Not by way of a local variable, which would keep a gathered weight until the end.
+        self._held_step_size = self.quantizer.current_step(
+            self._whole_weight(), None, self.output_dim
+        )
+        try:
+            yield
+        finally:
+            self._held_step_size = None
+
+    @torch.no_grad()
+    def measure_step_(self) -> None:
+        """Measure the step sizes on the present weights, as `quantize_` did.
+
+        For weights that were initialised anew. Dynamic scales have nothing to measure.
+
+        Raises:
+            ValueError: If FSDP has sharded the layer.
+        """
+        if self.weight_step is None:
+            return
+        if is_sharded(self.weight):
+            raise ValueError(
+                f"{self._name!r} is sharded, and no rank holds the weights to measure: initialise "
+                "them first, then fogzo.quantize_(model, quantizer), then fully_shard(model)"
+            )
+        self._check_step_shape()
+        step = self.quantizer.initial_step(self.weight, self.output_dim)
+        self.load_state_dict({"weight_step": step}, strict=False)
+        self._note_versions()
+
+    def step_mismatch(self) -> float:
+        """By how many powers of two (the median) the steps differ from what would be measured now.
+
+        Zero where nothing is measured: dynamic scales and steps that were given.
+        """
+        if self.weight_step is None or self.quantizer.scale.value is not None:
+            return 0.0
+        with torch.no_grad():
+            weight = self._whole_weight()
+            measured = self.quantizer.initial_step(weight, self.output_dim)
+            step = self._step()
+            assert measured is not None and step is not None
+            in_use = self.quantizer.current_step(weight, full(step))
+            ratios = (measured.double() / in_use.double())[measured > 0]  # zeros say nothing
+            return float(ratios.log2().abs().median()) if ratios.numel() else 0.0
+
+    def _note_versions(self) -> None:
+        """Remember which weights the step was measured on."""
+        self._versions = None
+        step = self.weight_step
+        if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
+            return
+        self._versions = (id(self.weight), self.weight._version, step._version)
+
+    def _check_own_weight(self) -> None:
+        """Raise a `ValueError` if a parametrization computes the weight."""
+        how = parametrization(self)
+        if how is not None:
+            raise ValueError(
+                f"{how.name} was put on {self._name!r} after fogzo.quantize_, so its weight is "
+                f"computed and cannot be quantized: {how.way_out}"
+            )
+
+    def _check_step_shape(self) -> None:
+        """Raise a `ValueError` unless there is a step size for each group of weights."""
+        shape, by = self.weight.shape, self.quantizer.granularity
+        groups = shape.numel() // by if isinstance(by, int) else shape[self.output_dim]
+        groups = 1 if by == "tensor" else groups
+        if self.weight_step is not None and len(self.weight_step) != groups:
+            raise ValueError(
+                f"the weight of {self._name!r} has {groups} groups now but {len(self.weight_step)} "
+                "step sizes, as its shape was changed after fogzo.quantize_: change it first "
+                "(model.resize_token_embeddings(...), pruning), then fogzo.quantize_(model, ...)"
+            )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's own, also called by ``layer.weight = ...``; refuses a weight of other values.
+
+        Raises:
+            ValueError: If the weight would be replaced.
+        """
+        present = self._parameters.get("weight")
+        held = name == "weight" and not self._loading and present is not None
+        if held and not _same_values(param, present):
+            raise ValueError(
+                f"the weight of {self._name!r} is quantized with step sizes of its own and cannot "
+                "be replaced. Tie, fuse (fuse_conv_bn_eval) or resize before fogzo.quantize_, or "
+                "after fogzo.dequantize_(model), which bakes the quantized weights in. To "
+                "initialise it anew: with torch.no_grad(): layer.weight.copy_(values); "
+                "layer.measure_step_()"
+            )
+        super().register_parameter(name, param)
+
+    def _quantized(self, training: bool) -> Tensor:
+        try:
+            return self.quantizer(self.weight, self._step(), self.output_dim, training)
+        except RuntimeError:
+            self._check_step_shape()
+            raise
+
+    def _check_versions(self, measured: tuple[int, int, int]) -> None:
+        """Before the first training forward: warn if the weights are not those that were measured.
+
+        Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
+        """
+        weight, step = self._parameters.get("weight"), self.weight_step
+        if not (self.training and torch.is_grad_enabled() and type(weight) is nn.Parameter):
+            return
+        if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return
+        self._versions = None
+        own, weight_version, step_version = measured  # FSDP lends a gathered weight instead
+        changed = weight._version != weight_version and step._version == step_version
+        if id(weight) == own and changed and self.step_mismatch() > 1:
+            self._stale.append(self._name)
+            if len(self._stale) == 1:
+                warn_of_stale_steps(self._stale)
+
+    def _step(self) -> Tensor | None:
+        """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
+        if self._held_step_size is not None:
+            return self._held_step_size
+        step = self.weight_step
+        if step is None:
+            return None
+        step, knee = full(step), self.weight_step_knee
+        return step if knee is None else positive_step(step, knee)
+
+    def _whole_weight(self) -> Tensor:
+        """The weight as a forward sees it, outside of one."""
+        if not is_sharded(self.weight):
+            return self.weight
+        weight = full(self.weight)
+        return weight.to(self._forward_dtype or weight.dtype)
+
+    def _gathered(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and all of its step sizes; of the weight only the shape if it has some."""
+        step = self._step()
+        return (self._whole_weight(), None) if step is None else (self.weight, step)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"
+        if self.weight_step is not None and weight is not None and step not in state_dict:
+            # A float checkpoint has no step sizes: measure its weights instead of keeping old ones.
+            own = full(weight).to(self.weight.dtype)
+            measured, empty = self.quantizer.find_step(own, self.output_dim)
+            assert measured is not None
+            state_dict[step] = distributed_like(measured, self.weight_step)
+            warn_of_empty_groups(self.quantizer, {self._name: (empty, measured.numel())})
+        knee = f"{prefix}weight_step_knee"
+        if self.weight_step_knee is not None and step in state_dict and knee not in state_dict:
+            state_dict[knee] = loaded_knee(full(state_dict[step]), self.weight_step_knee)
+        self._loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            del self._loading
+        self._versions = None
+
+    def _replicate_for_data_parallel(self) -> Any:
+        self.__dict__["_forward_dtype"] = self.weight.dtype  # a replica's forward runs for it
+        return super()._replicate_for_data_parallel()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"torch.jit.script cannot compile {self._name!r}, which is quantized: bake the "
+            "quantized weights in first, torch.jit.script(fogzo.dequantize_(model))"
+        )
+
+    def extra_repr(self) -> str:
+        """The layer's own, and how it is quantized."""
+        return ", ".join(filter(None, (super().extra_repr(), self._description())))
+
+    def __repr__(self) -> str:
+        own = super().__repr__()
+        # transformers' Conv1D writes its own, without extra_repr.
+        description = self._description()
+        return own if description in own else f"Quantized{own[:-1]}, {description})"
+
+    def _description(self) -> str:
+        own, of_input = _describe(self.quantizer), self.activation_quantizer
+        return own if of_input is None else f"{own}; input: {_describe(of_input)}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made on the fly, so pickle must be told how to make it again.
+        return _new_layer, (plain_class(self),), self.__getstate__()
+
+
+def warn_of_stale_steps(names: list[str]) -> None:
+    """Say that these layers quantize with the step sizes of other weights."""
+    warnings.warn(
+        f"the weights of {listed(names)} are not of the size that their step sizes were measured "
+        "on: initialise them before fogzo.quantize_, or measure again, "
+        "fogzo.measure_steps_(model)",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+@cache
+def quantized_class(plain: Any) -> Any:
+    """The class of quantized layers of a class, the same one each time."""
+    members: dict[str, Any] = {"__module__": __name__}
+    if hasattr(plain, "reset_parameters"):
+
+        def reset_parameters(self: QuantizedLayer) -> None:
+            """The layer's own, and step sizes of the new weights."""
+            plain.reset_parameters(self)
+            self.measure_step_()
+
+        members["reset_parameters"] = reset_parameters
+    return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), members)
+
+
+def _view_class(cls: Any) -> Any:
+    """The class of objects that share the state of a layer of this class, but for its weight."""
+    if "_view" not in cls.__dict__:
+        members = {
+            "__module__": __name__,
+            "__slots__": ("_quantized_weight",),
+            "weight": property(lambda self: self._quantized_weight),
+        }
+        cls._view = type(cls.__name__, (cls,), members)
+    return cls.__dict__["_view"]
+
+
+def plain_class(layer: nn.Module) -> type:
+    """The class that `quantized_class` was given, whatever other tools mixed in on top."""
+    mro = type(layer).__mro__
+    return mro[mro.index(QuantizedInput) + 1]
+
+
+def _new_layer(plain: type) -> nn.Module:
+    cls = quantized_class(plain)
+    return cast(nn.Module, cls.__new__(cls))
+
+
+def _same_values(new: Tensor | None, old: Tensor | None) -> bool:
+    if new is old or new is None or old is None:
+        return new is old
+    return new.device == old.device and not old.is_meta and torch.equal(new, old)
+
+
+def _describe(quantizer: Quantizer) -> str:
+    """A quantizer in the words that a printed model shows."""
+    surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
+    return (
+        f"{quantizer.grid.name}, {quantizer.scale.kind} scale "
+        f"per {quantizer.granularity}, {surrogate}"
+    )
+
+
+def warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, int]]) -> None:
+    """Say which layers have groups without a step size of their own, of how many, and what then."""
+    layers = []
+    for name, (count, total) in found.items():
+        if count:
+            layers.append(f"{name!r} ({count} of {total} groups)" if total > 1 else f"{name!r}")
+    if not layers:
+        return
+    grid = quantizer.grid.name
+    zero = f"stay zero on the grid {grid}"
+    if quantizer.grid.offset:
+        zero = f'do not stay zero, as {grid} has no level there (levels="integer" has one)'
+    warnings.warn(
+        "no step size can be measured from weights that are zero, or next to nothing beside the "
+        f"layer's others: {', '.join(layers)}. Such groups got the median step size of their "
+        "layer's other groups; layers without others, that of torch's default initialization. "
+        f"Weights of zero {zero}. To leave a layer in float: fogzo.quantize_(model, quantizer, "
+        "filter_fn=lambda module, name: name not in {...})",
+        stacklevel=3,
+    )

@@ -1,4 +1,4 @@
-"""Train low-bit networks with gradients that ask the quantized loss.
+"""Train low-bit networks: quantizers, straight-through rules and FOGZO's measured gradients.
 
 fogzo.quantize_(model, fogzo.lsq(bits=2))
 estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))

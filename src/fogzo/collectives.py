@@ -1,4 +1,4 @@
-"""What ranks exchange, and the shards they hold of a weight. Nothing happens in a single process.
+"""Communication between ranks, and their shards of a weight. It does nothing in a single process.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) leaves each rank some rows of every weight, as the
 local tensor of a DTensor. The functions here pass any other tensor through untouched.
@@ -41,7 +41,8 @@ def mean_over_ranks(losses: Sequence[Tensor], device: torch.device) -> list[floa
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether other ranks hold other parts of this tensor."""
-    # Whoever shards a weight has imported this, and to import it here would cost all others 1 s.
+    # A sharded weight implies that this module is loaded; importing it here would add 1 s to every
+    # start.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -112,11 +113,11 @@ def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
 def sum_over_shards(
     numbers: Sequence[float | Tensor], tensors: Sequence[Tensor]
 ) -> list[float | Tensor]:
-    """Sums over the ranks that share each tensor, in float64 and one all-reduce a mesh.
+    """Sums over the ranks that share each tensor, in float64 and one all-reduce per mesh.
 
     Args:
         numbers: What this rank's part of each tensor contributes, scalars.
-        tensors: One a number. Replicas of the same shard are not summed.
+        tensors: One per number. Replicas of the same shard are not summed.
     """
     sums = list(numbers)
     meshes: dict[tuple[Any, ...], list[int]] = {}
@@ -143,7 +144,7 @@ def compute_device(tensor: Tensor) -> torch.device:
 
 
 def reshard(models: Iterable[nn.Module]) -> None:
-    """Free the gathered weights that FSDP kept from a forward.
+    """Free the gathered weights that FSDP kept from a forward pass.
 
     They are out of date once a shard is edited, and FSDP's outermost module would use them again.
     """
@@ -152,10 +153,10 @@ def reshard(models: Iterable[nn.Module]) -> None:
 
 
 def recover(models: Iterable[nn.Module]) -> None:
-    """Let FSDP forget a forward that ended in an exception, and what it had gathered for it."""
+    """Let FSDP forget a forward pass that an exception ended, and what it had gathered for it."""
     for module in _fsdp_modules(models):
         if hasattr(module, "reset_iter_state"):  # torch 2.6 has no such thing
-            # Only the outermost module may be asked, and only if a forward has begun.
+            # Only the outermost module may be asked, and only if a forward pass has begun.
             with suppress(RuntimeError, AttributeError):
                 module.reset_iter_state()
 

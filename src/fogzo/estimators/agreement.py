@@ -1,8 +1,8 @@
-"""How far a measured agreement can be trusted, and what is made of it.
+"""The standard error of a measured agreement, and how the agreement is shrunk by it.
 
 A probe moves most weights by far less than a step, so few codes change and the loss jumps by
-whole levels. Of a weight that moves by ``eps |v|`` to each side a threshold lies between with
-probability ``p = 2 eps |v| / level``; if one does, the loss changes by ``level * g``. The mean of
+whole levels. A weight that moves by ``eps |v|`` to each side crosses a threshold with probability
+``p = 2 eps |v| / level``; if it does, the loss changes by ``level * g``. The mean of
 that is what the straight-through gradient predicts, its variance is the square of
 
     standard error of lambda = sqrt( sum_j ghat_j^2 |v_j| level / (2 eps) )
@@ -107,7 +107,7 @@ def _flip_size(part: Part) -> float:
 
 
 def _moments(directions: Directions) -> tuple[list[float], list[float]]:
-    """Of each weight the sum of ``|eps * grad|^3``, and the root mean square of u's factor in v."""
+    """Each weight's sum of ``|eps * grad|^3``, and the root mean square of u's factor in v."""
     params = [part.weight.param for part in directions.parts]
     cubes = sum_over_shards([_sum_of_cubes(part) for part in directions.parts], params)
     pairs = zip(directions.parts, directions.sizes, strict=True)

@@ -1,4 +1,4 @@
-"""What every gradient estimator shares: one call between backward and step."""
+"""The part that all gradient estimators share: one call between backward and step."""
 
 import math
 import operator
@@ -174,7 +174,7 @@ class GradientEstimator(ABC):
 
     @contextmanager
     def record_rng(self) -> Iterator[None]:
-        """Wrap the first-order forward, so that the probes replay its dropout masks."""
+        """Wrap the first-order forward pass, so that the probes replay its dropout masks."""
         self._lender.record_rng()
         yield
 
@@ -278,7 +278,7 @@ class GradientEstimator(ABC):
             return flip_rate(directions, plan[0], self.one_sided)
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the same directions."""
+        """The step and the seed, from which a resumed run draws the same directions."""
         return {"step": self.step, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -355,7 +355,7 @@ class GradientEstimator(ABC):
     def _look_after(
         self, fallback: str | None, measured: Measurement, refined: Refined, grad_scale: float
     ) -> None:
-        """Count the step, and warn once per run of what deserves to be known."""
+        """Count the step, and give each warning once per run."""
         if fallback is None and self.needs_gradient:
             self._num_refined += 1
             if math.log10(self._num_refined).is_integer():

@@ -1,4 +1,4 @@
-"""Why a step keeps its first-order gradient, and what an estimator warns of."""
+"""Reasons for a step to keep its first-order gradient, and an estimator's warnings."""
 
 import logging
 import math
@@ -69,7 +69,7 @@ def caution(
     grad_scale: float,
     first: bool,
 ) -> tuple[str, str] | None:
-    """What a step deserves to be said of it, once per run, as (kind, text).
+    """The warning that a step calls for, given once per run, as (kind, text).
 
     Args:
         fallback: Why the gradient was kept, if it was.
@@ -98,7 +98,7 @@ def caution(
 
 
 def _advice(fallback: str) -> str | None:
-    """What to say of a reason to fall back; nothing where another part of the loop will."""
+    """The warning for a reason to fall back; None where another part of the loop warns."""
     remedy = {
         NO_FLIP: (
             "Weights that lie on their levels (a dequantized checkpoint, a pull to the grid) have "
@@ -133,7 +133,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> str | None:
-    """What is probably wrong where an agreement is none that rounding explains.
+    """The probable mistake behind an agreement that rounding does not explain.
 
     Args:
         agreement: As measured.

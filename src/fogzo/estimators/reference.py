@@ -7,7 +7,7 @@ Yang & Aamodt, "First-order-guided zeroth-order gradient descent", arXiv 2510.23
 
 with a fair coin s_i, u_i of independent zero-mean unit-variance entries by the surrogate's
 smoothing law, and eps = alpha * eps_bar for step size alpha. The paper writes one eps. With one
-a weight, all of it takes place in phi = theta / eps, where L(phi) has gradient eps * g; the
+per weight, all of it takes place in phi = theta / eps, where L(phi) has gradient eps * g; the
 result goes back as G_theta = G_phi / eps. With equal eps the two coincide.
 """
 
@@ -35,7 +35,7 @@ def fogzo_gradient(
         eps: Perturbation radii alpha * eps_bar, each broadcastable to its weight.
         q: 1 - beta, kept instead of beta because float32 holds no 1 - 1e-9.
         s: n signs.
-        u: n draws, each a tensor a weight.
+        u: n draws, each one tensor per weight.
     """
     n = len(s)
     g_phi = [e * gt for e, gt in zip(eps, g, strict=True)]

@@ -1,11 +1,11 @@
-"""What one call of `refine_grads_` reports."""
+"""The report of one call of `refine_grads_`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RefineStats:
-    """Plain numbers of one refined step; nothing here costs an extra forward.
+    """Plain numbers of one refined step; nothing here costs an extra forward pass.
 
     Attributes:
         step: Index of the step, from 0.

@@ -1,6 +1,6 @@
 """Activation quantization: the inputs of quantized layers, and how their step sizes are measured.
 
-Estimators never perturb an activation. Its quantizer runs in every forward, probes included.
+Estimators never perturb an activation. Its quantizer runs in every forward pass, probes included.
 """
 
 import inspect
@@ -34,7 +34,7 @@ UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
 
 @dataclass
 class _Tally:
-    """What the inputs seen so far say of a layer's step and of its levels."""
+    """Statistics of the inputs seen so far, from which a layer's step and levels follow."""
 
     count: int = 0
     negative: bool = False
@@ -117,7 +117,7 @@ class QuantizedInput(nn.Module):
         del self._given, self._without_negatives, self._was_measured, self._tally
 
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a forward, the first of them quantized if it is to be."""
+        """The positional arguments of a forward pass, with the first quantized if it is to be."""
         given = self._given
         if given is None:
             return args
@@ -156,7 +156,7 @@ class QuantizedInput(nn.Module):
         return quantized, *args[1:]
 
     def _read_state(self, step: Tensor, buffer: Tensor) -> int | None:
-        """What `input_state` says; None where to read it would cost something or is impossible."""
+        """The value of `input_state`; None where it cannot be read at no cost."""
         if torch.compiler.is_compiling():
             return None if self._was_measured or self._is_measured() else UNMEASURED
         if not (can_be_read(buffer) or (not self._was_measured and has_a_value(buffer))):
@@ -204,7 +204,7 @@ class QuantizedInput(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             raise ValueError(
                 f"the input of this {type(self).__name__} has no step size yet, which only a "
-                "training forward with gradients measures by itself. Measure it first: "
+                "training forward pass with gradients measures by itself. Measure it first: "
                 "with fogzo.calibrate_(model): model(x)"
             )
         if _may_be_distributed():
@@ -261,8 +261,8 @@ class QuantizedInput(nn.Module):
 def calibrate_(model: nn.Module) -> Iterator[None]:
     """Measure the step sizes of activations on what passes through, in any mode.
 
-    ``with fogzo.calibrate_(model): model(x)``. Each step becomes the mean over the forwards inside
-    the block (or over the calls, of a layer that is called several times), and levels become
+    ``with fogzo.calibrate_(model): model(x)``. Each step becomes the mean over the forward
+    passes inside the block (over the calls, if a layer is called several times), and levels become
     unsigned where no input was negative. A measurement overrides earlier and learned steps; steps
     that were given (``fogzo.fixed(2, step=0.1)``) and dynamic scales have nothing to measure.
     Across ranks, do it before DDP or ``fully_shard``, on the same inputs everywhere.
@@ -383,5 +383,5 @@ def _initial(quantizer: Quantizer) -> tuple[float, int]:
 def _may_be_distributed() -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    # FSDP, in one process too, frees the gathered parameter that a forward would write to.
+    # FSDP, in one process too, frees the gathered parameter that a forward pass would write to.
     return dist.get_world_size() > 1 or "torch.distributed.fsdp" in sys.modules

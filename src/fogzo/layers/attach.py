@@ -61,7 +61,7 @@ def quantize_(
         filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
         activations: How the first input of each of these layers is quantized, embeddings apart:
             a preset, or ``activations(module, name)`` that returns one or None. None leaves
-            inputs in float. `fixed` and `lsq` measure their step in the first training forward or
+            inputs in float. `fixed` and `lsq` measure their step in the first training pass or
             by `calibrate_`, and take unsigned levels where no input is negative (after a ReLU);
             ``levels="unsigned"`` decides that beforehand.
 
@@ -86,7 +86,7 @@ def quantize_(
     if quantizer.granularity == "token":
         raise ValueError(
             'weights have no tokens, but the quantizer has granularity="token": use "channel", '
-            'one step an output channel, for example fogzo.lsq(bits=2, granularity="channel")'
+            'one step per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
         )
     reshard([model])
     layers = quantizable_layers(model)

@@ -1,4 +1,4 @@
-"""What only shows while quantized layers train: what bypasses them, and steps nobody trains."""
+"""Mistakes that show only while layers train: bypassed layers and steps that nothing trains."""
 
 import warnings
 from collections.abc import Iterator

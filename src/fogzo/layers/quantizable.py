@@ -40,14 +40,14 @@ _LATENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Parametrization(NamedTuple):
-    """What computes a layer's weight, and how to make it a parameter again."""
+    """A mechanism that computes a layer's weight, and how to make it a parameter again."""
 
     name: str
     way_out: str
 
 
 def parametrization(layer: nn.Module) -> Parametrization | None:
-    """What computes this layer's weight from other tensors; None where it is a parameter."""
+    """The mechanism that computes this layer's weight; None where it is a parameter."""
     if is_parametrized(layer, "weight"):
         parts: Any = layer.parametrizations
         return Parametrization(
@@ -69,7 +69,7 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
     weight = layer.weight
     if isinstance(weight, UninitializedTensorMixin):
         raise ValueError(
-            f"{name!r} is lazy and has no weight yet: run a forward, model(x), before "
+            f"{name!r} is lazy and has no weight yet: run a forward pass, model(x), before "
             "fogzo.quantize_(model, quantizer)"
         )
     how = parametrization(layer)
@@ -134,7 +134,7 @@ def warn_of_own_quantization(layers: Mapping[str, nn.Module]) -> None:
 
 
 def _own_quantization(layer: nn.Module) -> str | None:
-    """What quantizes the layer's weight already."""
+    """The tool that quantizes the layer's weight already."""
     for cls in type(layer).__mro__:
         if f"{cls.__module__}.".startswith(_QUANTIZING_PACKAGES):
             return f"{cls.__module__}.{cls.__name__}"

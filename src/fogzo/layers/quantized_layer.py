@@ -34,11 +34,11 @@ class QuantizedLayer(QuantizedInput):
     output_dim: int
     _name: str  # in the model that `quantize_` was given
     _held_step_size: Tensor | None
-    # Of the weight and its step when that was measured, until the first training forward.
+    # Versions of the weight and its step when that was measured, until the first training pass.
     _versions: tuple[int, int, int] | None = None
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
-    # In which the last forward saw the weight: FSDP gathers it in another. None before the first.
+    # In which the last forward pass saw the weight, as FSDP gathers it in another. None before.
     _forward_dtype: torch.dtype | None = None
 
     @property
@@ -47,7 +47,7 @@ class QuantizedLayer(QuantizedInput):
         return self._forward_dtype is not None
 
     def quantized_weight(self) -> Tensor:
-        """The weight that the forward uses, differentiable by the surrogate."""
+        """The weight that the forward pass uses, differentiable by the surrogate."""
         return self._quantized(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +79,8 @@ class QuantizedLayer(QuantizedInput):
     def step_size(self) -> Tensor:
         """Step sizes in use, broadcastable to the weight.
 
-        Of a layer that FSDP has sharded, all ranks have to ask for them together, as for `codes`:
-        the step sizes are gathered, or the weight that they are measured from.
+        If FSDP has sharded the layer, all ranks have to ask for them together, as for `codes`: the
+        step sizes, or the weight that they are measured from, are gathered.
         """
         return self.quantizer.step_size(*self._gathered(), self.output_dim)
 
@@ -195,7 +195,7 @@ class QuantizedLayer(QuantizedInput):
             raise
 
     def _check_versions(self, measured: tuple[int, int, int]) -> None:
-        """Before the first training forward: warn if the weights are not those that were measured.
+        """Before the first training pass: warn if the weights are not those that were measured.
 
         Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
         """
@@ -213,7 +213,7 @@ class QuantizedLayer(QuantizedInput):
                 warn_of_stale_steps(self._stale)
 
     def _step(self) -> Tensor | None:
-        """Positive step sizes, outside of a forward gathered, if the scale keeps any."""
+        """Positive step sizes, outside of a forward pass gathered, if the scale keeps any."""
         if self._held_step_size is not None:
             return self._held_step_size
         step = self.weight_step
@@ -223,7 +223,7 @@ class QuantizedLayer(QuantizedInput):
         return step if knee is None else positive_step(step, knee)
 
     def _whole_weight(self) -> Tensor:
-        """The weight as a forward sees it, outside of one."""
+        """The weight as a forward pass sees it, outside of one."""
         if not is_sharded(self.weight):
             return self.weight
         weight = full(self.weight)

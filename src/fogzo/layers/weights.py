@@ -31,8 +31,8 @@ class QuantizedWeight:
             the identity unless you say otherwise.
         model: Its model. Known, its buffers and modes come back unchanged from every probe.
         rotate: The orthonormal, self-inverse change of basis in which the weight is rounded, and
-            so the one in which it is perturbed; None perturbs the weight itself. Of a sharded
-            weight it is given this rank's shard.
+            so the one in which it is perturbed; None perturbs the weight itself. It is
+            given this rank's shard of a sharded weight.
         codes: Returns the current integer codes, for counting flips.
         grid: The levels, in steps; None stands for evenly spaced ones, one step apart.
         held: True where an entry must not move, such as the row of an embedding's ``padding_idx``;

@@ -8,7 +8,7 @@ norm N across all weights, and u is noise drawn by each weight's smoothing law.
 What is computed is ``d = v / eps``, which has the gradient's units: the weights move by
 ``eps^2 * d``, and the refined gradient is ``slope * d``.
 
-Of a weight that FSDP has sharded, each rank moves its own rows. It draws the noise of the whole
+If FSDP has sharded a weight, each rank moves its own rows. It draws the noise of the whole
 weight, one weight at a time, so that all ranks take the direction that a single process would.
 """
 
@@ -289,5 +289,5 @@ def _guide_where_measured(part: Part, guide: float) -> Tensor:
     """The guide's factor, but 1 for what takes no part in the measurement."""
     moves = part.moves > 0
     if part.weight.rotate is not None and part.eps.numel() > max(part.eps.shape, default=1):
-        moves = moves.any()  # within a rotated row the parts of a gradient cannot be told apart
+        moves = moves.any()  # rotation mixes the groups of a row
     return torch.where(moves, guide, 1.0)

@@ -27,13 +27,13 @@ def losses(
     found: list[Tensor] = []
     for direction in plan:
         for mirrored in (False, True) if two_sided else (False,):
-            with _moved_in_forwards(lender.models, directions, direction, mirrored):
+            with _moved_while_computing(lender.models, directions, direction, mirrored):
                 found.append(lender.evaluate(closure))
     return found
 
 
 @contextmanager
-def _moved_in_forwards(
+def _moved_while_computing(
     models: Sequence[nn.Module], directions: Directions, direction: Direction, mirrored: bool
 ) -> Iterator[None]:
     """While it lasts, every layer computes with its weight moved, mirrored to the other side.
@@ -42,7 +42,7 @@ def _moved_in_forwards(
         ValueError: If nothing moved, as no layer's forward ran.
     """
     index_of = {id(weight.param): index for index, weight in enumerate(directions.weights)}
-    # The forwards at work, inner ones last, with what they moved and its copies.
+    # Stack of active forward passes: the module, and what it moved with its copies.
     calls: list[tuple[nn.Module, list[tuple[Tensor, Tensor]]]] = []
     moved = False
 

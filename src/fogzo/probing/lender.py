@@ -23,8 +23,8 @@ class Lender:
 
     All of it belongs under `torch.no_grad`, as the weights are edited in place.
 
-    Of weights that FSDP has sharded, each rank edits and copies its shards only. What FSDP
-    gathered from them is freed before every probe and at the end.
+    Each rank edits and copies its own shards of weights that FSDP has sharded. The whole weights
+    that FSDP gathered are freed before every probe and at the end.
 
     Args:
         weights: What may be perturbed.
@@ -52,7 +52,7 @@ class Lender:
         self._numpy_in_use = False
 
     def record_rng(self) -> None:
-        """Remember the random state that the backward's own forward starts from."""
+        """Remember the random state that the backward's own forward pass starts from."""
         self._recorded = self._rng_state()
 
     @contextmanager

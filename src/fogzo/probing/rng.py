@@ -34,7 +34,7 @@ class RngState:
         self._numpy = numpy_state()
 
     def restore(self, numpy: bool = True) -> None:
-        """Put every stream back; NumPy's only if asked, as it costs more than a small forward."""
+        """Put every stream back; NumPy's only if asked, as it costs more than a small network."""
         torch.set_rng_state(self._torch)
         for module, device, state in self._accelerators:
             module.set_rng_state(state, device)
@@ -54,7 +54,7 @@ class RngState:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "RngState":
-        """What `state_dict` was made of, less the accelerators that this machine lacks."""
+        """The streams of a `state_dict`, without accelerators that this machine lacks."""
         made = cls()
         made._torch = torch.tensor(state["torch"], dtype=torch.uint8)
         for name, stream in state["accelerators"]:

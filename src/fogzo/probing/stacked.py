@@ -16,8 +16,8 @@ from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.lender import Closure, Lender
 
-# Of the copies of the weights and their offsets. A CPU gains nothing from more than its caches
-# hold.
+# Bound on the copies of the weights and their offsets: a CPU gains nothing from more than its
+# caches hold.
 _MAX_BYTES = {"cpu": 4 * 2**20}
 _MAX_BYTES_ELSEWHERE = 256 * 2**20
 _REMEDY = 'evaluate="in_place" evaluates the probes one by one, without torch.vmap'

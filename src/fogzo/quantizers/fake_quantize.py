@@ -1,4 +1,4 @@
-"""Fake quantization: the exact staircase forward, the surrogate's slope backward."""
+"""Fake quantization: the exact staircase forward pass, the surrogate's slope backward."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def _fake_quantize_in_forward_mode(arguments: tuple[Any, ...]) -> Tensor:
 def _of_chosen(
     second: Tensor | None, grids: Sequence[Grid], make: Callable[[Grid], Tensor]
 ) -> Tensor:
-    """What `make` makes of the grid in use."""
+    """``make(grid)`` for the grid in use."""
     first = make(grids[0])
     return first if second is None else torch.where(second, make(grids[1]), first)
 

@@ -87,7 +87,7 @@ def abs_max(
     granularity: Granularity = "channel",
     scale_dtype: torch.dtype | None = None,
 ) -> Quantizer:
-    """Integer levels up to the largest magnitude: BitNet's 8-bit activations, one step a token.
+    """Integer levels up to the largest magnitude: BitNet's 8-bit activations, one step per token.
 
     Nothing lies beyond the range, so nothing is masked; a mask at the range would drop the gradient
     of about one maximum in seven, which its own division rounds to beyond the last level.

@@ -32,24 +32,25 @@ logger = logging.getLogger(__name__)
 class Quantizer:
     """How a weight is quantized, or the input of a layer.
 
-    It holds no tensors: the step sizes that a scale keeps between forwards belong to the layer
-    and are passed in, as tensors of shape (groups, 1).
+    It holds no tensors: the step sizes that a scale keeps between forward passes belong to the
+    layer and are passed in, as tensors of shape (groups, 1).
 
     Attributes:
         grid: The levels.
         scale: Where step sizes come from.
         surrogate: The backward rule, by name or as an object.
         rotation: A change of basis along the input, undone after rounding, or None.
-        granularity: ``"tensor"``, ``"channel"`` (one step an output channel) or the number of
+        granularity: ``"tensor"``, ``"channel"`` (one step per output channel) or the number of
             consecutive inputs that share a step. For activations ``"token"``, which is the same
             as ``"channel"`` there: one step for all the features at one position.
-        scale_dtype: Round step sizes to this dtype in the forward (``torch.float16``, say), so
+        scale_dtype: Round step sizes to this dtype in the forward pass (``torch.float16``, say), so
             that what is trained is exactly what a low-bit file can hold.
-        stochastic: In training, add noise of the surrogate's smoothing law before rounding, so that
-            the mean forward is the smooth function whose slope the backward pass takes: for the
-            identity the clipped weight itself, rounded up the more often the nearer. Surrogates
-            without a law take uniform noise as wide as the grid's spacing. Draws from torch's
-            global stream, which FOGZO's probes replay. Codes are those of rounding to nearest.
+        stochastic: In training, add noise of the surrogate's smoothing law before rounding. The
+            mean of the forward pass is then the smooth function whose slope the backward pass
+            takes: for the identity the clipped weight itself, rounded up more often
+            the nearer it is. Surrogates without a law take uniform noise as wide as the grid's
+            spacing. Draws come from torch's global stream, which FOGZO's probes replay. Codes are
+            those of rounding to nearest.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
     >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
@@ -172,7 +173,9 @@ class Quantizer:
                 in place of the grid's, chosen without reading the tensor.
         """
         tokens = self._features_last(x, feature_dim)
-        rows = tokens.reshape(-1, tokens.shape[-1])  # one row a token, as one an output of weights
+        rows = tokens.reshape(
+            -1, tokens.shape[-1]
+        )  # one row per token, as weights have one per output
         grids = self._input_grids if is_unsigned is not None else self._input_grids[:1]
         features = x.shape[feature_dim]
         quantized = self._quantize(rows, step, 0, training, grids, features, is_unsigned)
@@ -188,7 +191,7 @@ class Quantizer:
     def current_step(
         self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0
     ) -> Tensor:
-        """The (groups, 1) step sizes that a forward would use, after any rounding of them.
+        """The (groups, 1) step sizes that a forward pass would use, after any rounding of them.
 
         They carry no history.
         """
@@ -215,7 +218,7 @@ class Quantizer:
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Exactly the weight that the forward used, from its codes and `current_step`.
+        """Exactly the weight that the forward pass used, from its codes and `current_step`.
 
         Args:
             codes: What `codes` returned.

@@ -1,4 +1,4 @@
-"""What may be asked of a tensor: for its value at no cost, and whether a gradient is wanted."""
+"""Whether a tensor's value can be read at no cost, and whether a gradient is wanted."""
 
 import torch
 from torch import Tensor, nn

@@ -22,7 +22,7 @@ class Scale:
     Attributes:
         rule: How `measure` finds a step size.
         kind: ``"fixed"`` measures once and keeps it in a buffer, ``"learned"`` measures once and
-            trains it (LSQ), ``"dynamic"`` measures the current weights at every forward.
+            trains it (LSQ), ``"dynamic"`` measures the current weights at every forward pass.
         value: For fixed scales, the step size itself instead of a rule.
     """
 
@@ -52,14 +52,14 @@ class Scale:
             )
         if self.kind == "dynamic":
             raise ValueError(
-                f"a dynamic scale measures its step size in every forward, but value={self.value!r}"
-                f" was given: fixed_scale({self.value!r})"
+                f"a dynamic scale measures its step size in every forward pass, but "
+                f"value={self.value!r} was given: fixed_scale({self.value!r})"
             )
         object.__setattr__(self, "value", float(self.value))
 
     @property
     def has_state(self) -> bool:
-        """Whether the step sizes are kept between forwards."""
+        """Whether the step sizes are kept between forward passes."""
         return self.kind != "dynamic"
 
     def measure(self, groups: Tensor, grid: Grid) -> Tensor:

@@ -102,7 +102,7 @@ class Triangular(SmoothingLaw):
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         _fill_uniform_(out, 1.0, generator)
-        # Inverse of the cdf on each side of zero: one draw an element instead of two.
+        # Inverse of the cdf on each side of zero: one draw per element instead of two.
         magnitude = out.abs().neg_().add_(1).sqrt_().neg_().add_(1)
         return out.sign_().mul_(magnitude).mul_(math.sqrt(6))
 

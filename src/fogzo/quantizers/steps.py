@@ -12,7 +12,7 @@ _DEAD = 1e-4
 
 
 def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The step size that the forward uses: positive, and rounded to ``dtype`` if one is given.
+    """The step size that the forward pass uses: positive, and rounded to ``dtype`` if one is given.
 
     The gradient passes straight through.
     """

@@ -1,4 +1,4 @@
-"""What tests of the library share: networks, data, quantizers, and a look at what a call borrows."""
+"""What tests of the library share: networks, data, quantizers, and what a call may borrow."""
 
 import itertools
 import math

@@ -1,9 +1,10 @@
-"""One contract for every quantizer, surrogate and estimator, in all combinations."""
+"""One contract for every quantizer, surrogate, estimator and way to evaluate its probes."""
 
 import copy
 import dataclasses
 import math
-from functools import lru_cache
+import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -12,19 +13,10 @@ from torch.nn.functional import mse_loss
 
 import fogzo
 from fogzo.quantizers import SURROGATE_NAMES
+from toolbox import EVERY_PRESET, PRESETS, WAYS, draw, fill, pairwise
 
-# By chance some of these 56 weights' measured slopes are tiny, which is warned about.
+# By chance some of these 64 weights' measured slopes are tiny, which is warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")
-
-PRESETS = {
-    "fixed": lambda **options: fogzo.fixed(2, init="rms", **options),
-    "fixed 4 bits": lambda **options: fogzo.fixed(4, init="rms", **options),
-    "lsq": lambda **options: fogzo.lsq(2, **options),
-    "lsq per group": lambda **options: fogzo.lsq(3, granularity=4, **options),
-    "quest": lambda **options: fogzo.quest(2, **options),
-    "ternary": lambda **options: fogzo.ternary(**options),
-    "sign": lambda **options: fogzo.sign(**options),
-}
 
 # How each is made, how many losses it measures, its n, and its share of noise where it is fixed.
 ESTIMATORS = {
@@ -36,12 +28,6 @@ ESTIMATORS = {
         0.01,
     ),
     "lambda only": (lambda w, **o: fogzo.FogzoEstimator(w, noise_share=0.0, **o), 2, 1, 0.0),
-    "paired": (
-        lambda w, **o: fogzo.FogzoEstimator(w, paired=True, noise_share=0.1, **o),
-        4,
-        1,
-        0.1,
-    ),
     "one-sided": (
         lambda w, **o: fogzo.FogzoEstimator(w, one_sided=True, noise_share=0.01, **o),
         1,
@@ -57,35 +43,24 @@ ESTIMATORS = {
         None,
     ),
 }
-D = 4 * 8 + 6 * 4
-
-
-@lru_cache(maxsize=1)
-def data():
-    stream = torch.Generator().manual_seed(1)
-    x, y = torch.randn(12, 8, generator=stream), torch.randn(12, 3, generator=stream)
-    initial = [0.5 * torch.randn(s, generator=stream) for s in ((4, 8), (4,), (6, 4), (6,), (3, 6))]
-    return x, y, initial
+X, Y = draw(12, 8, seed=1), draw(12, 3, seed=2)
+D = 4 * 8 + 8 * 4
 
 
 def mlp():
     """Two hidden layers and a head, the same at every call and without the global generator."""
     with torch.device("meta"):
-        layers = [nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh()]
-        model = nn.Sequential(*layers, nn.Linear(6, 3, bias=False))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), data()[2], strict=True):
-            p.copy_(value)
-    return model
+        layers = [nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Tanh()]
+        model = nn.Sequential(*layers, nn.Linear(8, 3, bias=False))
+    return fill(model.to_empty(device="cpu"), 0.5)
 
 
-@lru_cache(maxsize=2)
-def prepared(preset, surrogate):
+@cache
+def prepared(preset, surrogate=None):
     """A quantized network after its backward pass, and what is needed to reset it."""
     options = {"surrogate": surrogate} if surrogate else {}
     model = fogzo.quantize_(mlp(), PRESETS[preset](**options))
-    loss = mse_loss(model(data()[0]), data()[1])
+    loss = mse_loss(model(X), Y)
     loss.backward()
     latent = [p.detach().clone() for p in model.parameters()]
     grads = [p.grad.clone() for p in model.parameters()]
@@ -99,22 +74,18 @@ def reset(model, latent, grads):
             p.grad = grad.clone()
 
 
-@pytest.mark.filterwarnings("ignore:no weight rounds differently:RuntimeWarning")
-@pytest.mark.parametrize("surrogate", SURROGATE_NAMES)
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_step_of_every_combination(estimator, preset, surrogate):
+@pairwise(estimator=ESTIMATORS, preset=PRESETS, surrogate=SURROGATE_NAMES, evaluate=WAYS)
+def test_a_step_of_every_combination(estimator, preset, surrogate, evaluate):
     model, weights, loss, latent, grads = prepared(preset, surrogate)
     reset(model, latent, grads)
     make, count, n, share = ESTIMATORS[estimator]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    flips = estimator in ("fogzo", "fogzo n=2", "one-sided", "spsa", "placebo")
-    instance = make(weights, track_flips=flips)
+    instance = make(weights, evaluate=evaluate)
     assert instance.num_weights == D
+    flips = instance.flip_rate()
+    assert flips is None if count == 0 else 0 <= flips <= 1
 
-    stats = instance.refine_grads_(
-        lambda: mse_loss(model(data()[0]), data()[1]), expected_loss=loss
-    )
+    stats = instance.refine_grads_(lambda: mse_loss(model(X), Y), expected_loss=loss)
 
     # What was borrowed is back, and only the quantized weights have other gradients.
     quantized = {id(w.param) for w in weights}
@@ -132,11 +103,12 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
         assert changed or stats.applied_agreement == 1
     else:  # so few weights that in some draws none flips
         assert stats.fallback == "no weight rounds differently between the probes"
+        assert flips == 0 or count > 2
         assert not changed
         return
 
-    check_stats(stats, count, n, share, flips=flips and count > 0)
-    if estimator.startswith("fogzo") or estimator in ("lambda only", "paired", "one-sided"):
+    check_stats(stats, count, n, share)
+    if estimator.startswith("fogzo") or estimator in ("lambda only", "one-sided"):
         assert type(stats.agreement) is type(stats.agreement_error) is float
         assert stats.agreement_error > 0
     else:
@@ -152,7 +124,7 @@ def test_a_step_of_every_combination(estimator, preset, surrogate):
     assert other.state_dict() == instance.state_dict() == {"step": 1, "seed": 0}
 
 
-def check_stats(stats, count, n, share, flips):
+def check_stats(stats, count, n, share):
     assert (type(stats.step), stats.step) == (int, 0)
     assert stats.noise_share == share
     q = stats.noise_share
@@ -161,11 +133,6 @@ def check_stats(stats, count, n, share, flips):
     assert len(stats.probe_losses) == count
     assert all(type(value) is float and math.isfinite(value) for value in stats.probe_losses)
     assert stats.gradient_norm is None or stats.gradient_norm > 0
-    if flips:
-        assert type(stats.flip_rate) is float
-        assert 0 <= stats.flip_rate <= 1
-    else:
-        assert stats.flip_rate is None
     if stats.base_loss is not None:
         gaps = [2 * abs(value - stats.base_loss) for value in stats.probe_losses]
         assert stats.loss_gap == pytest.approx(sum(gaps) / len(gaps))
@@ -179,24 +146,57 @@ def check_stats(stats, count, n, share, flips):
         stats.step = 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_flip_rate_counts_codes_that_differ_between_the_first_two_probes(preset):
-    model, weights, _, latent, grads = prepared(preset, None)
+@EVERY_PRESET
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_the_flip_rate_counts_codes_that_differ_between_the_sides_of_the_first_probe(
+    preset, one_sided
+):
+    model, weights, loss, latent, grads = prepared(preset)
     reset(model, latent, grads)
-    seen = []
+    seen = [[w.codes().clone() for w in weights]] if one_sided else []
 
     def closure():
         seen.append([w.codes().clone() for w in weights])
-        return mse_loss(model(data()[0]), data()[1])
+        return mse_loss(model(X), Y)
 
-    estimator = fogzo.FogzoEstimator(weights, num_samples=2, noise_share=0.5, track_flips=True)
-    stats = estimator.refine_grads_(closure)
+    estimator = fogzo.FogzoEstimator(
+        weights, num_samples=2, noise_share=0.9, noise_shape="isotropic", one_sided=one_sided
+    )
+    rate = estimator.flip_rate()
+    assert rate == estimator.flip_rate()
+    estimator.refine_grads_(closure, expected_loss=loss if one_sided else None)
+    if one_sided:
+        del seen[1]  # of the audit
     flipped = sum(int((a != b).sum()) for a, b in zip(seen[0], seen[1], strict=True))
     assert flipped > 0
-    assert stats.flip_rate == pytest.approx(flipped / D)
+    assert rate == pytest.approx(flipped / D)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def test_where_nothing_is_measured_no_flips_are_counted():
+    model, weights, _, latent, grads = prepared("lsq")
+    reset(model, latent, grads)
+    assert fogzo.PlaceboEstimator(weights).flip_rate() is None
+    assert fogzo.FogzoEstimator(weights, noise_share=lambda step: None).flip_rate() is None
+    for weight in weights:
+        weight.param.grad.zero_()
+    assert fogzo.FogzoEstimator(weights).flip_rate() is None
+    reset(model, latent, grads)
+    weights[0].param.grad.fill_(math.nan)
+    assert fogzo.FogzoEstimator(weights).flip_rate() is None
+
+
+def test_flips_are_those_of_the_step_that_follows():
+    model, weights, _, latent, grads = prepared("lsq")
+    estimator = fogzo.FogzoEstimator(weights, noise_share=0.5)
+    rates = []
+    for _ in range(4):
+        reset(model, latent, grads)
+        rates.append(estimator.flip_rate())
+        estimator.refine_grads_(lambda: mse_loss(model(X), Y))
+    assert len(set(rates)) > 1
+
+
+@EVERY_PRESET
 def test_a_resumed_run_continues_bit_for_bit(preset):
     # A checkpoint of model, optimizer and estimator is all that a run is.
     def start():
@@ -207,8 +207,8 @@ def test_a_resumed_run_continues_bit_for_bit(preset):
     def train(model, optimizer, estimator):
         for _ in range(3):
             optimizer.zero_grad()
-            mse_loss(model(data()[0]), data()[1]).backward()
-            estimator.refine_grads_(lambda: mse_loss(model(data()[0]), data()[1]))
+            mse_loss(model(X), Y).backward()
+            estimator.refine_grads_(lambda: mse_loss(model(X), Y))
             optimizer.step()
 
     first = start()
@@ -221,6 +221,28 @@ def test_a_resumed_run_continues_bit_for_bit(preset):
     train(*second)
     for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pairwise(
+    cls=[
+        fogzo.FogzoEstimator,
+        fogzo.PlaceboEstimator,
+        fogzo.ControlVariateEstimator,
+        fogzo.SpsaEstimator,
+    ],
+    preset=["fixed", "lsq", "quest"],
+    evaluate=WAYS,
+)
+def test_an_estimator_can_be_sent_to_another_process_with_its_model(cls, preset, evaluate):
+    model = fogzo.quantize_(mlp(), PRESETS[preset]())
+    estimator = cls(fogzo.quantized_weights(model), seed=4, evaluate=evaluate)
+    copies = pickle.loads(pickle.dumps((model, estimator)))
+    grads = []
+    for m, e in ((model, estimator), copies):
+        mse_loss(m(X), Y).backward()
+        e.refine_grads_(lambda m=m: mse_loss(m(X), Y))
+        grads.append([p.grad for p in m.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 # Somebody else's fake quantization
@@ -266,8 +288,7 @@ def as_functions(model):
     return [(f"{i}.weight", model[i].weight, lambda i=i: model[i].step) for i in (0, 2)]
 
 
-@pytest.mark.parametrize("listed", [as_numbers, as_tensors, as_functions])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pairwise(listed=[as_numbers, as_tensors, as_functions], estimator=ESTIMATORS)
 def test_hand_written_fake_quantization_gives_what_an_attached_quantizer_gives(estimator, listed):
     results = []
     for model, weights_of in (
@@ -276,10 +297,10 @@ def test_hand_written_fake_quantization_gives_what_an_attached_quantizer_gives(e
     ):
         weights = weights_of(model)
         instance = ESTIMATORS[estimator][0](weights)
-        loss = mse_loss(model(data()[0]), data()[1])
+        loss = mse_loss(model(X), Y)
         loss.backward()
         stats = instance.refine_grads_(
-            lambda model=model: mse_loss(model(data()[0]), data()[1]), expected_loss=loss
+            lambda model=model: mse_loss(model(X), Y), expected_loss=loss
         )
         results.append((stats, [p.grad for p in model.parameters()]))
     (stats, grads), (expected_stats, expected) = results

@@ -10,19 +10,10 @@ from torch import nn
 import fogzo
 from fogzo.estimators.reference import fogzo_gradient
 from fogzo.quantizers import SURROGATE_NAMES, resolve_surrogate, uniform
+from toolbox import PRESETS, WAYS, everything, fill, pairwise
 
 # The gradients written by hand here often hardly agree with the loss, which deserves a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")
-
-PRESETS = {
-    "fixed": lambda: fogzo.fixed(2),
-    "fixed 4 bits per channel": lambda: fogzo.fixed(4, granularity="channel"),
-    "lsq": lambda: fogzo.lsq(2),
-    "lsq per group": lambda: fogzo.lsq(3, granularity=2),
-    "quest": lambda: fogzo.quest(2, block=4),
-    "ternary": lambda: fogzo.ternary(),
-    "sign": lambda: fogzo.sign(),
-}
 
 
 def generator(seed=0):
@@ -50,10 +41,9 @@ def spying(cls):
 
     class Spy(cls):
         def plan(self, noise_share, directions):
-            samples = range(self.num_samples)
+            samples, weights = range(self.num_samples), range(len(directions.weights))
             self.signs = [directions.sign(i) for i in samples]
-            self.draws = [[u.clone() for u in directions.noise(i)] for i in samples]
-            self.redrawn = [[u.clone() for u in directions.noise(i)] for i in samples]
+            self.draws = [[directions.noise(i, k).clone() for k in weights] for i in samples]
             return super().plan(noise_share, directions)
 
     return Spy
@@ -171,8 +161,7 @@ def test_a_hand_written_step_may_be_a_number():
 # T2: a linear loss, where mean and variance are exact
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.8])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("n", "share"), [(1, 0.02), (3, 0.3), (1, 0.8)])
 def test_on_a_linear_loss_mean_and_variance_are_as_derived(n, share):
     toy = LinearToy()
     beta, kurtosis = 1 - share, toy.surrogate.perturbation.kurtosis
@@ -185,8 +174,7 @@ def test_on_a_linear_loss_mean_and_variance_are_as_derived(n, share):
     assert_moments(toy.sample(estimator, 800), mean, variance)
 
 
-@pytest.mark.parametrize("surrogate", ["identity", "tanh", "erf"])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("n", "surrogate"), [(1, "identity"), (3, "tanh"), (1, "erf")])
 def test_spsa_is_unbiased_with_the_derived_variance(n, surrogate):
     surrogate = resolve_surrogate(surrogate, uniform(2))
     toy = LinearToy(seed=1, surrogate=surrogate)
@@ -195,8 +183,7 @@ def test_spsa_is_unbiased_with_the_derived_variance(n, surrogate):
     assert_moments(toy.sample(estimator, 800), toy.D, variance)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("n", "share"), [(1, 0.05), (3, 0.5)])
 def test_the_control_variate_has_the_derived_mean_and_variance(n, share):
     toy = LinearToy(seed=2)
     gap = toy.D - toy.g_phi
@@ -237,13 +224,10 @@ def test_the_guide_alone_has_no_variance():
 # T3: reparametrising a tensor
 
 
-def rescaled_gradients(preset, power, coordinates, n=2):
+def rescaled_gradients(preset, power, n=2):
     """Gradients of both layers after the first one's weights and steps became 2^power larger."""
-    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator(i)))
-    fogzo.quantize_(model, preset(), filter_fn=lambda module, name: True)
+    model = fill(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)))
+    fogzo.quantize_(model, PRESETS[preset](), everything)
     factor = 2.0**power
     with torch.no_grad():
         model[0].weight.mul_(factor)
@@ -258,7 +242,7 @@ def rescaled_gradients(preset, power, coordinates, n=2):
         return (model(x) - y).square().mean()
 
     weights = fogzo.quantized_weights(model)
-    estimator = Paper(weights, num_samples=n, noise_share=0.1, coordinates=coordinates)
+    estimator = Paper(weights, num_samples=n, noise_share=0.1)
     loss_of().backward()
     estimator.refine_grads_(loss_of)
     return [w.param.grad for w in weights]
@@ -267,39 +251,10 @@ def rescaled_gradients(preset, power, coordinates, n=2):
 @pytest.mark.parametrize("power", [-3, 5])
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p != "quest"])  # quest adds 1e-8
 def test_a_rescaled_weight_gets_the_inversely_scaled_gradient_bit_for_bit(preset, power):
-    plain = rescaled_gradients(PRESETS[preset], 0, "scaled")
-    first, second = rescaled_gradients(PRESETS[preset], power, "scaled")
+    plain = rescaled_gradients(preset, 0)
+    first, second = rescaled_gradients(preset, power)
     assert torch.equal(first * 2.0**power, plain[0])
     assert torch.equal(second, plain[1])
-
-
-def test_global_coordinates_are_not_invariant_to_the_scale_of_one_tensor():
-    plain = rescaled_gradients(PRESETS["fixed"], 0, "global")
-    first, _ = rescaled_gradients(PRESETS["fixed"], 5, "global")
-    assert not torch.allclose(first * 2.0**5, plain[0], rtol=0.1)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_global_coordinates_equal_scaled_ones_where_all_steps_are_equal(share):
-    refined = {}
-    for coordinates in ("scaled", "global"):
-        toy = Toy(smooth_loss, steps=[torch.full((2, 1), 0.3).double(), torch.tensor(0.3).double()])
-        estimator = Paper(toy.weights, noise_share=share, num_samples=2, coordinates=coordinates)
-        refined[coordinates], _ = toy.refine(estimator)
-    torch.testing.assert_close(refined["scaled"], refined["global"], rtol=1e-10, atol=1e-14)
-
-
-def test_global_coordinates_are_the_literal_formula_with_the_mean_eps():
-    toy = Toy(smooth_loss)
-    estimator = spying(Paper)(toy.weights, noise_share=0.2, num_samples=2, coordinates="global")
-    toy.refine(estimator)
-    every_eps = [e.expand(p.shape) for e, p in zip(toy.eps, toy.params, strict=True)]
-    mean = torch.cat([e.flatten() for e in every_eps]).mean()
-    expected = fogzo_gradient(
-        smooth_loss, toy.params, toy.g, [mean, mean], 0.2, estimator.signs, estimator.draws
-    )
-    for p, e in zip(toy.params, expected, strict=True):
-        torch.testing.assert_close(p.grad, e.detach(), rtol=1e-9, atol=1e-12)
 
 
 # T4: the fast path against the one-page reference
@@ -307,11 +262,8 @@ def test_global_coordinates_are_the_literal_formula_with_the_mean_eps():
 
 def quantized_model(quantizer, seed=0):
     """A small double-precision network, all layers quantized, and its loss."""
-    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(0.3 * randn(*p.shape, seed=seed + i))
-    fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    fogzo.quantize_(fill(model, seed=seed), quantizer, everything)
     x, y = randn(32, 8, seed=seed + 9), randn(32, 4, seed=seed + 10)
     return model, lambda: (model(x) - y).square().mean()
 
@@ -328,7 +280,7 @@ def reference_gradient(weights, loss_of, q, signs, draws):
         return loss_of()
 
     with torch.no_grad():
-        contexts = [w.frozen_step() for w in weights]
+        contexts = [w.hold_step_size() for w in weights]
         for context in contexts:
             context.__enter__()
         try:
@@ -343,16 +295,14 @@ def reference_gradient(weights, loss_of, q, signs, draws):
                 w.param.copy_(t)
 
 
-def assert_equals_reference(model, loss_of, n, q):
+def assert_equals_reference(model, loss_of, n, q, **options):
     weights = fogzo.quantized_weights(model)
-    estimator = spying(Paper)(weights, num_samples=n, noise_share=q, seed=3)
+    estimator = spying(Paper)(weights, num_samples=n, noise_share=q, seed=3, **options)
     loss_of().backward()
     before = [w.param.detach().clone() for w in weights]
     given = [w.param.grad.clone() for w in weights]
     estimator.refine_grads_(loss_of)
     assert all(torch.equal(w.param, b) for w, b in zip(weights, before, strict=True))
-    for first, second in zip(estimator.draws, estimator.redrawn, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     fast = torch.cat([w.param.grad.flatten().clone() for w in weights])
     for w, g in zip(weights, given, strict=True):
         w.param.grad = g
@@ -362,10 +312,9 @@ def assert_equals_reference(model, loss_of, n, q):
     assert (fast - slow).norm() < 1e-10 * slow.norm()
 
 
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_fast_path_equals_the_reference_and_leaves_the_weights_alone(preset, n):
-    assert_equals_reference(*quantized_model(PRESETS[preset]()), n, 0.05)
+@pairwise(preset=PRESETS, n=[1, 3], evaluate=WAYS)
+def test_the_fast_path_equals_the_reference_and_leaves_the_weights_alone(preset, n, evaluate):
+    assert_equals_reference(*quantized_model(PRESETS[preset]()), n, 0.05, evaluate=evaluate)
 
 
 @pytest.mark.parametrize("q", [0.0, 1e-9, 0.9])
@@ -459,48 +408,20 @@ def test_the_measured_slope_of_a_rounded_linear_loss_scatters_by_its_flips():
     assert agreements.std().item() == pytest.approx(spread, rel=5 / math.sqrt(2 * trials))
 
 
-# T9: pairing
-
-
-def paired_ratio(toy, share, count=600):
-    """Variance of one pair over that of two independent samples, four forwards each: seen, due."""
-    paired = Paper(toy.weights, paired=True, noise_share=share)
-    independent = Paper(toy.weights, num_samples=2, noise_share=share)
-    samples = toy.sample(paired, count)
-    mean = (1 - share) * toy.c * toy.ghat + share * toy.D
-    D2 = toy.D @ toy.D
-    own = share**2 * (toy.d + toy.surrogate.perturbation.kurtosis - 2) * D2
-    assert_moments(samples, mean, own)
-    cross = (1 - share) * share * ((toy.d + 2) * toy.c**2 + D2)
-    seen = samples.var(0).sum() / toy.sample(independent, count).var(0).sum()
-    return seen.item(), (2 * own / (cross + own)).item()
-
-
-def test_pairing_cancels_the_cross_noise_in_proportion_to_the_share():
-    toy = LinearToy()
-    (small, due_small), (large, due_large) = paired_ratio(toy, 0.01), paired_ratio(toy, 0.04)
-    assert small == pytest.approx(due_small, rel=0.25)
-    assert large == pytest.approx(due_large, rel=0.25)
-    assert due_large / due_small == pytest.approx(4, rel=0.15)
-    assert large / small == pytest.approx(4, rel=0.4)
-
-
 # Cheaper probes
 
 
-@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_one_sided_differences_equal_the_formula_in_the_weights_own_units(n, paired):
+def test_one_sided_differences_equal_the_formula_in_the_weights_own_units(n):
     model, loss_of = quantized_model(fogzo.lsq(2))
     weights = fogzo.quantized_weights(model)
-    make = spying(Paper)
-    estimator = make(weights, num_samples=n, noise_share=0.05, one_sided=True, paired=paired)
+    estimator = spying(Paper)(weights, num_samples=n, noise_share=0.05, one_sided=True)
     base = loss_of()
     base.backward()
     given = [w.param.grad.clone() for w in weights]
     stats = estimator.refine_grads_(loss_of, expected_loss=base)
     fast = torch.cat([w.param.grad.flatten() for w in weights])
-    assert len(stats.probe_losses) == n * (1 + paired)
+    assert len(stats.probe_losses) == n
     assert stats.base_loss == base.item()
 
     for w, g in zip(weights, given, strict=True):
@@ -514,11 +435,7 @@ def test_one_sided_differences_equal_the_formula_in_the_weights_own_units(n, pai
         plus.append(loss_of())
         return plus[0]
 
-    signs, draws = estimator.signs, estimator.draws
-    if paired:
-        signs = [sign for s in signs for sign in (s, -s)]
-        draws = [u for u in draws for _ in range(2)]
-    slow = reference_gradient(weights, mirrored, 0.05, signs, draws)
+    slow = reference_gradient(weights, mirrored, 0.05, estimator.signs, estimator.draws)
     slow = torch.cat([G.flatten() for G in slow])
     assert (fast - slow).norm() < 1e-10 * slow.norm()
 
@@ -587,16 +504,6 @@ def test_a_base_loss_that_is_not_finite_keeps_the_gradient():
     assert all(torch.equal(w.param.grad, g) for w, g in zip(weights, given, strict=True))
 
 
-def test_probing_every_third_step_leaves_the_others_alone():
-    toy = Toy(smooth_loss)
-    schedule = fogzo.every(3, 0.1)
-    estimator = Paper(toy.weights, noise_share=schedule)
-    shares = [toy.refine(estimator)[1].noise_share for _ in range(7)]
-    assert shares == [0.1, None, None, 0.1, None, None, 0.1]
-    with pytest.raises(ValueError, match="interval=4"):
-        fogzo.every(0, 0.1)
-
-
 # The placebo
 
 
@@ -621,59 +528,6 @@ def test_the_placebo_needs_no_closure_at_all():
     for p, g in zip(toy.params, toy.g, strict=True):
         p.grad = g.clone()
     assert IsotropicPlacebo(toy.weights).refine_grads_().fallback is None
-
-
-# How much noise, and when
-
-
-def test_the_default_share_gives_noise_a_thousandth_of_the_signals_power():
-    toy = Toy(smooth_loss)
-    for n in (1, 4):
-        estimator = Paper(toy.weights, num_samples=n)
-        _, stats = toy.refine(estimator)
-        d = estimator.num_weights
-        assert d == 14
-        assert stats.noise_share == pytest.approx(1e-3 * n / (d + 1e-3 * n), rel=1e-12)
-        assert stats.kappa == pytest.approx(1e-3, rel=1e-12)
-
-
-@pytest.mark.parametrize(("num_weights", "kappa"), [(7940, 1.0), (5_000_000, None)])
-def test_the_schedule_ends_at_the_share_of_its_kappa(num_weights, kappa):
-    for n in (1, 10):
-        share = fogzo.linear_noise_share(
-            kappa=kappa, num_weights=num_weights, total_steps=10, num_samples=n
-        )
-        kappa = 1e-3 if kappa is None else kappa
-        assert share(10) == pytest.approx(kappa * n / (num_weights + kappa * n), rel=1e-12)
-        q = share(10)
-        assert q * num_weights / (n * (1 - q)) == pytest.approx(kappa, rel=1e-12)
-
-
-def test_the_schedule_rises_linearly_from_no_noise_at_all():
-    share = fogzo.linear_noise_share(num_weights=900, total_steps=8, kappa=100.0)
-    assert share(0) == 0.0
-    assert [share(t) / share(8) for t in range(9)] == pytest.approx([t / 8 for t in range(9)])
-    assert share(8) == pytest.approx(0.1)
-    assert share(1000) == share(8)
-
-
-def test_before_the_start_the_gradient_is_left_alone_and_then_beta_is_one():
-    toy = Toy(smooth_loss)
-    schedule = fogzo.linear_noise_share(total_steps=10, start=0.3, kappa=1.0)
-    estimator = Paper(toy.weights, noise_share=schedule)
-    for step in range(3):
-        for p, g in zip(toy.params, toy.g, strict=True):
-            p.grad = g.clone()
-        stats = estimator.refine_grads_(lambda: pytest.fail("a loss was measured too early"))
-        assert (stats.step, stats.noise_share, stats.kappa) == (step, None, None)
-        assert stats.probe_losses == ()
-        assert stats.fallback is None
-        assert all(torch.equal(p.grad, g) for p, g in zip(toy.params, toy.g, strict=True))
-    refined, stats = toy.refine(estimator)
-    assert (stats.step, stats.noise_share, stats.kappa) == (3, 0.0, 0.0)
-    torch.testing.assert_close(refined, stats.agreement * toy.g_phi, rtol=1e-12, atol=0)
-    _, stats = toy.refine(estimator)
-    assert stats.noise_share == pytest.approx(1 / 15 / 7)
 
 
 # Draws

@@ -129,7 +129,8 @@ def test_less_than_one_sample_is_refused(cls, count):
 @pytest.mark.parametrize(
     ("option", "shows"),
     [
-        ({"coordinates": "local"}, 'coordinates="scaled"'),
+        ({"evaluate": "together"}, 'evaluate="in_place"'),
+        ({"agreement": "exact"}, 'agreement="shrunk"'),
         ({"noise_shape": "round"}, 'noise_shape="isotropic"'),
     ],
 )
@@ -139,7 +140,55 @@ def test_an_unknown_option_is_refused_with_those_that_exist(option, shows):
         fogzo.FogzoEstimator(setup.weights, **option)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"one_sided": 1},
+        {"agreement": "exact"},
+        {"agreement": True},
+        {"noise_shape": ["isotropic"]},
+        {"seed": None},
+        {"seed": 1.5},
+        {"seed": True},
+        {"seed": "0"},
+        {"num_samples": 2.0},
+        {"num_samples": None},
+        {"noise_share": "0.1"},
+        {"noise_share": True},
+        {"noise_share": float("nan")},
+        {"noise_share": [0.1]},
+        {"model": "model"},
+        {"model": nn.Linear},
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused_by_the_constructor(options):
+    weights = Setup().weights
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fogzo.FogzoEstimator(weights, **options)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), -1, 2**70])
+def test_any_integer_is_a_seed(seed):
+    setup = Setup(seed=seed)
+    setup.estimator.refine_grads_(setup.loss_of)
+    assert type(setup.estimator.state_dict()["seed"]) is int
+
+
 # The weights
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1, float("nan"), float("inf"), "0.1", None, object()])
+def test_step_sizes_that_are_none_are_refused(step):
+    layer = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="step size of 'w'"):
+        fogzo.FogzoEstimator([("w", layer.weight, step)])
+
+
+@pytest.mark.parametrize("weights", [None, 3, nn.Linear(2, 2), "weights", [1], [("w", 0.1)]])
+def test_what_is_no_list_of_weights_is_refused(weights):
+    with pytest.raises(ValueError, match="quantized_weights"):
+        fogzo.FogzoEstimator(weights)
 
 
 def test_an_empty_list_is_refused():
@@ -200,12 +249,6 @@ def test_what_is_no_parameter_is_refused(weight):
 def test_what_is_no_record_is_refused(entry):
     with refused('triples ("name", parameter, step_size)'):
         fogzo.FogzoEstimator([entry])
-
-
-def test_flips_cannot_be_counted_without_codes():
-    weight = nn.Parameter(torch.ones(2))
-    with refused("QuantizedWeight(..., codes=lambda: ...)"):
-        fogzo.FogzoEstimator([("w", weight, 0.5)], track_flips=True)
 
 
 # The call
@@ -381,6 +424,37 @@ def test_a_misspelt_argument_is_not_swallowed():
     setup = Setup()
     with pytest.raises(TypeError):
         fogzo.FogzoEstimator(setup.weights, noise=0.1)
+
+
+# One refinement per backward pass
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("cls", [fogzo.FogzoEstimator, fogzo.PlaceboEstimator])
+def test_gradients_are_refined_once(cls, same):
+    setup = Setup(backward=False)
+    model, weights = setup.model, setup.weights
+    first = cls(weights)
+    second = first if same else fogzo.FogzoEstimator(weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # and a second step is fine
+        optimizer.zero_grad(set_to_none=False)
+        setup.loss_of().backward()
+        first.refine_grads_(setup.loss_of)
+        grads = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match=r"refined already.*once per step"):
+            second.refine_grads_(setup.loss_of)
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            assert torch.equal(p.grad, grad)
+        optimizer.step()
+
+
+def test_parameters_that_were_replaced_are_noticed():
+    setup = Setup(backward=False)
+    setup.model[0]._parameters["weight"] = copy.deepcopy(setup.model[0].weight)
+    setup.loss_of().backward()
+    with refused("'0.weight' is no parameter of its model any more"):
+        setup.estimator.refine_grads_(setup.loss_of)
 
 
 # Checkpoints

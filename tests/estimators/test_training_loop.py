@@ -5,20 +5,20 @@ import math
 
 import pytest
 import torch
-from toolbox import (
-    EVERY_PRESET,
-    Net,
-    Snapshot,
-    backward,
-    batch,
-    assert_bits_equal,
-    quantized_net,
-    streams_put_back,
-)
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
+from toolbox import (
+    EVERY_PRESET,
+    Net,
+    Snapshot,
+    assert_bits_equal,
+    backward,
+    batch,
+    quantized_net,
+    streams_put_back,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_accumulated_micro_batches_equal_one_large_batch():
     windows = [(x[i : i + 6], y[i : i + 6]) for i in range(0, 24, 6)]
     gradients = []
     for micro_batches in ([(x, y)], windows):
-        model = quantized_net("lsq", dropout=0.0, norm=nn.LayerNorm, dtype=torch.float64)
+        model = quantized_net("lsq", dropout=0.0, norm=nn.LayerNorm).double()
         estimator = fogzo.FogzoEstimator(
             fogzo.quantized_weights(model), num_samples=2, noise_share=0.1
         )

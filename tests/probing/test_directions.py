@@ -1,14 +1,13 @@
 """The noise of a direction: in weights and gradients alike, kept or drawn twice."""
 
-import pytest
 import torch
-from toolbox import PRESETS, draw, everything, fill, pairwise, quantized_net
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
 from fogzo.probing import directions
 from fogzo.probing.directions import Direction, Directions
+from toolbox import PRESETS, draw, everything, fill, pairwise, quantized_net
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

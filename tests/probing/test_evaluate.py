@@ -4,6 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import fogzo
+from fogzo.estimators.reference import fogzo_gradient
 from toolbox import (
     PRESETS,
     WAYS,
@@ -13,11 +18,6 @@ from toolbox import (
     pairwise,
     streams_put_back,
 )
-from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
-
-import fogzo
-from fogzo.estimators.reference import fogzo_gradient
 
 # By chance some of these small networks' measured slopes are tiny, which is warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")

@@ -6,6 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import fogzo
 from toolbox import (
     EVERY_WAY,
     WAYS,
@@ -20,10 +24,6 @@ from toolbox import (
     quantized_net,
     streams_put_back,
 )
-from torch import nn
-from torch.nn.functional import mse_loss
-
-import fogzo
 
 # By chance some of these small networks' measured slopes are tiny, which is warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toolbox import Snapshot, batch, quantized_net, streams_put_back
 from torch.nn.functional import mse_loss
 
 import fogzo
+from toolbox import Snapshot, batch, quantized_net, streams_put_back
 
 
 @pytest.fixture(autouse=True)

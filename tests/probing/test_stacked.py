@@ -6,6 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import fogzo
+from fogzo.probing.stacked import chunk_size
 from toolbox import (
     Net,
     Snapshot,
@@ -16,11 +21,6 @@ from toolbox import (
     quantized_net,
     streams_put_back,
 )
-from torch import nn
-from torch.nn.functional import mse_loss
-
-import fogzo
-from fogzo.probing.stacked import chunk_size
 
 # By chance some of these small networks' measured slopes are tiny, which is warned about.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")

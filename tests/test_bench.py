@@ -18,8 +18,8 @@ from fogzo_lab.bench import mezo
 from fogzo_lab.bench.cases import NotHereError, reason
 from fogzo_lab.bench.comparing import compare
 from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig, Limits
-from fogzo_lab.bench.memory import peak_bytes
 from fogzo_lab.bench.networks import mlp
+from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.peers import LAYERS, Chain
 from fogzo_lab.bench.plot import plot
 from fogzo_lab.bench.ranks import RankSettings, time_on_ranks
@@ -216,10 +216,9 @@ def test_lean_probes_hold_less_than_the_copy_of_all_weights(results):
         facts = case["facts"]
         # The error of an agreement may look at a sample of 4096 weights, at a few numbers of each.
         sample = 8 * 4 * 4096 / facts["weight_bytes"]
-        assert 1 <= facts["redrawn_copies"] < 1.5 + sample
-        # The noise of so few weights is kept, two bytes of it a weight of four.
-        assert facts["redrawn_copies"] + 0.4 < facts["default_copies"] < 2 + sample
-        assert facts["lean_copies"] < facts["redrawn_copies"]
+        # A copy of the weights and, of so few, their noise.
+        assert 2 <= facts["default_copies"] < 3 + sample
+        assert facts["lean_copies"] + 0.9 < facts["default_copies"]
         assert case["facts"]["ste_peak_bytes"] > case["facts"]["weight_bytes"]
 
 

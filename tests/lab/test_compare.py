@@ -30,6 +30,26 @@ def small(folder, **changes):
     return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
 
 
+class InThisProcess:
+    """A pool without processes, each of which would take seconds to import torch."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def results(self, calls):
+        for call in calls:
+            yield call.function(*call.arguments)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Compare without worker processes, which `comparison` and test_compare_signals.py have."""
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """One small comparison, in real worker processes."""
@@ -259,8 +279,7 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
         with pytest.raises(ValueError, match="--mix-versions") as error:
             refused(config)
         assert "--output-dir" in str(error.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
     before = sorted((tmp_path / "runs").iterdir())
     mixed = compare(replace(config, mix_versions=True))
     assert sorted((tmp_path / "runs").iterdir()) == before
@@ -321,12 +340,12 @@ def test_a_comparison_that_cannot_work_is_refused(changes, message):
 
 
 def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    times = {"fogzo": 1.0, "fogzo-paired": 3.0}
+    times = {"fogzo": 1.0, "fogzo-one-sided": 3.0}
     monkeypatch.setattr(module, "_seconds", lambda *_, **__: times)
     config = CompareConfig(
         base=digits(tmp_path, max_steps=2), rows=tuple(times), num_seeds=1, workers=1
     )
-    with pytest.raises(ValueError, match=r"fogzo-paired: --max-steps 3, or --no-equal-time"):
+    with pytest.raises(ValueError, match=r"fogzo-one-sided: --max-steps 3, or --no-equal-time"):
         compare(config)
     assert not (tmp_path / "runs").exists()
 

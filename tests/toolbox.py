@@ -2,14 +2,19 @@
 
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 import fogzo
@@ -29,10 +34,20 @@ PRESETS: dict[str, Callable[..., Quantizer]] = {
     "sign": lambda **options: fogzo.sign(**options),
     "abs_max": lambda **options: fogzo.abs_max(4, **options),
 }
+ESTIMATORS: dict[str, Callable[..., fogzo.GradientEstimator]] = {
+    "fogzo": lambda w, **options: fogzo.FogzoEstimator(w, noise_share=0.1, **options),
+    "isotropic": lambda w, **options: fogzo.FogzoEstimator(
+        w, noise_share=0.1, noise_shape="isotropic", **options
+    ),
+    "lambda only": lambda w, **options: fogzo.FogzoEstimator(w, noise_share=0.0, **options),
+    "one-sided": lambda w, **options: fogzo.FogzoEstimator(
+        w, noise_share=0.1, one_sided=True, **options
+    ),
+    "placebo": lambda w, **options: fogzo.PlaceboEstimator(w, noise_share=0.1, **options),
+    "spsa": fogzo.SpsaEstimator,
+    "control variate": fogzo.ControlVariateEstimator,
+}
 WAYS: tuple[Evaluate, ...] = get_args(Evaluate)
-
-EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)
-EVERY_WAY = pytest.mark.parametrize("evaluate", WAYS)
 
 
 # Cases
@@ -60,6 +75,11 @@ def pairwise(**choices: Collection[Any]) -> pytest.MarkDecorator:
         missing -= pairs[best]
         chosen.append(cases[best])
     return pytest.mark.parametrize(list(choices), chosen, ids=lambda value: str(value)[:40])
+
+
+EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)
+EVERY_QUANTIZER = every("quantizer", {name: make() for name, make in PRESETS.items()})
+EVERY_WAY = pytest.mark.parametrize("evaluate", WAYS)
 
 
 # Networks and data
@@ -127,6 +147,49 @@ def in_chunks_of(
     params = [weight.param for weight in weights]
     size = sum(p.numel() * (p.itemsize + max(p.itemsize, 4)) for p in params)
     monkeypatch.setitem(stacked._MAX_BYTES, "cpu", count * size)
+
+
+def run_ranks(program: str, folder: Path, count: int = 2, timeout: float = 180) -> list[Any]:
+    """Run a file in processes that form a process group, and load what each of them saved.
+
+    Args:
+        program: The file, run as ``python FILE RANK FOLDER``, which saves ``FOLDER/RANK.pt``.
+        folder: An empty folder.
+        count: How many processes.
+        timeout: Seconds that each may take.
+    """
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@contextmanager
+def joined(rank: int, folder: Path, count: int = 2) -> Iterator[None]:
+    """The process group of `run_ranks`, in one of its processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
+    )
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # What a call may borrow

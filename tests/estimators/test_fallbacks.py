@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fogzo
+from toolbox import pairwise
 
 NO_FLIP = "no weight rounds differently between the probes"
 NO_EFFECT = "the probes do not change the loss"
@@ -18,17 +19,14 @@ ESTIMATORS = {
         w, agreement="measured", noise_shape="isotropic", **o
     ),
     "lambda only": lambda w, **o: fogzo.FogzoEstimator(w, noise_share=0.0, **o),
-    "paired": lambda w, **o: fogzo.FogzoEstimator(w, paired=True, **o),
     "one-sided": lambda w, **o: fogzo.FogzoEstimator(w, one_sided=True, **o),
-    "lean": lambda w, **o: fogzo.FogzoEstimator(w, lean=True, **o),
-    "together": lambda w, **o: fogzo.FogzoEstimator(w, num_samples=2, probes_at_once=2, **o),
+    "lean": lambda w, **o: fogzo.FogzoEstimator(w, evaluate="lean", **o),
+    "stacked": lambda w, **o: fogzo.FogzoEstimator(w, num_samples=2, evaluate="stacked", **o),
 }
 PRESETS = {
     "fixed": lambda: fogzo.fixed(4),
     "lsq": lambda: fogzo.lsq(4),
     "lsq per channel": lambda: fogzo.lsq(4, granularity="channel"),
-    "quest": lambda: fogzo.quest(4),
-    "ternary": lambda: fogzo.ternary(),
 }
 
 
@@ -67,8 +65,7 @@ def on_their_levels(quantizer):
     return model
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("preset", ["fixed", "lsq", "lsq per channel"])
+@pairwise(estimator=ESTIMATORS, preset=PRESETS)
 def test_weights_on_their_levels_train_as_without_an_estimator(preset, estimator):
     x, y = classification()
     losses, reasons = {}, set()

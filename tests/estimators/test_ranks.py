@@ -4,20 +4,18 @@ This file is also the program that each rank runs: ``python test_ranks.py RANK F
 """
 
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo
+from toolbox import joined, run_ranks
 
 RANKS = 2
 STEPS = 3
@@ -25,7 +23,8 @@ SCENARIOS = {
     "n=1": {"num_samples": 1, "preset": "lsq", "views": False},
     "n=2": {"num_samples": 2, "preset": "lsq", "views": False},
     "n=2, gradients in buckets": {"num_samples": 2, "preset": "lsq", "views": True},
-    "paired, rotated": {"num_samples": 1, "paired": True, "preset": "quest", "views": False},
+    "rotated, lean": {"num_samples": 1, "evaluate": "lean", "preset": "quest", "views": False},
+    "one-sided": {"num_samples": 2, "one_sided": True, "preset": "lsq", "views": False},
 }
 
 
@@ -108,41 +107,17 @@ def data_parallel(model, views):
 
 
 def rank_program(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    part = slice(rank, None, RANKS)
-    results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
-    results["nan"] = one_rank_returns_nan(rank)
-    results["another batch"] = one_rank_has_another_batch(rank)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        part = slice(rank, None, RANKS)
+        results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
+        results["nan"] = one_rank_returns_nan(rank)
+        results["another batch"] = one_rank_has_another_batch(rank)
+        torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

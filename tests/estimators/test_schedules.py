@@ -14,7 +14,7 @@ class Training:
     """A network, trained with an estimator whose options these are."""
 
     def __init__(self, cls=fogzo.FogzoEstimator, **options):
-        self.model = quantized_net("fixed per channel", dropout=0.0)
+        self.model = quantized_net("lsq", dropout=0.0)
         self.weights = fogzo.quantized_weights(self.model)
         self.estimator = cls(self.weights, **options)
 

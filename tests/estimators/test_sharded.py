@@ -4,8 +4,6 @@ This file is also the program that each rank runs: ``python test_sharded.py RANK
 """
 
 import math
-import os
-import subprocess
 import sys
 import warnings
 import weakref
@@ -14,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo
 from fogzo import collectives
+from toolbox import joined, run_ranks
 
 RANKS = 2
 STEPS = 3
@@ -40,24 +38,16 @@ PRESETS = {
 }
 SCENARIOS = {
     "lsq": {"preset": "lsq"},
-    "lsq, n=2, flips": {"preset": "lsq", "num_samples": 2, "track_flips": True},
+    "lsq, n=2, one-sided": {"preset": "lsq", "num_samples": 2, "one_sided": True},
     "lsq per channel": {"preset": "lsq per channel"},
-    "lsq per group, one scale": {"preset": "lsq per group", "coordinates": "global"},
-    "lsq per channel, steps that crossed zero, flips": {
-        "preset": "lsq past zero",
-        "track_flips": True,
-    },
+    "lsq per group": {"preset": "lsq per group"},
+    "lsq per channel, steps that crossed zero": {"preset": "lsq past zero"},
     "fixed per channel": {"preset": "fixed per channel"},
-    "quest, n=2, paired, flips": {
-        "preset": "quest",
-        "num_samples": 2,
-        "paired": True,
-        "track_flips": True,
-    },
+    "quest, n=2": {"preset": "quest", "num_samples": 2},
     "quest, cut along another dimension": {"preset": "quest", "transposed": True},
     "ternary": {"preset": "ternary"},
     "control variate": {"estimator": "ControlVariateEstimator", "num_samples": 2},
-    "control variate, a step a channel": {
+    "control variate, a step per channel": {
         "estimator": "ControlVariateEstimator",
         "preset": "fixed per channel",
     },
@@ -70,7 +60,7 @@ SCENARIOS = {
         "num_samples": 2,
     },
     "3 micro-batches": {"micro_batches": 3},
-    "2 replicas of 1 shard": {"mesh": (2, 1), "num_samples": 2, "track_flips": True},
+    "2 replicas of 1 shard": {"mesh": (2, 1), "num_samples": 2},
     "1 replica of 2 shards": {"mesh": (1, 2), "estimator": "ControlVariateEstimator"},
 }
 
@@ -177,10 +167,12 @@ def train(
         def closure(window=window):
             return sum(mse_loss(parallel(a), b) for a, b in window) / len(window)
 
+        flips = refiner.flip_rate()
         result = refiner.refine_grads_(closure, expected_loss=expected)
         assert result.fallback is None
         losses += result.probe_losses
-        stats.append((result.agreement, result.gradient_norm, result.flip_rate))
+        agreements = (result.agreement, result.agreement_error, result.applied_agreement)
+        stats.append((*agreements, result.gradient_norm, flips))
         optimizer.step()
     weights = {n: collectives.full(p.detach()).clone() for n, p in model.named_parameters()}
     return {"weights": weights, "losses": losses, "stats": stats}
@@ -268,11 +260,10 @@ def broken_on_one_rank(rank, what):
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
     from fogzo.layers import attach
-    from fogzo.probing import noise
+    from fogzo.probing import directions
 
     _, estimator, loss_fn, _ = after_backward(rank, "quest")
     estimator.num_samples = 2
-    estimator.track_flips = True
     alive, seen, most = [], 0, 0
 
     def watch(tensor):
@@ -283,23 +274,24 @@ def whole_tensors_at_once(rank):
             seen, most = seen + 1, max(most, len(alive))
         return tensor
 
-    cut, gather = noise.shard_like, attach.full
-    noise.shard_like = lambda tensor, like: cut(watch(tensor), like)
+    cut, gather = directions.shard_like, attach.full
+    directions.shard_like = lambda tensor, like: cut(watch(tensor), like)
     attach.full = lambda tensor: watch(gather(tensor))
     kept = []
 
     def closure():
-        kept.append([c.shape for c in estimator._probes._saved])
+        kept.append([c.shape for c in estimator._lender._saved])
         return loss_fn()
 
     try:
+        estimator.flip_rate()
         estimator.refine_grads_(closure)
     finally:
-        noise.shard_like, attach.full = cut, gather
+        directions.shard_like, attach.full = cut, gather
     own = [collectives.local(w.param.detach()).shape for w in estimator.weights]
-    # Gathered: two measurements of the step, and codes twice. Drawn: two samples, twice each, and
-    # the first once more to count its flips.
-    assert seen == (2 + 2 + 5) * len(own)
+    # To count flips: two measurements of the step, codes twice, one sample. To refine: two
+    # measurements of the step and two samples, whose shards are kept.
+    assert seen == (5 + 4) * len(own)
     return {"most": most, "copies": kept == [own] * 4}
 
 
@@ -328,6 +320,7 @@ def messages(rank):
             [("w", weights[0].param, lambda: model.stem.weight_step)]
         ),
         "part of a model": lambda: fogzo.FogzoEstimator(stem).refine_grads_(loss_fn),
+        "stacked": lambda: fogzo.FogzoEstimator(weights, evaluate="stacked"),
         "too early": lambda: too_early.refine_grads_(lambda: mse_loss(early(x), y)),
     }
     told = {}
@@ -385,28 +378,23 @@ def steps_of_a_float_checkpoint():
 def rank_program(rank, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of a transposed layer
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    results = {
-        name: {"fsdp": train(rank, True, **s), "ddp": train(rank, False, **without_mesh(s))}
-        for name, s in SCENARIOS.items()
-    }
-    results["given back"] = {
-        f"{preset}, {ending}": given_back(rank, ending, preset)
-        for preset in ("lsq", "quest")
-        for ending in ("returns", "raises", "raises inside forward")
-    }
-    results["given back"]["in bfloat16"] = given_back_in_bfloat16(rank)
-    results["broken"] = {w: broken_on_one_rank(rank, w) for w in ("a loss", "a gradient")}
-    results["whole"] = whole_tensors_at_once(rank)
-    results["messages"] = messages(rank)
-    results["hand-written"] = hand_written(rank)
-    results["float checkpoint"] = steps_of_a_float_checkpoint()
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        results = {
+            name: {"fsdp": train(rank, True, **s), "ddp": train(rank, False, **without_mesh(s))}
+            for name, s in SCENARIOS.items()
+        }
+        results["given back"] = {
+            f"{preset}, {ending}": given_back(rank, ending, preset)
+            for preset in ("lsq", "quest")
+            for ending in ("returns", "raises", "raises inside forward")
+        }
+        results["given back"]["in bfloat16"] = given_back_in_bfloat16(rank)
+        results["broken"] = {w: broken_on_one_rank(rank, w) for w in ("a loss", "a gradient")}
+        results["whole"] = whole_tensors_at_once(rank)
+        results["messages"] = messages(rank)
+        results["hand-written"] = hand_written(rank)
+        results["float checkpoint"] = steps_of_a_float_checkpoint()
+        torch.save(results, folder / f"{rank}.pt")
 
 
 def without_mesh(scenario):
@@ -422,26 +410,7 @@ def given_back_in_bfloat16(rank):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def numbers(stats):
@@ -500,6 +469,7 @@ def test_no_rank_holds_more_than_one_whole_weight_or_copies_more_than_its_shards
         ("rotated", "shard_placement_fn=lambda p: Shard(1) if p is model.weight else None"),
         ("no model", "model=model"),
         ("part of a model", "model=model, the module that fully_shard was called on last"),
+        ("stacked", 'evaluate="in_place" copies one shard only'),
         ("too early", "Call fully_shard first"),
     ],
 )

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import fogzo
+from toolbox import PRESETS, WAYS, pairwise
 
 ESTIMATORS = {
     "fogzo": fogzo.FogzoEstimator,
@@ -28,15 +29,17 @@ def options_of(name):
     return {"noise_share": 0.3} if name in ("fogzo", "placebo") else {}
 
 
-@pytest.mark.parametrize("shape", ["isotropic", "tensor_rms"])
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_frozen_weights_are_left_alone(name, shape):
+@pairwise(name=ESTIMATORS, shape=["isotropic", "tensor_rms"], evaluate=WAYS)
+def test_frozen_weights_are_left_alone(name, shape, evaluate):
     if (name, shape) == ("spsa", "tensor_rms"):
         pytest.skip("SPSA has no gradient to shape its noise by, and says so")
     model = fogzo.quantize_(network(), fogzo.lsq(2))
     model[0].weight.requires_grad_(False)
     estimator = ESTIMATORS[name](
-        fogzo.quantized_weights(model), noise_shape=shape, **options_of(name)
+        fogzo.quantized_weights(model),
+        noise_shape=shape,
+        evaluate=evaluate,
+        **options_of(name),
     )
     assert estimator.num_weights == model[2].weight.numel()
     x, y = torch.randn(32, 8), torch.randint(3, (32,))
@@ -60,9 +63,11 @@ def test_if_all_are_frozen_the_error_says_so():
         estimator.refine_grads_(lambda: model(torch.ones(1, 8)).sum())
 
 
-@pytest.mark.parametrize("shape", ["isotropic", "tensor_rms"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("name", ["fogzo", "placebo", "control variate"])
+@pairwise(
+    name=["fogzo", "placebo", "control variate"],
+    granularity=["tensor", "channel"],
+    shape=["isotropic", "tensor_rms"],
+)
 def test_padding_rows_keep_their_values_and_gradients(name, granularity, shape):
     class Bag(nn.Module):
         def __init__(self):
@@ -138,23 +143,22 @@ def test_masked_weights_of_a_trained_tensor_keep_their_noise():
 # Dead groups
 
 
+DEAD_GROUPS = {name: PRESETS[name] for name in ("fixed", "quest", "ternary", "sign")} | {
+    "fixed per channel": lambda: fogzo.fixed(2, granularity="channel"),
+    "lsq": lambda: fogzo.lsq(2, granularity="channel"),
+    "lsq per group": lambda: fogzo.lsq(2, granularity=4),
+    "lsq fp16": lambda: fogzo.lsq(2, granularity="channel", scale_dtype=torch.float16),
+}
+
+
 @pytest.mark.filterwarnings("ignore:no step size can be measured:UserWarning")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("shape", ["isotropic", "tensor_rms"])
-@pytest.mark.parametrize("dead", ["a row", "a layer"])
-@pytest.mark.parametrize(
-    "preset", ["fixed", "lsq", "lsq per group", "quest", "ternary", "sign", "lsq fp16"]
+@pairwise(
+    preset=DEAD_GROUPS,
+    dead=["a row", "a layer"],
+    shape=["isotropic", "tensor_rms"],
+    optimizer=["sgd", "adamw"],
 )
 def test_dead_groups_neither_explode_nor_stop_the_others(preset, dead, shape, optimizer):
-    make = {
-        "fixed": lambda: fogzo.fixed(2, granularity="channel"),
-        "lsq": lambda: fogzo.lsq(2, granularity="channel"),
-        "lsq per group": lambda: fogzo.lsq(2, granularity=4),
-        "quest": lambda: fogzo.quest(2),
-        "ternary": lambda: fogzo.ternary(granularity="channel"),
-        "sign": lambda: fogzo.sign(),
-        "lsq fp16": lambda: fogzo.lsq(2, granularity="channel", scale_dtype=torch.float16),
-    }[preset]
     stream = torch.Generator().manual_seed(0)
     x = torch.randn(128, 8, generator=stream)
     y = (x @ torch.randn(8, 3, generator=stream)).argmax(1)
@@ -163,7 +167,7 @@ def test_dead_groups_neither_explode_nor_stop_the_others(preset, dead, shape, op
         model = network()
         with torch.no_grad():
             (model[2].weight[1] if dead == "a row" else model[2].weight).zero_()
-        fogzo.quantize_(model, make())
+        fogzo.quantize_(model, DEAD_GROUPS[preset]())
         cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
         opt = cls(model.parameters(), lr={"sgd": 0.3, "adamw": 1e-2}[optimizer])
         estimator = fogzo.FogzoEstimator(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -20,48 +20,28 @@ from transformers.pytorch_utils import Conv1D
 
 import fogzo
 from fogzo.quantizers import TERNARY, Quantizer, learned_scale, uniform
+from toolbox import ESTIMATORS, WAYS, draw, every, everything, fill, pairwise
 
-ESTIMATORS = {
-    "fogzo": lambda w: fogzo.FogzoEstimator(w, noise_share=0.01),
-    "paired": lambda w: fogzo.FogzoEstimator(w, noise_share=0.01, paired=True),
-    "lambda only": lambda w: fogzo.FogzoEstimator(w, noise_share=0.0),
-    "spsa": lambda w: fogzo.SpsaEstimator(w),
-    "placebo": lambda w: fogzo.PlaceboEstimator(w),
-    "control variate": lambda w: fogzo.ControlVariateEstimator(w),
-}
-EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 KEPT = {"learned": fogzo.lsq(2), "fixed": fogzo.fixed(2)}
-EVERY_KEPT = pytest.mark.parametrize("activations", KEPT.values(), ids=KEPT.keys())
-
-
-def _draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=Generator().manual_seed(seed))
-
-
-def _fill(model: nn.Module) -> nn.Module:
-    generator = Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(0, 0.3, generator=generator)
-    return model
+EVERY_KEPT = every("activations", KEPT)
 
 
 def _mlp(activations=None, weights=None) -> nn.Sequential:
     """The second layer's input follows a ReLU."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 3))
-    return fogzo.quantize_(_fill(model), weights or fogzo.lsq(2), activations=activations)
+    return fogzo.quantize_(fill(model), weights or fogzo.lsq(2), activations=activations)
 
 
 def _measured(activations, weights=None) -> nn.Sequential:
     model = _mlp(activations, weights)
     with torch.no_grad(), fogzo.calibrate_(model):
-        model(_draw(32, 8, seed=5))
+        model(draw(32, 8, seed=5))
     return model
 
 
 def _layer(layer: nn.Module, activations) -> nn.Module:
     """One layer whose weights no quantizer changes noticeably, so that inputs alone matter."""
-    return fogzo.quantize_(_fill(layer), fogzo.fixed(8), lambda *_: True, activations)
+    return fogzo.quantize_(fill(layer), fogzo.fixed(8), everything, activations)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +78,7 @@ EVERY_LAYER = pytest.mark.parametrize("make, shape, dim", LAYERS.values(), ids=L
 
 @EVERY_LAYER
 def test_one_step_for_the_whole_input(make, shape, dim):
-    x, layer = _draw(*shape), _layer(make(), fogzo.lsq(2))
+    x, layer = draw(*shape), _layer(make(), fogzo.lsq(2))
     seen = layer(x)
     assert torch.allclose(layer.input_step, 2 * x.abs().mean() / math.sqrt(1.5))
     plain = fogzo.dequantize_(copy.deepcopy(layer))
@@ -108,21 +88,21 @@ def test_one_step_for_the_whole_input(make, shape, dim):
 @EVERY_LAYER
 @pytest.mark.parametrize("word", ["token", "channel"])
 def test_one_step_a_token(make, shape, dim, word):
-    x, layer = _draw(*shape), _layer(make(), fogzo.abs_max(4, granularity=word))
+    x, layer = draw(*shape), _layer(make(), fogzo.abs_max(4, granularity=word))
     plain = fogzo.dequantize_(copy.deepcopy(layer))
     assert torch.allclose(layer(x), plain(_per_token(x, dim)), atol=1e-5)
 
 
 @EVERY_LAYER
 def test_one_step_a_group_of_consecutive_features(make, shape, dim):
-    x, layer = _draw(*shape), _layer(make(), fogzo.abs_max(4, granularity=4))
+    x, layer = draw(*shape), _layer(make(), fogzo.abs_max(4, granularity=4))
     plain = fogzo.dequantize_(copy.deepcopy(layer))
     expected = torch.cat([_per_token(half, dim) for half in x.split(4, dim)], dim)
     assert torch.allclose(layer(x), plain(expected), atol=1e-5)
 
 
 def test_eight_bits_of_bitnet():
-    x = _draw(6, 32)
+    x = draw(6, 32)
     scale = 127 / x.abs().amax(-1, keepdim=True)
     expected = (x * scale).round().clamp(-128, 127) / scale
     assert torch.allclose(fogzo.abs_max().quantize_input(x), expected, atol=1e-6)
@@ -130,14 +110,14 @@ def test_eight_bits_of_bitnet():
 
 @pytest.mark.parametrize("shape, dim", [((6, 8), -1), ((2, 8, 3, 3), 1)])
 def test_features_are_rotated_and_rotated_back(shape, dim):
-    x = _draw(*shape)
+    x = draw(*shape)
     tokens = x.movedim(dim, -1).reshape(-1, 8)
     expected = fogzo.quest(2)(tokens).reshape(x.movedim(dim, -1).shape).movedim(-1, dim)
     assert torch.equal(fogzo.quest(2).quantize_input(x, feature_dim=dim), expected)
 
 
 def test_the_gradient_of_a_learned_step_is_lsqs():
-    x, layer = _draw(5, 8).requires_grad_(), _layer(nn.Linear(8, 4), fogzo.lsq(3))
+    x, layer = draw(5, 8).requires_grad_(), _layer(nn.Linear(8, 4), fogzo.lsq(3))
     with torch.no_grad(), fogzo.calibrate_(layer):
         layer(x * 0.5)  # so that some values lie outside
     layer(x).square().sum().backward()
@@ -154,7 +134,7 @@ def test_the_gradient_of_a_learned_step_is_lsqs():
 
 def test_only_training_rounds_stochastically():
     layer = _layer(nn.Linear(8, 4), replace(fogzo.abs_max(2), stochastic=True))
-    x = _draw(5, 8)
+    x = draw(5, 8)
     with torch.random.fork_rng(devices=[]):
         assert not torch.equal(layer(x), layer(x))
     layer.eval()
@@ -174,7 +154,7 @@ def test_inputs_become_levels_at_most_half_a_step_away(
     seed, exponent, bits, levels, granularity, conv
 ):
     shape, dim = ((2, 8, 3), 1) if conv else ((2, 3, 8), -1)
-    x = (_draw(*shape, seed=seed) * 10.0**exponent).double()
+    x = (draw(*shape, seed=seed) * 10.0**exponent).double()
     quantizer = Quantizer(uniform(bits, levels), learned_scale(), granularity=granularity)
     step, before = quantizer.measure_input(x, dim), x.clone()
     output, grid = quantizer.quantize_input(x, step, dim), quantizer.grid
@@ -197,11 +177,11 @@ def test_the_first_training_forward_measures_and_later_ones_do_not(activations):
     model = _mlp(activations)
     assert model[0].input_step.item() == math.inf and model[0].input_state.item() == 0
     optimized = list(model.parameters())
-    model(_draw(4, 8))
+    model(draw(4, 8))
     state = _state(model)
     assert model[0].input_step.item() > 0
     assert all(a is b for a, b in zip(model.parameters(), optimized, strict=True))
-    model(_draw(4, 8, seed=1) * 3)
+    model(draw(4, 8, seed=1) * 3)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
 
@@ -230,7 +210,7 @@ def test_inputs_without_negatives_get_unsigned_levels(activations):
 )
 @pytest.mark.parametrize("positive", [False, True])
 def test_other_levels_stay_as_given(activations, positive):
-    layer, x = _layer(nn.Linear(8, 4), activations), _draw(5, 8)
+    layer, x = _layer(nn.Linear(8, 4), activations), draw(5, 8)
     layer(x.abs() if positive else x)
     assert layer.activation_quantizer == activations
 
@@ -238,13 +218,13 @@ def test_other_levels_stay_as_given(activations, positive):
 def test_a_step_that_was_given_needs_no_measuring():
     layer = _layer(nn.Linear(8, 4), fogzo.fixed(2, step=0.5)).eval()
     with fogzo.calibrate_(layer):
-        layer(_draw(5, 8).abs())
+        layer(draw(5, 8).abs())
     assert layer.input_step.item() == 0.5 and layer.activation_quantizer.grid.offset == 0.5
 
 
 def test_calibrating_averages_over_forwards_and_one_negative_value_makes_levels_signed():
     layer = _layer(nn.Linear(8, 4), fogzo.lsq(2)).eval()
-    first, second = _draw(5, 8).abs(), _draw(3, 8, seed=1)
+    first, second = draw(5, 8).abs(), draw(3, 8, seed=1)
     with torch.no_grad(), fogzo.calibrate_(layer):
         layer(first)
         assert layer.activation_quantizer.grid.name == "uniform2-unsigned"
@@ -263,7 +243,7 @@ def test_calibrating_changes_nothing_else():
     model = _mlp(fogzo.lsq(2)).eval()
     before, stream = _state(model), torch.get_rng_state()
     with torch.no_grad(), fogzo.calibrate_(model):
-        model(_draw(4, 8))
+        model(draw(4, 8))
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     measured = ("input_step", "input_step_knee", "input_state")
     assert changed == {f"{i}.{name}" for i in (0, 2) for name in measured}
@@ -278,24 +258,24 @@ def test_zeros_and_overflows_measure_nothing(caplog):
     with caplog.at_level(logging.WARNING, logger="fogzo"), fogzo.calibrate_(nn.Sequential(layer)):
         layer(torch.zeros(2, 8))
     assert "no input other than zeros of 0" in caplog.text
-    layer(_draw(2, 8))
+    layer(draw(2, 8))
     assert layer.input_state.item() == 1
 
 
 def test_an_exception_ends_calibrating():
     model = _mlp(fogzo.lsq(2))
     with pytest.raises(RuntimeError), fogzo.calibrate_(model):
-        model(_draw(4, 7))
-    model(_draw(4, 8))
+        model(draw(4, 7))
+    model(draw(4, 8))
     step = model[0].input_step.item()
-    model(_draw(4, 8) * 2)
+    model(draw(4, 8) * 2)
     assert model[0].input_step.item() == step
 
 
 @EVERY_KEPT
 def test_evaluating_before_measuring_is_refused(activations):
     with pytest.raises(ValueError, match=r"with fogzo\.calibrate_\(model\): model\(x\)"):
-        _mlp(activations).eval()(_draw(4, 8))
+        _mlp(activations).eval()(draw(4, 8))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -306,20 +286,26 @@ def test_ranks_do_not_measure_by_themselves(monkeypatch, ranks):
     model = _mlp(fogzo.lsq(2))
     if ranks > 1:
         with pytest.raises(ValueError, match=r"DDP or fully_shard, with the same x on every rank"):
-            model(_draw(4, 8))
+            model(draw(4, 8))
         with torch.no_grad(), fogzo.calibrate_(model):
-            model(_draw(4, 8))
-    assert model(_draw(4, 8)).isfinite().all()
+            model(draw(4, 8))
+    assert model(draw(4, 8)).isfinite().all()
 
 
 # --- estimators --------------------------------------------------------------------------------
 
 
-@EVERY_ESTIMATOR
-@pytest.mark.parametrize("activations", [*KEPT.values(), fogzo.quest(2), fogzo.abs_max(8)])
-def test_every_estimator_steps_and_leaves_the_steps_of_inputs_alone(make, activations):
-    model, x, y = _measured(activations, fogzo.quest(2)), _draw(16, 8), _draw(16, 3, seed=1)
-    estimator = make(fogzo.quantized_weights(model))
+@pairwise(
+    estimator=ESTIMATORS,
+    activations=[*KEPT.values(), fogzo.quest(2), fogzo.abs_max(8)],
+    evaluate=WAYS,
+)
+def test_every_estimator_steps_and_leaves_the_steps_of_inputs_alone(
+    estimator, activations, evaluate
+):
+    model, x, y = _measured(activations, fogzo.quest(2)), draw(16, 8), draw(16, 3, seed=1)
+    make = ESTIMATORS[estimator]
+    estimator = make(fogzo.quantized_weights(model), evaluate=evaluate)
     loss = mse_loss(model(x), y)
     loss.backward()
     before, grids = _state(model), [model[i].activation_quantizer for i in (0, 2)]
@@ -336,7 +322,7 @@ def test_every_estimator_steps_and_leaves_the_steps_of_inputs_alone(make, activa
 @EVERY_KEPT
 def test_a_probe_never_measures(activations):
     """It would take back the buffers that say so: the first forward of all must not be a probe."""
-    model, x, y = _mlp(activations), _draw(16, 8), _draw(16, 3, seed=1)
+    model, x, y = _mlp(activations), draw(16, 8), draw(16, 3, seed=1)
     before = _state(model)
     estimator = fogzo.SpsaEstimator(fogzo.quantized_weights(model))
     with pytest.raises(ValueError, match=r"with fogzo\.calibrate_\(model\): model\(x\)"):
@@ -354,7 +340,7 @@ def test_a_probe_never_measures(activations):
 
 @EVERY_KEPT
 def test_a_state_dict_restores_steps_and_levels_exactly(activations):
-    model, x = _measured(activations), _draw(4, 8)
+    model, x = _measured(activations), draw(4, 8)
     other = _mlp(activations)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(x), model.eval()(x))
@@ -375,15 +361,15 @@ def test_a_float_checkpoint_is_measured_anew(activations):
     model.load_state_dict(checkpoint)
     assert model[2].input_state.item() == 0 and model[2].activation_quantizer == activations
     with pytest.raises(ValueError, match="calibrate_"):
-        model.eval()(_draw(4, 8))
-    model.train()(_draw(4, 8))
+        model.eval()(draw(4, 8))
+    model.train()(draw(4, 8))
     assert model[2].input_state.item() == 2 and set(checkpoint) == keys
 
 
 @EVERY_KEPT
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_what_was_measured(activations, copied):
-    model, x = _measured(activations).eval(), _draw(4, 8)
+    model, x = _measured(activations).eval(), draw(4, 8)
     twin = copied(model)
     assert torch.equal(twin(x), model(x))
     assert twin[2].activation_quantizer.grid.name == "uniform2-unsigned"
@@ -393,7 +379,7 @@ def test_copies_keep_what_was_measured(activations, copied):
 @pytest.mark.parametrize("activations", [None, *KEPT.values(), fogzo.abs_max(8)])
 def test_dequantizing_leaves_float_inputs_and_nothing_behind(activations):
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 3))
-    model, x = _mlp(activations), _draw(4, 8)
+    model, x = _mlp(activations), draw(4, 8)
     model(x)
     weights = {i: model[i].quantized_weight() for i in (0, 2)}
     fogzo.dequantize_(model)
@@ -413,8 +399,8 @@ def test_without_activations_nothing_is_added():
 def test_tied_weights_have_a_step_for_each_input():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model[2].weight = model[0].weight
-    fogzo.quantize_(_fill(model), fogzo.lsq(2), lambda *_: True, fogzo.lsq(2))
-    model(_draw(4, 8)).sum().backward()
+    fogzo.quantize_(fill(model), fogzo.lsq(2), everything, fogzo.lsq(2))
+    model(draw(4, 8)).sum().backward()
     assert model[0].input_step is not model[2].input_step
     assert model[0].input_step.grad.any() and model[2].input_step.grad.any()
 
@@ -428,20 +414,20 @@ def test_autocast_keeps_the_dtype_of_inputs(activations, dtype):
     model, seen = _mlp(activations), []
     model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", dtype):
-        output = model(_draw(16, 8) * 300)  # whose squares overflow float16
+        output = model(draw(16, 8) * 300)  # whose squares overflow float16
         output.float().square().mean().backward()
     assert seen == [dtype] and output.dtype == dtype and output.isfinite().all()
-    half = _draw(16, 8).to(dtype)
+    half = draw(16, 8).to(dtype)
     quantized = model[0].activation_quantizer.quantize_input(half, model[0].input_step)
     assert quantized.dtype == dtype and model[0].weight.dtype == torch.float32
     if isinstance(model[2].input_step, nn.Parameter):
         assert model[2].input_step.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("activations", [*KEPT.values(), fogzo.quest(2), fogzo.abs_max(8)])
+@pytest.mark.parametrize("activations", [fogzo.lsq(2), fogzo.quest(2)])
 def test_the_compiled_model_agrees(activations):
     torch.compiler.reset()
-    model, x = _measured(activations), _draw(4, 8)
+    model, x = _measured(activations), draw(4, 8)
     output = model(x)
     output.square().sum().backward()
     expected = {name: param.grad for name, param in model.named_parameters()}
@@ -457,7 +443,7 @@ def test_the_compiled_model_agrees(activations):
 @pytest.mark.parametrize("measured", [True, False])
 def test_gradient_checkpointing_agrees(activations, measured):
     make = _measured if measured else _mlp
-    grads, x = [], _draw(4, 8)
+    grads, x = [], draw(4, 8)
     for checkpointed in (False, True):
         model = make(activations)
         output = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
@@ -494,7 +480,7 @@ def _llama() -> nn.Module:
 @pytest.mark.parametrize("make", [_gpt2, _llama], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("preset", [fogzo.lsq(2), fogzo.quest(2)], ids=["lsq", "quest"])
 def test_transformers_train_with_two_bit_weights_and_activations(make, preset):
-    model = fogzo.quantize_(_fill(make()), preset, activations=preset).eval()
+    model = fogzo.quantize_(fill(make()), preset, activations=preset).eval()
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     if preset.scale.has_state:
         with torch.no_grad(), fogzo.calibrate_(model):
@@ -521,7 +507,7 @@ def test_activations_are_chosen_layer_by_layer():
         asked.append(name)
         return fogzo.abs_max(8) if name == "2" else None
 
-    fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True, activations=choose)
+    fogzo.quantize_(model, fogzo.lsq(2), everything, activations=choose)
     assert asked == ["1", "2"]
     assert [layer.activation_quantizer for layer in model] == [None, None, fogzo.abs_max(8)]
     model(torch.tensor([1, 2]))
@@ -571,7 +557,7 @@ def test_a_refusal_shows_the_corrected_call_and_changes_nothing(attempt, advice)
 
 def test_an_input_by_keyword_is_refused():
     with pytest.raises(ValueError, match=r"layer\(x\), not layer\(input=x\)"):
-        _mlp(fogzo.abs_max(8))[0](input=_draw(2, 8))
+        _mlp(fogzo.abs_max(8))[0](input=draw(2, 8))
 
 
 def test_calibrating_a_model_with_float_inputs_is_refused():

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,16 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fogzo
 from fogzo.layers.attach import QuantizedLayer
-
-PRESETS = {
-    "fixed": fogzo.fixed(2),
-    "lsq": fogzo.lsq(3, granularity="channel"),
-    "lsq-groups": fogzo.lsq(4, granularity=4),
-    "quest": fogzo.quest(2),
-    "ternary": fogzo.ternary(),
-    "sign": fogzo.sign(),
-}
-EVERY_PRESET = pytest.mark.parametrize("quantizer", PRESETS.values(), ids=PRESETS.keys())
+from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill
 
 
 class DoubledLinear(nn.Linear):
@@ -52,25 +43,8 @@ class Tied(nn.Module):
         return self.last(self.second(self.first(x).relu()).relu())
 
 
-def everything(module: nn.Module, name: str) -> bool:
-    return True
-
-
-def _draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=Generator().manual_seed(seed))
-
-
-def _fill(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
-    """Weights that do not depend on the global stream."""
-    generator = Generator().manual_seed(seed)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(0, std, generator=generator)
-    return model
-
-
 def _mlp() -> nn.Sequential:
-    return _fill(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 4)))
+    return fill(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 4)))
 
 
 def _snapshot(model: nn.Module):
@@ -108,12 +82,12 @@ EVERY_LAYER = pytest.mark.parametrize("make, shape", LAYERS.values(), ids=LAYERS
 
 
 @EVERY_LAYER
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_every_layer_uses_exactly_the_quantized_weight(make, shape, quantizer):
-    layer = _fill(make())
+    layer = fill(make())
     plain = copy.deepcopy(layer)
     latent, classes = layer.weight, type(layer)
-    x = torch.tensor([[0, 3, 9]]) if shape is None else _draw(*shape, seed=1)
+    x = torch.tensor([[0, 3, 9]]) if shape is None else draw(*shape, seed=1)
     fogzo.quantize_(layer, quantizer, everything)
 
     assert isinstance(layer, classes) and isinstance(layer, QuantizedLayer)
@@ -137,14 +111,14 @@ def test_every_layer_uses_exactly_the_quantized_weight(make, shape, quantizer):
 
 
 def test_arguments_of_a_subclass_reach_its_forward():
-    layer, x = fogzo.quantize_(_fill(DoubledLinear(4, 4)), fogzo.lsq(2), everything), _draw(2, 4)
+    layer, x = fogzo.quantize_(fill(DoubledLinear(4, 4)), fogzo.lsq(2), everything), draw(2, 4)
     assert torch.equal(layer(x, bonus=1.5), layer(x) + 1.5)
 
 
 def test_a_forward_that_raises_gives_the_latent_weight_back():
-    layer = fogzo.quantize_(_fill(nn.Linear(4, 4)), fogzo.lsq(2), everything)
+    layer = fogzo.quantize_(fill(nn.Linear(4, 4)), fogzo.lsq(2), everything)
     with pytest.raises(RuntimeError):
-        layer(_draw(2, 5))
+        layer(draw(2, 5))
     assert isinstance(layer.weight, nn.Parameter) and "weight" not in vars(layer)
 
 
@@ -152,7 +126,7 @@ def test_hooks_and_training_mode_stay():
     model, seen = _mlp().eval(), []
     model[0].register_forward_hook(lambda module, args, output: seen.append(module))
     fogzo.quantize_(model, fogzo.lsq(2))
-    model(_draw(2, 8))
+    model(draw(2, 8))
     assert seen == [model[0]] and not model[0].training
 
 
@@ -166,7 +140,7 @@ def test_quantize_returns_the_model_itself():
 
 @pytest.mark.parametrize("quantizer", [fogzo.lsq(2), fogzo.fixed(2)], ids=["learned", "fixed"])
 def test_tied_weights_stay_tied_and_share_their_step(quantizer):
-    model = fogzo.quantize_(_fill(Tied()), quantizer)
+    model = fogzo.quantize_(fill(Tied()), quantizer)
     assert model.first.weight is model.second.weight
     assert model.first.weight_step is model.second.weight_step
     names = [name for name, _ in model.named_parameters()]
@@ -176,7 +150,7 @@ def test_tied_weights_stay_tied_and_share_their_step(quantizer):
 
 
 def test_a_shared_learned_step_gets_the_gradients_of_both_uses():
-    model, x = fogzo.quantize_(_fill(Tied()), fogzo.lsq(2)), _draw(4, 8)
+    model, x = fogzo.quantize_(fill(Tied()), fogzo.lsq(2)), draw(4, 8)
     untied = copy.deepcopy(model)
     untied.second.weight = nn.Parameter(untied.first.weight.detach().clone())
     untied.second.weight_step = nn.Parameter(untied.first.weight_step.detach().clone())
@@ -189,14 +163,14 @@ def test_a_shared_learned_step_gets_the_gradients_of_both_uses():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_ties_survive_copies(copied):
-    model = copied(fogzo.quantize_(_fill(Tied()), fogzo.lsq(2)))
+    model = copied(fogzo.quantize_(fill(Tied()), fogzo.lsq(2)))
     assert model.first.weight is model.second.weight
     assert model.first.weight_step is model.second.weight_step
 
 
-@EVERY_PRESET  # a dynamic scale would find another step in weights that are baked already
+@EVERY_QUANTIZER  # a dynamic scale would find another step in weights that are baked already
 def test_a_tied_layer_bakes_in_once(quantizer):
-    model, x = fogzo.quantize_(_fill(Tied()), quantizer), _draw(4, 8)
+    model, x = fogzo.quantize_(fill(Tied()), quantizer), draw(4, 8)
     before = model(x)
     fogzo.dequantize_(model)
     assert model.first.weight is model.second.weight
@@ -206,12 +180,12 @@ def test_a_tied_layer_bakes_in_once(quantizer):
 def _tied_autoencoder() -> nn.Sequential:
     model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ConvTranspose1d(6, 4, 3))
     model[1].weight = model[0].weight
-    return _fill(model)
+    return fill(model)
 
 
 def test_one_step_serves_a_tie_between_layouts():
     """The weight of a transposed convolution has its outputs in another dimension."""
-    model, x = fogzo.quantize_(_tied_autoencoder(), fogzo.lsq(2), everything), _draw(1, 4, 9)
+    model, x = fogzo.quantize_(_tied_autoencoder(), fogzo.lsq(2), everything), draw(1, 4, 9)
     assert torch.equal(model[0].quantized_weight(), model[1].quantized_weight())
     before = model(x)
     assert torch.equal(fogzo.dequantize_(model)(x), before)
@@ -244,7 +218,7 @@ def _llama(tied: bool = False) -> nn.Module:
         max_position_embeddings=16,
         tie_word_embeddings=tied,
     )
-    return _fill(LlamaForCausalLM(config))
+    return fill(LlamaForCausalLM(config))
 
 
 def _gpt2() -> nn.Module:
@@ -260,7 +234,7 @@ def _gpt2() -> nn.Module:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    return _fill(GPT2LMHeadModel(config))
+    return fill(GPT2LMHeadModel(config))
 
 
 def _vit() -> nn.Module:
@@ -273,7 +247,7 @@ def _vit() -> nn.Module:
         patch_size=4,
         num_channels=1,
     )
-    return _fill(ViTForImageClassification(config))
+    return fill(ViTForImageClassification(config))
 
 
 def test_the_last_linear_of_a_plain_model_stays():
@@ -328,7 +302,7 @@ def test_a_vit_keeps_its_classifier():
 def test_transformers_train_and_bake_in_exactly(make, quantizer):
     model = fogzo.quantize_(make(), quantizer).eval()
     if isinstance(model, ViTForImageClassification):
-        inputs = {"pixel_values": _draw(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
+        inputs = {"pixel_values": draw(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
     else:
         tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
         inputs = {"input_ids": tokens, "labels": tokens}
@@ -372,8 +346,8 @@ def test_transformer_encoders_evaluate_on_quantized_weights(padded):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 2))
     with pytest.warns(UserWarning, match=r"in_proj_weight.*nn\.MultiheadAttention"):
-        fogzo.quantize_(_fill(model), fogzo.lsq(2))
-    x, mask = _draw(2, 3, 8), torch.tensor([[False, False, True], [False] * 3]) if padded else None
+        fogzo.quantize_(fill(model), fogzo.lsq(2))
+    x, mask = draw(2, 3, 8), torch.tensor([[False, False, True], [False] * 3]) if padded else None
     trained = model[0](x, src_key_padding_mask=mask).detach()
     with torch.no_grad():
         evaluated = model.eval()[0](x, src_key_padding_mask=mask)
@@ -385,7 +359,7 @@ def test_transformer_encoders_evaluate_on_quantized_weights(padded):
 # --- records -----------------------------------------------------------------------------------
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_records_name_the_weights_and_their_steps(quantizer):
     model = fogzo.quantize_(_mlp(), quantizer)
     records = fogzo.quantized_weights(model)
@@ -421,11 +395,11 @@ def test_a_float_model_has_no_records():
 
 
 @pytest.mark.parametrize("quantizer", [fogzo.quest(2), fogzo.ternary()], ids=["quest", "ternary"])
-def test_a_frozen_dynamic_step_stays_while_the_weight_moves(quantizer):
+def test_a_dynamic_step_that_is_held_stays_while_the_weight_moves(quantizer):
     model = fogzo.quantize_(_mlp(), quantizer)
     (record, _) = fogzo.quantized_weights(model)
     before = record.step_size()
-    with torch.no_grad(), record.frozen_step():
+    with torch.no_grad(), record.hold_step_size():
         record.param.mul_(3)
         assert torch.equal(record.step_size(), before)
         frozen = quantizer(record.param, before.reshape(-1, 1))
@@ -433,14 +407,14 @@ def test_a_frozen_dynamic_step_stays_while_the_weight_moves(quantizer):
     assert torch.allclose(record.step_size(), 3 * before)
 
 
-def test_frozen_steps_reach_every_layer_of_a_tie():
-    model, x = fogzo.quantize_(_fill(Tied()), fogzo.ternary()), _draw(2, 8)
+def test_held_steps_reach_every_layer_of_a_tie():
+    model, x = fogzo.quantize_(fill(Tied()), fogzo.ternary()), draw(2, 8)
     (record,) = fogzo.quantized_weights(model)
-    with torch.no_grad(), record.frozen_step():
+    with torch.no_grad(), record.hold_step_size():
         record.param.mul_(1.5)
         assert torch.equal(model.first.quantized_weight(), model.second.quantized_weight())
         model(x)
-    assert model.first._frozen_step is None and model.second._frozen_step is None
+    assert model.first._held_step_size is None and model.second._held_step_size is None
 
 
 # --- copies, checkpoints, moves ----------------------------------------------------------------
@@ -453,7 +427,7 @@ def _saved(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved],
@@ -461,8 +435,8 @@ def _saved(model: nn.Module) -> nn.Module:
 )
 def test_copies_are_exact_and_independent(quantizer, copied):
     model = nn.Sequential(DoubledLinear(8, 8), nn.Conv1d(8, 8, 1), nn.Linear(1, 1))
-    fogzo.quantize_(_fill(model), quantizer, lambda module, name: name != "2")
-    twin, x = copied(model), _draw(8, 8)
+    fogzo.quantize_(fill(model), quantizer, lambda module, name: name != "2")
+    twin, x = copied(model), draw(8, 8)
     assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(twin[:2](x), model[:2](x))
     for (name, ours), (other, theirs) in zip(
@@ -474,14 +448,14 @@ def test_copies_are_exact_and_independent(quantizer, copied):
     assert type(fogzo.dequantize_(twin)[0]) is DoubledLinear
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_a_state_dict_round_trip_is_exact(quantizer):
-    model, x = fogzo.quantize_(_mlp(), quantizer), _draw(4, 8)
+    model, x = fogzo.quantize_(_mlp(), quantizer), draw(4, 8)
     with torch.no_grad():  # a step as training leaves it, not as a measurement would find it
         for name, tensor in model.state_dict().items():
             if name.endswith("weight_step"):
                 tensor.mul_(1.37)
-    other = fogzo.quantize_(_fill(_mlp(), seed=9), quantizer)
+    other = fogzo.quantize_(fill(_mlp(), seed=9), quantizer)
     assert not torch.equal(other(x), model(x))
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
@@ -492,9 +466,9 @@ def test_a_state_dict_round_trip_is_exact(quantizer):
     assert torch.equal(other(x), model(x))
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_a_float_checkpoint_measures_the_steps_anew(quantizer):
-    x, checkpoint = _draw(4, 8), _fill(_mlp(), seed=9, std=1.5).state_dict()
+    x, checkpoint = draw(4, 8), fill(_mlp(), seed=9, std=1.5).state_dict()
     keys = set(checkpoint)
     model = fogzo.quantize_(_mlp(), quantizer)
     model.load_state_dict(checkpoint)
@@ -519,10 +493,10 @@ def test_only_learned_steps_are_parameters():
     assert fogzo.quantize_(_mlp(), fogzo.ternary())[0].weight_step is None
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_models_move_to_other_dtypes(quantizer, dtype):
-    model, x = fogzo.quantize_(_mlp(), quantizer), _draw(4, 8)
+    model, x = fogzo.quantize_(_mlp(), quantizer), draw(4, 8)
     before = model(x)
     model.to(dtype)
     output = model(x.to(dtype))
@@ -533,26 +507,26 @@ def test_models_move_to_other_dtypes(quantizer, dtype):
     assert model[0].weight.grad.isfinite().all()
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_models_quantized_in_bfloat16_run_and_bake_in(quantizer):
-    model, x = fogzo.quantize_(_mlp().bfloat16(), quantizer), _draw(4, 8).bfloat16()
+    model, x = fogzo.quantize_(_mlp().bfloat16(), quantizer), draw(4, 8).bfloat16()
     before = model(x)
     assert torch.equal(fogzo.dequantize_(model)(x), before)
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_autocast_rounds_activations_but_not_latent_weights(quantizer):
-    model, x = fogzo.quantize_(_mlp(), quantizer), _draw(4, 8)
+    model, x = fogzo.quantize_(_mlp(), quantizer), draw(4, 8)
     exact = model[0].quantized_weight()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model[0].quantized_weight(), exact)
         assert model(x).dtype == torch.bfloat16
 
 
-@EVERY_PRESET
-def test_the_compiled_model_agrees(quantizer):
+@pytest.mark.parametrize("preset", ["lsq per group", "quest"])
+def test_the_compiled_model_agrees(preset):
     torch.compiler.reset()
-    model, x = fogzo.quantize_(_mlp(), quantizer), _draw(4, 8)
+    model, x = fogzo.quantize_(_mlp(), PRESETS[preset]()), draw(4, 8)
     output = model(x)
     output.square().sum().backward()
     expected = {name: param.grad for name, param in model.named_parameters()}
@@ -568,11 +542,11 @@ def test_the_compiled_model_agrees(quantizer):
 
 
 @EVERY_LAYER
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_dequantize_leaves_the_original_class_and_the_same_outputs(make, shape, quantizer):
-    layer = _fill(make())
+    layer = fill(make())
     original, attributes, keys = type(layer), sorted(vars(layer)), list(layer.state_dict())
-    x = torch.tensor([[0, 3, 9]]) if shape is None else _draw(*shape, seed=1)
+    x = torch.tensor([[0, 3, 9]]) if shape is None else draw(*shape, seed=1)
     before = fogzo.quantize_(layer, quantizer, everything)(x)
     assert fogzo.dequantize_(layer) is layer
     assert type(layer) is original
@@ -624,7 +598,7 @@ def _meta_model() -> nn.Module:
 
 
 def _odd_model() -> nn.Module:
-    return _fill(nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 8), nn.Linear(8, 4)))
+    return fill(nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 8), nn.Linear(8, 4)))
 
 
 def _half_quantized() -> nn.Module:
@@ -657,7 +631,7 @@ REFUSALS = {
     "quantized already": (
         _half_quantized,
         lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
-        r"'2' is quantized already.*not isinstance\(module, fogzo\.attach\.QuantizedLayer\)",
+        r"'2' is quantized already.*not isinstance\(module, fogzo\.QuantizedLayer\)",
     ),
     "empty filter": (
         _mlp,
@@ -665,7 +639,7 @@ REFUSALS = {
         r"filter_fn returned False.*filter_fn=lambda module, name: True",
     ),
     "only a head": (
-        lambda: _fill(nn.Sequential(nn.Linear(4, 4))),
+        lambda: fill(nn.Sequential(nn.Linear(4, 4))),
         lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
         r"default filter.*filter_fn=lambda module, name: True",
     ),
@@ -675,7 +649,7 @@ REFUSALS = {
         r"no layer that can be quantized: Linear, Conv1d",
     ),
     "half a tie": (
-        lambda: _fill(Tied()),
+        lambda: fill(Tied()),
         lambda m: fogzo.quantize_(m, fogzo.lsq(2), lambda module, name: name == "first"),
         r"'first' shares its weight with 'second'.*return True for both",
     ),
@@ -713,7 +687,5 @@ def test_a_refusal_shows_the_corrected_call_and_changes_nothing(make, call, advi
 
 def test_the_advice_for_a_half_quantized_model_works():
     model = _half_quantized()
-    fogzo.quantize_(
-        model, fogzo.lsq(2), lambda m, name: not isinstance(m, fogzo.layers.attach.QuantizedLayer)
-    )
+    fogzo.quantize_(model, fogzo.lsq(2), lambda m, name: not isinstance(m, fogzo.QuantizedLayer))
     assert _quantized_names(model) == ["0", "2", "3"]

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 import fogzo
 from fogzo.layers.attach import QuantizedLayer
 from fogzo.layers.audit import LayerAudit
 from fogzo.layers.bypasses import warn_of_bypassed_layers
+from toolbox import draw, every, everything
 
 PRESETS = {"lsq": fogzo.lsq(2), "quest": fogzo.quest(2), "fixed": fogzo.fixed(2)}
-EVERY_PRESET = pytest.mark.parametrize("quantizer", PRESETS.values(), ids=PRESETS.keys())
+EVERY_PRESET = every("quantizer", PRESETS)
 BYPASSED = r"forward of 'inner' never ran.*layer\(x\).*filter_fn"
 
 
@@ -53,16 +54,8 @@ class Experts(nn.Module):
         return self.last(self.used(x))
 
 
-def everything(module: nn.Module, name: str) -> bool:
-    return True
-
-
-def _x() -> Tensor:
-    return torch.randn(4, 8, generator=Generator().manual_seed(0))
-
-
 def _trained(model: nn.Module) -> nn.Module:
-    model(_x()).square().sum().backward()
+    model(draw(4, 8)).square().sum().backward()
     return model
 
 
@@ -82,7 +75,7 @@ def test_a_layer_whose_weight_is_read_by_its_parent_is_named(make, quantizer):
 def test_calibration_names_a_bypassed_layer():
     model = fogzo.quantize_(HandTied(), fogzo.lsq(2), everything, fogzo.lsq(2))
     with pytest.warns(UserWarning, match=BYPASSED), fogzo.calibrate_(model):
-        model(_x())
+        model(draw(4, 8))
 
 
 def test_a_layer_that_another_forward_replaced_is_named():
@@ -97,7 +90,7 @@ def test_unused_experts_have_no_gradient_and_are_no_bypass(compiled):
     torch.compiler.reset()
     model = fogzo.quantize_(Experts(), fogzo.lsq(2), everything)
     run = torch.compile(model, backend="aot_eager") if compiled else model
-    run(_x()).sum().backward()
+    run(draw(4, 8)).sum().backward()
     warn_of_bypassed_layers(model, only_with_gradient=True)
     assert [m.forward_ran for m in model.modules() if isinstance(m, QuantizedLayer)] == [1, 0, 1]
 
@@ -114,7 +107,7 @@ def test_a_warning_made_an_error_leaves_the_model_quantized():
     with pytest.raises(UserWarning):
         fogzo.dequantize_(model)
     assert all(isinstance(layer, QuantizedLayer) for layer in model.children())
-    model(_x())
+    model(draw(4, 8))
 
 
 # --- learned steps -----------------------------------------------------------------------------

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 import fogzo
 from fogzo.layers.attach import QuantizedLayer
-
-
-def everything(module: nn.Module, name: str) -> bool:
-    return True
+from toolbox import everything
 
 
 def _around(layer: nn.Module) -> nn.Sequential:
@@ -83,7 +80,7 @@ REFUSED = {
         lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn),
         r"'1\.weight' holds torch\.float8_e4m3fn.*layer\.float\(\) first",
     ),
-    "lazy": (lambda: nn.LazyLinear(8), r"'1' is lazy.*run a forward, model\(x\), before"),
+    "lazy": (lambda: nn.LazyLinear(8), r"'1' is lazy.*run a forward pass, model\(x\), before"),
     "max_norm": (
         lambda: nn.Embedding(8, 8, max_norm=1.0),
         r"'1' scales its rows down to max_norm=1\.0.*max_norm=None",

@@ -10,23 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrizations, prune
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fogzo
 from fogzo.layers.attach import QuantizedLayer
-
-PRESETS = {
-    "fixed": fogzo.fixed(2),
-    "lsq": fogzo.lsq(3, granularity="channel"),
-    "lsq-groups": fogzo.lsq(4, granularity=4),
-    "quest": fogzo.quest(2),
-    "ternary": fogzo.ternary(),
-    "sign": fogzo.sign(),
-    "abs_max": fogzo.abs_max(4),
-}
-EVERY_PRESET = pytest.mark.parametrize("quantizer", PRESETS.values(), ids=PRESETS.keys())
+from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill
 
 
 class Looped(nn.Linear):
@@ -42,25 +32,9 @@ class Looped(nn.Linear):
         return x
 
 
-def everything(module: nn.Module, name: str) -> bool:
-    return True
-
-
-def _draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=Generator().manual_seed(seed))
-
-
-def _filled(model: nn.Module) -> nn.Module:
-    generator = Generator().manual_seed(3)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(0, 0.3, generator=generator)
-    return model
-
-
 def _net() -> nn.Sequential:
     """Every kind of forward: linear, convolutions both ways, a subclass that loops."""
-    return _filled(
+    return fill(
         nn.Sequential(
             nn.Conv1d(4, 8, 3, padding=1),
             nn.ReLU(),
@@ -85,13 +59,13 @@ def frequent_switches():
 # --- threads -----------------------------------------------------------------------------------
 
 
-@EVERY_PRESET
+@pytest.mark.parametrize("preset", ["fixed", "lsq per channel", "quest", "ternary"])
 @pytest.mark.parametrize("activations", [None, fogzo.abs_max(8, granularity="token")])
 def test_threads_that_share_a_model_compute_what_one_alone_does(
-    quantizer, activations, frequent_switches
+    preset, activations, frequent_switches
 ):
-    model = fogzo.quantize_(_net(), quantizer, everything, activations).eval()
-    inputs = [_draw(2, 4, 8, seed=seed) for seed in range(60)]
+    model = fogzo.quantize_(_net(), PRESETS[preset](), everything, activations).eval()
+    inputs = [draw(2, 4, 8, seed=seed) for seed in range(60)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
 
@@ -104,10 +78,10 @@ def test_threads_that_share_a_model_compute_what_one_alone_does(
             assert torch.equal(output, alone)
 
 
-@EVERY_PRESET
-def test_gradients_are_right_while_another_thread_evaluates(quantizer, frequent_switches):
-    model = fogzo.quantize_(_net(), quantizer, everything)
-    inputs = [_draw(2, 4, 8, seed=seed) for seed in range(12)]
+@pytest.mark.parametrize("preset", ["fixed", "lsq per channel", "quest", "ternary"])
+def test_gradients_are_right_while_another_thread_evaluates(preset, frequent_switches):
+    model = fogzo.quantize_(_net(), PRESETS[preset](), everything)
+    inputs = [draw(2, 4, 8, seed=seed) for seed in range(12)]
     params = list(model.parameters())
 
     def gradients(x: Tensor) -> tuple[Tensor, ...]:
@@ -140,18 +114,18 @@ def test_gradients_are_right_while_another_thread_evaluates(quantizer, frequent_
 
 
 def test_no_forward_leaves_the_quantized_weight_behind():
-    layer = fogzo.quantize_(_filled(Looped(8, 8)), fogzo.lsq(2), everything)
+    layer = fogzo.quantize_(fill(Looped(8, 8)), fogzo.lsq(2), everything)
     before = set(vars(layer))
-    layer(_draw(2, 8))
+    layer(draw(2, 8))
     assert set(vars(layer)) - before == {"_forward_dtype", "calls", "last"}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_a_forward_notes_on_its_layer_stays(compiled):
     torch.compiler.reset()
-    layer = fogzo.quantize_(_filled(Looped(8, 8)), fogzo.lsq(2), everything)
+    layer = fogzo.quantize_(fill(Looped(8, 8)), fogzo.lsq(2), everything)
     forward = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    outputs = [forward(_draw(2, 8)) for _ in range(2)]
+    outputs = [forward(draw(2, 8)) for _ in range(2)]
     assert layer.calls == 2 and torch.equal(layer.last, outputs[-1])
 
 
@@ -168,9 +142,9 @@ def _replica(module: nn.Module) -> nn.Module:
     return copied
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_replicas_compute_with_their_own_weights_and_train_the_original(quantizer):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     params = list(model.parameters())
     output = model(x)
     expected = torch.autograd.grad(output.sum(), params)
@@ -187,13 +161,13 @@ def test_replicas_compute_with_their_own_weights_and_train_the_original(quantize
 
 def test_a_model_that_ran_in_replicas_is_not_called_unused():
     model = fogzo.quantize_(_net(), fogzo.lsq(2), everything)
-    _replica(model)(_draw(2, 4, 8))
+    _replica(model)(draw(2, 4, 8))
     assert all(m.forward_ran for m in model.modules() if isinstance(m, QuantizedLayer))
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_copies_compute_with_their_own_weights(quantizer):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     before = model(x)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -240,7 +214,7 @@ def test_offloaded_weights_are_refused_before_and_not_baked_in_after():
     with pytest.raises(ValueError, match=r"'0' has a forward.*remove_hook_from_module"):
         fogzo.quantize_(model, fogzo.lsq(2), everything)
     model = fogzo.quantize_(_net(), fogzo.lsq(2), everything).eval()
-    x = _draw(2, 4, 8)
+    x = draw(2, 4, 8)
     before = model(x)
     accelerate.cpu_offload(model, execution_device="cpu")
     assert torch.equal(model(x), before)
@@ -251,7 +225,7 @@ def test_offloaded_weights_are_refused_before_and_not_baked_in_after():
 
 
 def test_the_advice_for_hooked_layers_works():
-    model, x = _net(), _draw(2, 4, 8)
+    model, x = _net(), draw(2, 4, 8)
     _hooked_by_accelerate(model)
     remove_hook_from_module(model, recurse=True)
     fogzo.quantize_(model, fogzo.lsq(2), everything)
@@ -261,7 +235,7 @@ def test_the_advice_for_hooked_layers_works():
 
 @EVERY_WRAPPER
 def test_a_forward_wrapped_after_quantizes_and_outlives_it(wrap):
-    model, x = fogzo.quantize_(_net(), fogzo.lsq(2), everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), fogzo.lsq(2), everything), draw(2, 4, 8)
     before = model(x)
     wrap(model)
     assert torch.equal(model(x), before)
@@ -270,7 +244,7 @@ def test_a_forward_wrapped_after_quantizes_and_outlives_it(wrap):
 
 
 def test_a_model_can_be_quantized_again_once_its_hooks_are_off():
-    model, x = fogzo.quantize_(_net(), fogzo.ternary(), everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), fogzo.ternary(), everything), draw(2, 4, 8)
     _hooked_by_accelerate(model)
     remove_hook_from_module(fogzo.dequantize_(model), recurse=True)
     plain = model(x)
@@ -315,7 +289,7 @@ EVERY_PARAMETRIZATION = pytest.mark.parametrize(
 @EVERY_PARAMETRIZATION
 @pytest.mark.parametrize(
     "use",
-    [lambda m: m(_draw(2, 4, 8)), fogzo.quantized_weights, fogzo.dequantize_],
+    [lambda m: m(draw(2, 4, 8)), fogzo.quantized_weights, fogzo.dequantize_],
     ids=["forward", "quantized_weights", "dequantize_"],
 )
 def test_a_parametrization_after_quantize_is_refused(put_on, way_out, use):
@@ -336,7 +310,7 @@ def test_a_parametrization_before_quantize_is_refused(put_on, way_out):
 
 
 def test_a_layer_whose_parametrization_was_removed_is_quantized_as_before():
-    model, x = fogzo.quantize_(_net(), fogzo.lsq(2), everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), fogzo.lsq(2), everything), draw(2, 4, 8)
     before = model(x)
     parametrizations.weight_norm(model[4])
     nn.utils.parametrize.remove_parametrizations(model[4], "weight")
@@ -344,8 +318,8 @@ def test_a_layer_whose_parametrization_was_removed_is_quantized_as_before():
 
 
 def test_another_parameter_may_be_parametrized():
-    layer = fogzo.quantize_(_filled(nn.Linear(8, 8)), fogzo.lsq(2), everything)
-    x = _draw(2, 8)
+    layer = fogzo.quantize_(fill(nn.Linear(8, 8)), fogzo.lsq(2), everything)
+    x = draw(2, 8)
     before = layer(x)
     nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
     assert torch.allclose(layer(x), before + layer.bias / 2)
@@ -388,14 +362,14 @@ def test_another_weight_in_a_quantized_layer_is_refused(replace):
 
 
 def test_a_baked_convolution_fuses():
-    conv, norm, x = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).eval(), _draw(1, 4, 6, 6)
-    fogzo.dequantize_(fogzo.quantize_(_filled(conv).eval(), fogzo.lsq(2), everything))
+    conv, norm, x = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).eval(), draw(1, 4, 6, 6)
+    fogzo.dequantize_(fogzo.quantize_(fill(conv).eval(), fogzo.lsq(2), everything))
     assert torch.allclose(fuse_conv_bn_eval(conv, norm)(x), norm(conv(x)), atol=1e-5)
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_a_checkpoint_may_be_assigned(quantizer):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     other = fogzo.quantize_(nn.Sequential(*_net()), quantizer, everything)
     with torch.no_grad():
         for param in other.parameters():
@@ -433,7 +407,7 @@ def _initialise(model: nn.Module, std: float) -> None:
 @EVERY_MEASURED
 @pytest.mark.parametrize("std", [0.02, 3.0])
 def test_weights_initialised_after_quantize_warn_once(quantizer, std):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     _initialise(model, std)
     with pytest.warns(
         UserWarning, match=r"initialise them before.*measure_steps_\(model\)"
@@ -445,7 +419,7 @@ def test_weights_initialised_after_quantize_warn_once(quantizer, std):
 
 @EVERY_MEASURED
 def test_the_advice_for_weights_initialised_anew_works(quantizer):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     _initialise(model, 3.0)
     fogzo.layers.attach.measure_steps_(model)
     fresh = _net()
@@ -463,12 +437,12 @@ def test_reset_parameters_measures_the_steps(quantizer):
     layer.reset_parameters()
     assert layer.weight_step is step
     assert torch.equal(step, quantizer.initial_step(layer.weight))
-    layer(_draw(2, 64))
+    layer(draw(2, 64))
 
 
-@EVERY_PRESET
+@EVERY_QUANTIZER
 def test_training_copies_and_checkpoints_are_no_new_initialisation(quantizer):
-    model, x = fogzo.quantize_(_net(), quantizer, everything), _draw(2, 4, 8)
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     copy.deepcopy(model)(x)
     copy.deepcopy(model).double()(x.double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -487,7 +461,7 @@ def test_training_copies_and_checkpoints_are_no_new_initialisation(quantizer):
 
 
 def test_scripting_says_to_bake_in_first():
-    model = fogzo.quantize_(_filled(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), fogzo.lsq(2))
+    model = fogzo.quantize_(fill(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), fogzo.lsq(2))
     with (
         pytest.warns(DeprecationWarning),
         pytest.raises(ValueError, match=r"torch\.jit\.script\(fogzo\.dequantize_\(model\)\)"),

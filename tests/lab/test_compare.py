@@ -30,6 +30,26 @@ def small(folder, **changes):
     return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
 
 
+class InThisProcess:
+    """A pool without processes, each of which would take seconds to import torch."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def results(self, calls):
+        for call in calls:
+            yield call.function(*call.arguments)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Compare without worker processes, which `comparison` and test_compare_signals.py have."""
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """One small comparison, in real worker processes."""
@@ -259,8 +279,7 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
         with pytest.raises(ValueError, match="--mix-versions") as error:
             refused(config)
         assert "--output-dir" in str(error.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
     before = sorted((tmp_path / "runs").iterdir())
     mixed = compare(replace(config, mix_versions=True))
     assert sorted((tmp_path / "runs").iterdir()) == before

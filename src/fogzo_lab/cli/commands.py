@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
-from fogzo_lab.cli import bench, display
+from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
@@ -102,11 +102,17 @@ def _compare(arguments: Sequence[str]) -> None:
     display.compare_results(results, path)
 
 
+def _bench(arguments: Sequence[str]) -> None:
+    from fogzo_lab.cli import bench  # here, as the other commands do without it
+
+    bench.run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
-    "bench": bench.run,
+    "bench": _bench,
 }
 
 

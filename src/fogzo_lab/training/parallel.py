@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fogzo_lab.system.devices import find_device
@@ -104,6 +104,8 @@ def parallelize(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module:
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
     for block in blocks(model):
         fully_shard(block)
     return cast(nn.Module, fully_shard(model))
@@ -113,7 +115,7 @@ def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[Any]:
     """A context whose backward leaves the averaging of gradients to a later one, if asked."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if skip else nullcontext()
-    if isinstance(model, FSDPModule):
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) and isinstance(model, fsdp.FSDPModule):
         model.set_requires_gradient_sync(not skip)
     return nullcontext()
 

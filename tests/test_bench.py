@@ -18,8 +18,8 @@ from fogzo_lab.bench import mezo
 from fogzo_lab.bench.cases import NotHereError, reason
 from fogzo_lab.bench.comparing import compare
 from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig, Limits
-from fogzo_lab.bench.memory import peak_bytes
 from fogzo_lab.bench.networks import mlp
+from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.peers import LAYERS, Chain
 from fogzo_lab.bench.plot import plot
 from fogzo_lab.bench.ranks import RankSettings, time_on_ranks

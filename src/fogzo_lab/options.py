@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
+
+from fogzo.wording import nearest
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,9 @@ def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
     for found in misfits:
         if found.right_type:
             raise found
-    nearest = next((found.nearest for found in misfits if found.nearest), None)
+    meant = next((found.nearest for found in misfits if found.nearest), None)
     words = " or ".join(found.words for found in misfits)
-    raise _Misfit(words, value, nearest=nearest)
+    raise _Misfit(words, value, nearest=meant)
 
 
 def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options]:
@@ -243,10 +244,7 @@ def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options
 def _one_of(choices: Sequence[str], value: Any) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    near = get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    raise _Misfit(
-        f"one of {', '.join(map(str, choices))}", value, nearest=near[0] if near else None
-    )
+    raise _Misfit(f"one of {', '.join(map(str, choices))}", value, nearest=nearest(value, choices))
 
 
 def _bool(value: Any) -> bool:

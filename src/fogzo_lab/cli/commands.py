@@ -4,10 +4,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
+from fogzo.wording import nearest
 from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
@@ -127,8 +127,8 @@ def _parse(
 def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:
     if name in choices:
         return name
-    close = get_close_matches(name, list(choices), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+    close = nearest(name, choices)
+    hint = f"did you mean {close}?" if close else f"choose from {', '.join(choices)}"
     raise ValueError(f"no {kind} {name!r}: {hint}")
 
 

@@ -14,7 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from fogzo import calibrate_, quantize_
 from fogzo.layers.selection import output_dim
 from fogzo_lab.training.config import TrainConfig
-from fogzo_lab.training.model_config import DeitConfig, LlamaConfig, MlpConfig, ResNetConfig
+from fogzo_lab.training.model_config import (
+    DeitConfig,
+    LlamaConfig,
+    MlpConfig,
+    ModelConfig,
+    ResNetConfig,
+)
 
 # By name, as importing them all would cost seconds.
 _BLOCKS = {"LlamaDecoderLayer", "ViTLayer", "ResNetBasicLayer", "ResNetBottleNeckLayer"}
@@ -42,7 +48,7 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # noqa: TID251 -- initial weights only, and given back
         try:
-            model = _float_model(config, shapes)
+            model = float_model(config.model, shapes)
         except (RuntimeError, MemoryError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -131,16 +137,21 @@ def calibrate(model: nn.Module, inputs: Tensor, seed: int) -> None:
         model(inputs)
 
 
-def _float_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
-    match config.model:
+def float_model(config: ModelConfig, shapes: Shapes) -> nn.Module:
+    """The network itself, with weights from torch's global generator.
+
+    Raises:
+        ValueError: If patches do not tile the images.
+    """
+    match config:
         case MlpConfig():
-            return _mlp(config.model, shapes)
+            return _mlp(config, shapes)
         case ResNetConfig():
-            return _resnet(config.model, shapes)
+            return _resnet(config, shapes)
         case DeitConfig():
-            return _deit(config.model, shapes)
+            return _deit(config, shapes)
         case LlamaConfig():
-            return _llama(config.model, shapes)
+            return _llama(config, shapes)
 
 
 def _mlp(config: MlpConfig, shapes: Shapes) -> nn.Module:
@@ -155,11 +166,6 @@ def _resnet(config: ResNetConfig, shapes: Shapes) -> nn.Module:
     from transformers import ResNetConfig as HubConfig
     from transformers import ResNetForImageClassification
 
-    if len(config.widths) != len(config.depths):
-        raise ValueError(
-            f"a ResNet needs as many widths as depths, got {len(config.widths)} and "
-            f"{len(config.depths)}: --model.widths 64 128 --model.depths 2 2"
-        )
     stem = config.widths[0] // (4 if config.bottleneck else 1)
     model = ResNetForImageClassification(
         HubConfig(
@@ -184,7 +190,6 @@ def _resnet(config: ResNetConfig, shapes: Shapes) -> nn.Module:
 def _deit(config: DeitConfig, shapes: Shapes) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    _check_heads(config.width, config.heads)
     if shapes.image_size % config.patch_size:
         fitting = config.patch_size * max(1, shapes.image_size // config.patch_size)
         raise ValueError(
@@ -213,7 +218,6 @@ def _llama(config: LlamaConfig, shapes: Shapes) -> nn.Module:
     from transformers import LlamaConfig as HubConfig
     from transformers import LlamaForCausalLM
 
-    _check_heads(config.width, config.heads)
     model = LlamaForCausalLM(
         HubConfig(
             vocab_size=shapes.num_outputs,
@@ -237,13 +241,6 @@ def _llama(config: LlamaConfig, shapes: Shapes) -> nn.Module:
 
 def _labels(shapes: Shapes) -> dict[int, str]:
     return {number: str(number) for number in range(shapes.num_outputs)}
-
-
-def _check_heads(width: int, heads: int) -> None:
-    if width % heads:
-        raise ValueError(
-            f"{heads} heads cannot share a width of {width}: --model.heads {math.gcd(width, heads)}"
-        )
 
 
 def _quantizable(model: nn.Module) -> list[nn.Module]:

@@ -3,7 +3,6 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import islice
 from typing import Any, TypedDict, overload
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo.collectives import reshard
+from fogzo.wording import nearest
 from fogzo_lab.training.config import TrainConfig
 
 _UNUSABLE = {
@@ -114,10 +114,9 @@ def optimizer_class(given: str) -> type[Optimizer]:
         raise ValueError(f"{given} {_UNUSABLE[name]}: --optimizer adamw")
     if name not in classes:
         names = sorted(set(classes) - set(_UNUSABLE))
-        nearest = [*get_close_matches(name, names, n=1), "adamw"][0]
         raise ValueError(
             f"torch {torch.__version__} has no optimizer {given!r}, only {', '.join(names)}: "
-            f"--optimizer {nearest}"
+            f"--optimizer {nearest(name, names) or 'adamw'}"
         )
     return classes[name]
 

@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-# What a resumed run may be asked for differently: none of it changes what is trained.
-_FREE = {"output_dir", "resume", "overwrite", "log_every", "checkpoint_every", "keep_checkpoints"}
-_FREE |= {"trackers", "device", "parallel"}
+# Options that may differ when a run is resumed: none of them changes what is trained.
+_MAY_DIFFER = {"output_dir", "resume", "overwrite", "device", "parallel"}
+_MAY_DIFFER |= {"log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
 _FILES = ("config.json", "metrics.jsonl", "result.json")
 
 
@@ -231,7 +231,7 @@ def read_config(folder: Path) -> TrainConfig:
         config: TrainConfig = from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used ({error}): {way_out}") from error
-    missing = sorted(_flat(dataclasses.asdict(config)).keys() - _flat(values).keys())
+    missing = sorted(flat(dataclasses.asdict(config)).keys() - flat(values).keys())
     if missing:
         _LOG.warning(
             "%s has no %s, as where an earlier version wrote it: the defaults are taken",
@@ -330,11 +330,11 @@ def _recovered(path: Path, step: int, position: LogPosition | None) -> bytes:
 
 def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
     """Raise a `ValueError` that names what differs, unless a run can go on under this config."""
-    given, kept = (_flat(dataclasses.asdict(c)) for c in (config, stored))
+    given, kept = (flat(dataclasses.asdict(c)) for c in (config, stored))
     differing = [
         f"{name.replace('_', '-')} ({kept.get(name)} there, {given.get(name)} here)"
         for name in sorted({*given, *kept})
-        if name not in _FREE and given.get(name) != kept.get(name)
+        if name not in _MAY_DIFFER and given.get(name) != kept.get(name)
     ]
     if differing:
         raise ValueError(
@@ -343,9 +343,10 @@ def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found

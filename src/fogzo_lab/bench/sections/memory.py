@@ -9,7 +9,7 @@ import torch
 from fogzo import FogzoEstimator
 from fogzo_lab.bench.cases import Case, attempt
 from fogzo_lab.bench.config import BenchConfig, Suite
-from fogzo_lab.bench.memory import peak_bytes
+from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.sections.steps import NETWORKS, Make
 from fogzo_lab.bench.stepping import Steps
 

@@ -9,12 +9,12 @@ from fogzo_lab.bench.cases import NotHereError
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors alive at once on a device while a function runs.
+    """The peak number of bytes of tensors on a device while a function runs.
 
-    Those that were alive before it do not count.
+    Tensors that existed before do not count.
 
     Raises:
-        NotHereError: If the device does not say.
+        NotHereError: If torch does not report it for the device.
     """
     if device.type == "cpu":
         return _peak_of_events(function)
@@ -30,8 +30,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_of_events(function: Callable[[], object]) -> int:
-    """A CPU keeps no such statistics, but its profiler notes every allocation."""
-    # Or it would write a line to the terminal whenever it starts and stops.
+    """The peak on a CPU, which has no such statistics: from the profiler's log of allocations."""
+    # Otherwise it would write a line to the terminal whenever it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

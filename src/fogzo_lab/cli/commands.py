@@ -1,4 +1,4 @@
-"""The commands: each picks its recipe, runs it and prints; errors become one line."""
+"""The commands: each selects a recipe, runs it and prints; errors become one line."""
 
 import os
 import sys
@@ -25,11 +25,11 @@ ConfigT = TypeVar("ConfigT", TrainConfig, CompareConfig)
 USAGE = f"""usage: fogzo COMMAND RECIPE [options]
 
 commands:
-  train RECIPE      train one network, write its run folder; --resume goes on with it
+  train RECIPE      train one network, write its run folder; --resume continues it
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report;
-                    --plan says what would run
-  bench             measure what FOGZO costs on this machine, without a recipe;
+                    --plan lists the runs without running them
+  bench             measure the cost of FOGZO on this machine, without a recipe;
                     --suite quick takes about a minute
 
 recipes: {", ".join(RECIPES)}
@@ -38,7 +38,7 @@ options: fogzo COMMAND RECIPE --help"""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command; exits with 2 on an error of the user's or the data's, without a traceback."""
+    """Run a command; exits with 2 on an error of the user or the data, without a traceback."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -103,7 +103,7 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _bench(arguments: Sequence[str]) -> None:
-    from fogzo_lab.cli import bench  # here, as the other commands do without it
+    from fogzo_lab.cli import bench  # here, as only this command needs it
 
     bench.run(arguments)
 

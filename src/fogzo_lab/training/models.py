@@ -22,28 +22,28 @@ from fogzo_lab.training.model_config import (
     ResNetConfig,
 )
 
-# By name, as importing them all would cost seconds.
+# By name, as importing the classes would take seconds.
 _BLOCKS = {"LlamaDecoderLayer", "ViTLayer", "ResNetBasicLayer", "ResNetBottleNeckLayer"}
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a network must know of its data."""
+    """The shapes of the data that a network depends on."""
 
     num_outputs: int
     """Classes, or tokens of the vocabulary."""
     channels: int = 1
     image_size: int = 0
-    """Pixels a side."""
+    """Pixels per side."""
     context: int = 0
-    """Tokens a block of text."""
+    """Tokens per block of text."""
 
 
 def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
-    """The network of a run, quantized, with initial weights that depend on the seed alone.
+    """The quantized network of a run, with initial weights that depend only on the seed.
 
     Raises:
-        ValueError: If the data do not fit the network, or nothing is left to quantize.
+        ValueError: If the data do not fit the network, or there is nothing to quantize.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # noqa: TID251 -- initial weights only, and given back
@@ -77,7 +77,7 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What the network says, whether it returns a tensor or transformers' output object."""
+    """The logits of a network that returns them as a tensor or as a transformers output."""
     outputs = model(inputs)
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
@@ -88,10 +88,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks_(model: nn.Module) -> None:
-    """Keep only the inputs of the blocks for the backward pass, and compute the rest again.
+    """Store only the inputs of the blocks for the backward pass and recompute the rest.
 
-    transformers can do so for LLaMA and ViT; this also does for ResNets, whose batch norms must
-    not count a batch twice.
+    Unlike the gradient checkpointing of transformers it also works for ResNets, whose batch norms
+    must not count a batch twice.
     """
     for block in blocks(model):
         contexts = partial(_recompute_contexts, block)
@@ -108,7 +108,7 @@ def _recompute_contexts(
 def _spare_buffers(block: nn.Module) -> Iterator[None]:
     """Let the block update copies of its buffers.
 
-    Copying values back instead would count as an edit of what autograd has kept.
+    Copying values back instead would count as an in-place edit of tensors saved by autograd.
     """
     owned = [
         (module, name, buffer)
@@ -231,8 +231,8 @@ def _llama(config: LlamaConfig, shapes: Shapes) -> nn.Module:
             use_cache=False,
         )
     )
-    # As GPT-2 and QuEST do: what is added to the residual stream starts smaller, the more
-    # there is to add.
+    # As in GPT-2 and QuEST: the more blocks add to the residual stream, the smaller their initial
+    # output weights.
     for name, param in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.normal_(param, std=0.02 / math.sqrt(2 * config.depth))
@@ -248,6 +248,6 @@ def _quantizable(model: nn.Module) -> list[nn.Module]:
 
 
 def _first_and_last(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The layer that meets the data (stem, patches' projection, embedding), and the head."""
+    """The first layer (stem, patch projection or embedding) and the output head."""
     layers = _quantizable(model)
     return layers[0], [layer for layer in layers if isinstance(layer, nn.Linear)][-1]

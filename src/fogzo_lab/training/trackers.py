@@ -1,4 +1,4 @@
-"""Logging to TensorBoard, W&B or trackio, through accelerate, when asked."""
+"""Optional logging to TensorBoard, W&B or trackio, through accelerate."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 @contextmanager
 def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], None]]:
-    """A function that logs a step's metrics to the trackers of the config, if there are any.
+    """A function that logs the metrics of a step to the configured trackers, if any.
 
     Raises:
         ValueError: If accelerate or a tracker is not installed.

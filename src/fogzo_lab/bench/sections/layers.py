@@ -45,7 +45,7 @@ SHAPES: dict[Suite, tuple[Shape, ...]] = {
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a shape, mode and way to quantize; the full suite compiles the layers too."""
+    """One case per shape, mode and way to quantize; the full suite compiles the layers too."""
     modes = ("eager", "compiled") if config.suite == "full" else ("eager",)
     for shape, mode in itertools.product(SHAPES[config.suite], modes):
         if mode == "compiled":

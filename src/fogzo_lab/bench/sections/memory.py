@@ -18,7 +18,7 @@ _LEFT_OUT = {"wide MLP, large batch"}
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a network, the same as those whose steps are timed."""
+    """One case per network, the same as those whose steps are timed."""
     for name, make in _networks(config.suite).items():
         yield attempt(name, {}, partial(measure, make, device))
 

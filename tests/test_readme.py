@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fogzo_lab.comparison.overview import best_free_rival
 from fogzo_lab.comparison.results import Comparison
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +252,18 @@ def test_the_conclusions_on_results_are_what_was_measured():
                 at_time.add(gap.verdict(metric.more_is_better))
     assert wins == {(name, "ste") for name in WINS}
     assert at_time == {"worse"}
+    # Verdicts on LSQ and QuEST at equal steps, and the best free rival at both budgets.
+    for name in (name for name in found if "lsq" in name or "quest" in name):
+        metric = found[name].main_metric
+        for rival in ("ste", "placebo"):
+            gap = found[name].interval(found[name].find(rival), metric)
+            expected = "not significant" if "lsq" in name else "worse"
+            assert gap.verdict(metric.more_is_better) == expected
+    for comparison in found.values():
+        metric = comparison.main_metric
+        for budget in ("steps", "time") if comparison.has_equal_time else ("steps",):
+            gap = comparison.interval(best_free_rival(comparison, budget), metric)
+            assert gap.verdict(metric.more_is_better) != "better"
 
 
 def curve_of(results, name):

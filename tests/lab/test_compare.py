@@ -209,11 +209,10 @@ def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
     table = verdict_table({"a net": both, "another": made(*RIVALS, FOGZO)})
     # The placebo has no run of its own at equal time: it costs as much as FOGZO.
     assert table.rows[0] == [
-        "a net", "+ / −", "= / =", "− / −", "= STE, unmasked / = STE, unmasked",
+        "a net", "+ / −", "= / =", "− / −", "= / = (STE, unmasked)",
     ]  # fmt: skip
-    assert table.rows[1] == ["another", "+ / ·", "= / ·", "− / ·", "= STE, unmasked / ·"]
-    assert "better (+) in 2 of 9 differences from the first three, worse (−) in 4" in table.caption
-    assert "3 are not significant" in table.caption
+    assert table.rows[1] == ["another", "+ / ·", "= / ·", "− / ·", "= / · (STE, unmasked)"]
+    assert "9 signs in the first three columns: 2 are +, 4 are − and 3 are =" in table.caption
     assert "edge of the grid: 2 of 9 tuned rows" in table.caption
 
 

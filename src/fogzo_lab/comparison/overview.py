@@ -33,17 +33,12 @@ def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
             verdicts = [_verdict(comparison, name, budget) for budget in _BUDGETS]
             calls.update(verdict for verdict in verdicts if verdict)
             cells.append(" / ".join(SIGNS[verdict] for verdict in verdicts))
-        best = []
-        for budget in _BUDGETS:
-            rival = best_free_rival(comparison, budget)
-            verdict = _verdict(comparison, rival.name, budget) if rival else None
-            best.append(f"{SIGNS[verdict]} {rival.label}" if rival and verdict else SIGNS[None])
-        rows.append([label, *cells, " / ".join(best)])
+        rows.append([label, *cells, _beside_the_best(comparison)])
     count = calls.total()
     tuned = [row for comparison in comparisons.values() for row in comparison.rows]
     caption = (
-        f"FOGZO is better (+) in {calls['better']} of {count} differences from the first three, "
-        f"worse (−) in {calls['worse']}, and {calls['not significant']} are not significant (=); "
+        f"{count} signs in the first three columns: {calls['better']} are +, {calls['worse']} "
+        f"are − and {calls['not significant']} are =; "
         f"chance alone would make about {count / 20:.0f} significant. Best learning rate at an "
         f"edge of the grid: {sum(row.at_edge_of_grid for row in tuned)} of {len(tuned)} tuned rows."
     )
@@ -152,6 +147,18 @@ def best_free_rival(comparison: Comparison, budget: Budget) -> RowResult | None:
     ]
     found = [row for name in names if (row := comparison.find(name, budget)) is not None]
     return min(found, key=lambda row: row.best_loss, default=None)
+
+
+def _beside_the_best(comparison: Comparison) -> str:
+    """The signs beside the best free rival at both budgets, and what that is."""
+    signs, names = [], []
+    for budget in _BUDGETS:
+        rival = best_free_rival(comparison, budget)
+        verdict = None if rival is None else _verdict(comparison, rival.name, budget)
+        signs.append(SIGNS[verdict])
+        if rival is not None and verdict is not None:
+            names.append(rival.label)
+    return f"{' / '.join(signs)} ({' / '.join(dict.fromkeys(names))})"
 
 
 def _verdict(comparison: Comparison, name: str, budget: Budget) -> Verdict | None:

@@ -167,7 +167,6 @@ def test_what_the_results_say_in_words_is_what_was_measured():
     gap = next(d["test_perplexity"] for d in gaps if (d["name"], d["budget"]) == ("ste", "steps"))
     mean, low, high = (f"{-gap[key]:.2f}" for key in ("mean", "high", "low"))
     assert f"by {mean} byte-level perplexity [{low}, {high}]" in " ".join(page.split())
-    assert f"{mean} perplexity better" in README
     agreements = [p["agreement"] for p in curve_of(committed("mnist-mlp-quest-w2"), "fogzo")]
     negative = sum(agreement < 0 for agreement in agreements)
     assert f"in {negative} of the {len(agreements)} logged steps" in " ".join(page.split())

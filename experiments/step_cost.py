@@ -1,4 +1,4 @@
-"""What steps cost with this code beside an earlier commit's, measured in turns.
+"""What steps cost with this code beside an earlier commit's, by interleaved timing.
 
     python experiments/step_cost.py [--before COMMIT] [--rounds 5] [--output-dir FOLDER]
 
@@ -16,7 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fogzo_lab.comparison.tables import where
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "step-cost"
@@ -48,8 +51,7 @@ def main() -> None:
         "cases": [case(name, rounds) for name in rounds[0]["after"]],
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+    write_text(options.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 
 def measure(
@@ -84,8 +86,8 @@ def case(name: str, rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dic
     return row
 
 
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/costs.md."""
+def table(results: dict[str, Any]) -> Table:
+    """Both kinds of steps of every network, for docs/costs.md."""
     heading = ("network", "STE step, ms", "after / before", "FOGZO step, ms", "after / before")
     rows = []
     for found in results["cases"]:
@@ -97,13 +99,11 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
                 f"{of['ratio']:.2f} [{of['low']:.2f}, {of['high']:.2f}]",
             ]
         rows.append(cells)
-    facts = results["environment"]
-    note = (
+    caption = (
         f"Commit {results['after']} over {results['before']}: median and range of "
-        f"{results['rounds']} rounds in turns, one thread. {facts['processor']}, "
-        f"torch {facts['torch']}, {facts['date']}."
+        f"{results['rounds']} interleaved rounds, one thread. {where(results['environment'])}"
     )
-    return heading, rows, note
+    return Table("", heading, rows, caption)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fogzo_lab.comparison.tables import where
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "step-cost"
@@ -56,8 +59,7 @@ def main() -> None:
         "cases": [case(name, options.before, rounds) for name in rounds[0]["now"]],
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+    write_text(options.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 
 def measure(
@@ -98,8 +100,8 @@ def case(
     return row
 
 
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/costs.md."""
+def table(results: dict[str, Any]) -> Table:
+    """The steps of every network beside those of earlier commits, for docs/costs.md."""
     heading = ["network", "FOGZO step, ms"]
     heading += [f"{kind} / {commit}" for commit in results["before"] for kind in KINDS]
     rows = []
@@ -110,14 +112,13 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
                 of = found[kind]["ratios"][commit]
                 cells.append(f"{of['median']:.2f} [{of['low']:.2f}, {of['high']:.2f}]")
         rows.append(cells)
-    facts = results["environment"]
     dates = ", ".join(f"{commit} is {EARLIER[commit]}" for commit in results["before"])
-    note = (
+    caption = (
         f"Steps of commit {results['now']} over those of earlier commits ({dates}): median and "
-        f"range of {results['rounds']} interleaved rounds, one thread. {facts['processor']}, "
-        f"torch {facts['torch']}, {facts['date']}."
+        f"range of {results['rounds']} interleaved rounds, one thread. "
+        f"{where(results['environment'])}"
     )
-    return tuple(heading), rows, note
+    return Table("", heading, rows, caption)
 
 
 if __name__ == "__main__":

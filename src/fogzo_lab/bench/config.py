@@ -1,4 +1,4 @@
-"""The config of a benchmark: what it measures, and for how long."""
+"""What a benchmark measures and how long it may take."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from fogzo_lab.system.devices import Device
 Suite = Literal["tiny", "quick", "full"]
 
 SECTION_NAMES = ("steps", "memory", "layers", "compiled", "probes", "scaling")
-"""The sections in the order in which they run."""
+"""In the order in which they run."""
 
 _Section = Annotated[str, OneOf(SECTION_NAMES)]
 
@@ -20,8 +20,8 @@ class Limits:
     """When to stop timing one comparison.
 
     Attributes:
-        rounds: Maximum number of rounds, in each of which every alternative has its turn.
-        seconds: Approximate duration, but at least as many rounds as quartiles need.
+        rounds: The most rounds, in each of which every alternative has its turn.
+        seconds: About how long, but no fewer rounds than quartiles need.
     """
 
     rounds: int
@@ -37,22 +37,22 @@ _LIMITS: dict[Suite, Limits] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig(Options):
-    """Measure the cost of FOGZO here, beside its floor, plain layers and other libraries."""
+    """Measure what FOGZO costs here, beside its floor, plain layers and other libraries."""
 
     suite: Suite = "quick"
-    """quick takes about a minute, full about 20 minutes; tiny only shows that everything runs."""
+    """quick takes about a minute, full about 15 minutes; tiny shows that all runs."""
     output_dir: Path = Path("runs/bench")
     """Folder of results.json and bench.svg."""
     threads: PositiveInt = 1
     """Threads of torch, in every process."""
     device: Device = "auto"
-    """auto takes a GPU if there is one; or cpu, cuda, mps, ..."""
+    """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
     only: Annotated[tuple[_Section, ...], Example(("steps",))] = ()
     """Sections to run, of steps, memory, layers, compiled, probes and scaling; by default all."""
     rounds: Annotated[PositiveInt | None, Example(3)] = None
-    """Maximum number of rounds per comparison; by default the suite's."""
+    """Most rounds of a comparison; by default the suite's."""
     seconds: Annotated[PositiveFloat | None, Example(2.0)] = None
-    """Approximate seconds per comparison; by default the suite's."""
+    """About how long one comparison is timed; by default the suite's."""
 
     @property
     def sections(self) -> tuple[str, ...]:

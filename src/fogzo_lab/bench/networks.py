@@ -1,5 +1,6 @@
 """The networks whose steps are timed: quantized, each with a loss on one random batch."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fogzo import QuantizedWeight, lsq, quantize_, quantized_weights
-from fogzo_lab.training.model_config import LlamaConfig, MlpConfig, ResNetConfig
+from fogzo_lab.training.model_config import LlamaConfig, ResNetConfig
 from fogzo_lab.training.models import Shapes, float_model
 
 
@@ -62,8 +63,10 @@ def mlp(
         device: Where it computes.
         wrap: Wraps the model that the loss calls, for data parallelism.
     """
-    shapes = Shapes(num_outputs=widths[-1], channels=widths[0], image_size=1)
-    model = float_model(MlpConfig(hidden=widths[1:-1]), shapes)
+    layers: list[nn.Module] = []
+    for width, next_width in itertools.pairwise(widths):
+        layers += [nn.Linear(width, next_width), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
     quantize_(model, lsq(bits=2), lambda module, name: True)
     forward = wrap(model.to(device))
     x = torch.randn(batch, widths[0], device=device)

@@ -16,7 +16,8 @@ from fogzo import FogzoEstimator
 from fogzo_lab.bench.cases import NotHereError
 from fogzo_lab.bench.networks import mlp
 from fogzo_lab.bench.stepping import Steps
-from fogzo_lab.bench.timing import Turns, take_turns
+from fogzo_lab.bench.timing import stopwatch
+from fogzo_lab.interleaved import Turns, take_turns
 
 _CPU = torch.device("cpu")
 _SECONDS_LIMIT = 300.0
@@ -44,7 +45,7 @@ class RankSettings:
 
 
 def time_on_ranks(settings: RankSettings) -> Turns:
-    """STE steps and FOGZO steps in turns, as rank 0 saw them.
+    """Interleaved STE steps and FOGZO steps, as rank 0 saw them.
 
     Raises:
         NotHereError: If torch has no gloo, or a rank fails.
@@ -88,7 +89,10 @@ def _turns(settings: RankSettings) -> Turns:
     network = mlp(settings.widths, settings.batch, _CPU, wrap=DistributedDataParallel)
     steps = Steps(network)
     estimator = FogzoEstimator(network.weights)
-    alternatives = {"STE step": steps.ste, "FOGZO step": lambda: steps.refined(estimator)}
+    alternatives = {
+        "STE step": stopwatch(steps.ste, _CPU),
+        "FOGZO step": stopwatch(lambda: steps.refined(estimator), _CPU),
+    }
     calls = dict.fromkeys(alternatives, settings.calls)
-    take_turns(alternatives, calls, 2, _CPU)  # warm-up
-    return take_turns(alternatives, calls, settings.rounds, _CPU)
+    take_turns(alternatives, calls, 2)  # warm-up
+    return take_turns(alternatives, calls, settings.rounds)

@@ -12,10 +12,10 @@ from fogzo_lab.bench.networks import Network
 
 
 class Steps:
-    """The kinds of steps of one network with one optimizer.
+    """The kinds of steps, of one network with one optimizer.
 
     Args:
-        network: The network to train.
+        network: What is trained.
     """
 
     def __init__(self, network: Network) -> None:
@@ -35,7 +35,7 @@ class Steps:
                 self.network.loss()
 
     def floor(self, count: int = 2) -> None:
-        """The lower bound of a step with as many additional forward passes."""
+        """The least that a step with so many more forward passes can cost."""
         self._backward()
         self.forwards(count)
         self._optimizer.step()
@@ -46,8 +46,8 @@ class Steps:
         """A step whose gradient an estimator refines.
 
         Args:
-            estimator: The estimator of this network's weights.
-            closure: The loss of the probes; by default the network's.
+            estimator: Of this network's weights.
+            closure: The probes' loss, by default the network's own.
         """
         loss = self._backward()
         expected = loss if estimator.one_sided else None
@@ -55,7 +55,7 @@ class Steps:
         self._optimizer.step()
 
     def forget_gradients(self) -> None:
-        """Free the gradients, so that all measurements of memory start alike."""
+        """Free them, so that measurements of memory begin alike."""
         self._optimizer.zero_grad()
 
     def _backward(self) -> Tensor:

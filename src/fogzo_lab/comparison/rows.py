@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
     ),
     "fogzo-one-sided": Row(
         "FOGZO, one-sided",
-        "FOGZO with differences from the step's own loss, half the forwards",
+        "FOGZO with differences from the step's own loss, half the forward passes",
         _to(estimator="fogzo", one_sided=True),
         has_kappa=True,
     ),

@@ -32,7 +32,7 @@ def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
 
 
 def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
-    """STE and FOGZO steps, eager and compiled, in turns."""
+    """STE and FOGZO steps, eager and compiled, interleaved."""
     eager, compiled = Steps(make(device)), Steps(make(device))
     alternatives: dict[str, Callable[[], None]] = {}
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
-"""The cost of a FOGZO step beyond an STE step, in units of its forward passes.
+"""What a FOGZO step costs beyond an STE step, in units of the forward passes it must make.
 
-The overhead ratio is (FOGZO step - STE step) / (2n forward passes without gradients): 1 if only the
-forward passes cost time. A step with free probes measures the estimator's own work, separate from
-forward passes that are slower within a step than on their own.
+The overhead ratio is (FOGZO step - STE step) / (2n forward passes without gradients): 1 where
+nothing else costs time. A step whose probes cost nothing measures the estimator's own work apart
+from what forward passes cost when they alternate with it.
 """
 
 import warnings
@@ -36,11 +36,11 @@ NETWORKS: dict[Suite, dict[str, Make]] = {
     "quick": _QUICK,
     "full": _QUICK | {"larger LLaMA": lambda device: llama(384, 4, 32, 128, device)},
 }
-"""Networks by name."""
+"""Networks by what they are called until they are built."""
 
 
 def target(num_weights: int) -> float:
-    """The target of the overhead ratio, by the number of quantized weights."""
+    """The overhead ratio that this project aims at, by the number of quantized weights."""
     if num_weights >= 5_000_000:
         return 1.05
     return 1.15 if num_weights >= 500_000 else 1.3
@@ -53,12 +53,12 @@ def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
 
 
 def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
-    """The step, its floor and its parts, in turns."""
+    """The step, its floor and its parts, interleaved."""
     network = make(device)
     steps = Steps(network)
     estimator = FogzoEstimator(network.weights)
     some_weight = network.weights[0].param.detach().view(-1)[0]
-    steps.refined(estimator)  # whose first call checks the loss, which free probes do not have
+    steps.refined(estimator)  # the first step's checks are not for a loss that is none
     with warnings.catch_warnings():  # free probes agree with no gradient
         warnings.simplefilter("ignore", RuntimeWarning)
         turns = time_in_turns(

@@ -259,7 +259,7 @@ def broken_on_one_rank(rank, what):
 
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
-    from fogzo.layers import attach
+    from fogzo.layers import quantized_layer
     from fogzo.probing import directions
 
     _, estimator, loss_fn, _ = after_backward(rank, "quest")
@@ -274,9 +274,9 @@ def whole_tensors_at_once(rank):
             seen, most = seen + 1, max(most, len(alive))
         return tensor
 
-    cut, gather = directions.shard_like, attach.full
+    cut, gather = directions.shard_like, quantized_layer.full
     directions.shard_like = lambda tensor, like: cut(watch(tensor), like)
-    attach.full = lambda tensor: watch(gather(tensor))
+    quantized_layer.full = lambda tensor: watch(gather(tensor))
     kept = []
 
     def closure():
@@ -287,7 +287,7 @@ def whole_tensors_at_once(rank):
         estimator.flip_rate()
         estimator.refine_grads_(closure)
     finally:
-        directions.shard_like, attach.full = cut, gather
+        directions.shard_like, quantized_layer.full = cut, gather
     own = [collectives.local(w.param.detach()).shape for w in estimator.weights]
     # To count flips: two measurements of the step, codes twice, one sample. To refine: two
     # measurements of the step and two samples, whose shards are kept.

@@ -18,6 +18,7 @@ LEVELS = {
     "fogzo.wording": 0,
     "fogzo.quantizers": 0,
     "fogzo.layers": 1,
+    "fogzo.methods": 2,
     "fogzo.probing": 2,
     "fogzo.estimators": 3,
     "fogzo": 4,

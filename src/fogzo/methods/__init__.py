@@ -1,0 +1,17 @@
+"""Ways to train through a quantizer beside the gradient estimators, each a line or two of a loop.
+
+pull = fogzo.methods.cage(model, optimizer, total_steps=10_000)
+...
+optimizer.step()
+pull.pull_()
+"""
+
+from fogzo.methods.pull import GridPenalty, GridPull, cage, dampening, winq
+
+__all__ = [
+    "GridPenalty",
+    "GridPull",
+    "cage",
+    "dampening",
+    "winq",
+]

@@ -1,0 +1,327 @@
+"""A pull to the grid: CAGE, WinQ and oscillation dampening through one mechanism.
+
+All three act on ``w - Q(w)``, the distance of a latent weight from the level that it rounds to.
+CAGE and WinQ take a part of it away after the optimizer's step, as decoupled weight decay does
+with w; dampening adds it to the gradients before. None of them needs a forward pass.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fogzo.collectives import full, local, reshard, shard_like
+from fogzo.layers import quantized_weights
+from fogzo.layers.weights import QuantizedWeight, WeightLike, as_quantized_weights
+from fogzo.methods.ramps import CosineRamp, LinearRamp, Periodic, Strength, as_strength
+
+Weights = nn.Module | Iterable[WeightLike]
+
+
+class _Scheduled:
+    """What the two kinds of pull share: weights whose levels are known, and a count of steps."""
+
+    def __init__(self, weights: Weights, strength: float | Strength) -> None:
+        self.weights = weights_with_levels(weights)
+        self.strength = as_strength(strength)
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The step, on which the strength depends."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it is not a state of a pull.
+        """
+        self.step = step_of(state_dict, "pull")
+
+    def _trained(self) -> list[QuantizedWeight]:
+        reshard({id(w.model): w.model for w in self.weights if w.model is not None}.values())
+        return [weight for weight in self.weights if weight.param.requires_grad]
+
+
+class GridPull(_Scheduled):
+    """Moves each weight a part of the way to its level. Call it after the optimizer's step.
+
+    ``w <- w - share * (w - Q(w))``, with Q at the weights that the optimizer left and in the basis
+    where they are rounded. Weights beyond the range are pulled in. The codes stay what they are
+    (exactly for step sizes that are kept; dynamic ones follow the weights), and so do step sizes,
+    the optimizer's state and entries that a record holds. At strength 0 nothing is touched.
+
+    Args:
+        weights: A quantized model, or what `fogzo.quantized_weights` lists, made after
+            ``fully_shard``.
+        strength: A number, or a function of the step (counted from 0).
+        optimizer: If given, the share is ``learning rate * strength`` with the present learning
+            rate of each weight's group, as in decoupled weight decay; otherwise the strength
+            itself. A list where several optimizers train the weights.
+
+    Raises:
+        ValueError: If the levels of a weight are not known, or no optimizer trains it.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        strength: float | Strength,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ) -> None:
+        super().__init__(weights, strength)
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        self._learning_rates(self._trained())
+        self._warned = False
+
+    @torch.no_grad()
+    def pull_(self) -> None:
+        """Pull all weights that are trained, and count a step."""
+        strength = self.strength(self.step)
+        self.step += 1
+        if strength == 0:
+            return
+        weights = self._trained()
+        for weight, rate in zip(weights, self._learning_rates(weights), strict=True):
+            if rate:
+                _move(weight, self._share(weight, rate * strength))
+
+    def _learning_rates(self, weights: Sequence[QuantizedWeight]) -> list[float]:
+        if self.optimizers is None:
+            return [1.0] * len(weights)
+        # Groups are asked anew each time: schedulers and load_state_dict write to them.
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = {id(param): group["lr"] for group in groups for param in group["params"]}
+        missing = [weight.name for weight in weights if id(weight.param) not in rates]
+        if missing:
+            raise ValueError(
+                f"{missing[0]!r} is in no group of the optimizer, so its learning rate is not "
+                "known: give all optimizers that train quantized weights, optimizer=[muon, adamw], "
+                "made after fully_shard"
+            )
+        return [float(rates[id(weight.param)]) for weight in weights]
+
+    def _share(self, weight: QuantizedWeight, share: float) -> float:
+        if share > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"learning rate times strength is {share:.3g} for {weight.name!r}: more than 1 "
+                "would carry weights past their levels, so each is put on its level. Use a "
+                "strength below 1 / learning rate. Said once",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return min(share, 1.0)
+
+
+class GridPenalty(_Scheduled):
+    """Adds the gradient of a penalty on the distance from the grid. Call it before the step.
+
+    The penalty is ``strength * sum (Q(w) - clip(w))^2`` with Q held, so the gradient is
+    ``2 * strength * (w - Q(w))`` within the range of levels and 0 beyond it.
+
+    Args:
+        weights: As for `GridPull`.
+        strength: A number, or a function of the step (counted from 0).
+        mean_over_inputs: Divide by the number of inputs of an output, as the authors do: the
+            penalty is then the mean over inputs, summed over outputs.
+
+    Raises:
+        ValueError: If the levels of a weight are not known.
+    """
+
+    def __init__(
+        self, weights: Weights, strength: float | Strength, mean_over_inputs: bool = False
+    ) -> None:
+        super().__init__(weights, strength)
+        self.mean_over_inputs = mean_over_inputs
+
+    @torch.no_grad()
+    def add_grads_(self, grad_scale: float = 1.0) -> None:
+        """Add to the gradients of all weights that have one, and count a step.
+
+        Call it between backward and step; before clipping, if what is clipped is to be the
+        gradient of loss and penalty together.
+
+        Args:
+            grad_scale: What the gradients are multiplied by at present: ``scaler.get_scale()``
+                before ``scaler.unscale_(optimizer)``, else 1.
+
+        Raises:
+            ValueError: If there are no gradients.
+        """
+        strength = 2 * grad_scale * self.strength(self.step)
+        weights = self._trained()
+        used = [weight for weight in weights if weight.param.grad is not None]
+        if weights and not used:
+            raise ValueError(
+                "no quantized weight has a gradient. Call it after backward and before zero_grad: "
+                "loss.backward(); penalty.add_grads_(); optimizer.step()"
+            )
+        self.step += 1
+        if strength == 0:
+            return
+        for weight in used:
+            assert weight.param.grad is not None
+            grad, factor = local(weight.param.grad), strength
+            if self.mean_over_inputs:
+                factor *= weight.param.shape[0] / weight.param.numel()
+            grad.add_(_distance_within_range(weight).to(grad.dtype), alpha=factor)
+
+
+def cage(
+    weights: Weights,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    total_steps: int,
+    strength: float = 10.0,
+    start: float = 0.8,
+) -> GridPull:
+    """CAGE (arXiv 2510.18784): a pull that grows over the last part of training.
+
+    The share is ``lr_t * lam_t``, where lam rises linearly from 0 at ``start`` to ``strength`` at
+    the end. The defaults are those of the authors' training script, for runs of 10,000 steps and
+    more. A short run ends before they have pulled much: there ``start=0`` is better.
+
+    Args:
+        weights: As for `GridPull`.
+        optimizer: Whose learning rates multiply the strength.
+        total_steps: Optimizer steps of the whole run.
+        strength: At the end of the run.
+        start: Fraction of the run after which the pull begins.
+    """
+    return GridPull(weights, LinearRamp(strength, total_steps, start), optimizer)
+
+
+def winq(weights: Weights, *, every: int, keep: float = 0.2) -> GridPull:
+    """WinQ's resets (arXiv 2605.17471): ``w <- keep * w + (1 - keep) * Q(w)`` every so often.
+
+    The authors reset every quarter of the run (up to 2 bits) or half (3 bits and more). On short
+    runs here, resets every tenth of the run that keep 0.8 did better. Their other part, noise of
+    standard deviation 1e-3 on the weights of every forward pass, is left out.
+
+    Args:
+        weights: As for `GridPull`.
+        every: Steps from one reset to the next.
+        keep: Share of the distance that a reset leaves, the authors' alpha. Other ports say alpha
+            for the share that it takes away.
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep must be from 0 to 1, got {keep!r}: winq(weights, every=100)")
+    return GridPull(weights, Periodic(1 - keep, every))
+
+
+def dampening(
+    weights: Weights,
+    *,
+    total_steps: int,
+    strength: float = 0.1,
+    start: float = 0.25,
+    mean_over_inputs: bool = True,
+) -> GridPenalty:
+    """Oscillation dampening (Nagel et al., arXiv 2203.11086).
+
+    The strength is 0 up to ``start`` and rises by a cosine to its value at the end. The defaults
+    are the authors', for convolutions of few inputs. Large layers need more, in proportion to
+    their inputs, or ``mean_over_inputs=False``.
+
+    Args:
+        weights: As for `GridPull`.
+        total_steps: Optimizer steps of the whole run.
+        strength: At the end of the run.
+        start: Fraction of the run after which it begins.
+        mean_over_inputs: As for `GridPenalty`.
+    """
+    ramp = CosineRamp(strength, total_steps, start)
+    return GridPenalty(weights, ramp, mean_over_inputs)
+
+
+def weights_with_levels(weights: Weights) -> list[QuantizedWeight]:
+    """Records of a model's quantized weights, all with known levels.
+
+    Raises:
+        ValueError: If one has none, or they cannot be quantized weights.
+    """
+    given = quantized_weights(weights) if isinstance(weights, nn.Module) else weights
+    records = as_quantized_weights(given)
+    for record in records:
+        if record.grid is None:
+            raise ValueError(
+                f"the levels of {record.name!r} are not known, or not evenly spaced, so it has no "
+                "nearest one: a hand-written fake quantization says them by "
+                "fogzo.QuantizedWeight(name, param, step_size, grid=fogzo.quantizers.uniform(2))"
+            )
+    return records
+
+
+class Rounded(NamedTuple):
+    """This rank's shard of a weight in the basis where it is rounded, in float32 or finer.
+
+    Attributes:
+        w: The latent weight.
+        level: What it rounds to in the weight's own dtype, as in a forward pass.
+        low: Smallest level, broadcastable.
+        high: Largest level, broadcastable.
+    """
+
+    w: Tensor
+    level: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def rounded(weight: QuantizedWeight) -> Rounded:
+    """A weight whose grid is known, and its levels. If it is sharded, all ranks ask together."""
+    param, grid = local(weight.param), weight.grid
+    assert grid is not None
+    step = shard_like(full(weight.step_size()).detach().to(param), weight.param)
+    w = param if weight.rotate is None else weight.rotate(param)
+    level = grid.round(w / step) * step
+    wide = torch.promote_types(param.dtype, torch.float32)
+    return Rounded(w.to(wide), level.to(wide), grid.low * step.to(wide), grid.high * step.to(wide))
+
+
+def step_of(state_dict: object, name: str) -> int:
+    """The step in a state.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    given = state_dict if isinstance(state_dict, dict) else {}
+    if not (set(given) == {"step"} and isinstance(given["step"], int) and given["step"] >= 0):
+        raise ValueError(
+            f"expected one integer, step, got {state_dict!r:.80}: "
+            f"{name}.load_state_dict(checkpoint['{name}'])"
+        )
+    return int(given["step"])
+
+
+def _move(weight: QuantizedWeight, share: float) -> None:
+    param = local(weight.param)
+    w, level, _, _ = rounded(weight)
+    if weight.rotate is None:
+        level = level.where(_free(weight), w)
+        param.copy_(torch.lerp(w, level, share))  # exactly the level at 1
+    else:
+        change = weight.rotate(level - w) * _free(weight)
+        param.copy_(param.to(change.dtype).add_(change, alpha=share))
+
+
+def _distance_within_range(weight: QuantizedWeight) -> Tensor:
+    """``clip(w) - Q(w)`` in the weight's own basis, 0 where the record holds it."""
+    w, level, low, high = rounded(weight)
+    distance = w.clamp(low, high) - level
+    if weight.rotate is not None:
+        distance = weight.rotate(distance)
+    return distance * _free(weight)
+
+
+def _free(weight: QuantizedWeight) -> Tensor:
+    """True where a weight may move; broadcastable to this rank's shard."""
+    device = local(weight.param).device
+    if weight.held is None:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return shard_like(~weight.held.to(device), weight.param)

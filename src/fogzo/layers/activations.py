@@ -33,6 +33,20 @@ UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
 
 
 @dataclass
+class FloatPhase:
+    """Whether layers compute in float for now; see `fogzo.methods.quantize_from`.
+
+    Copies of a layer share it, so that an average of models that was begun in float is quantized
+    when its model is.
+    """
+
+    active: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FloatPhase":
+        return self
+
+
+@dataclass
 class _Tally:
     """Statistics of the inputs seen so far, from which a layer's step and levels follow."""
 
@@ -78,6 +92,12 @@ class QuantizedInput(nn.Module):
     # makes the output NaN or infinite.
     _was_measured: bool
     _tally: _Tally | None
+    _float_phase: FloatPhase | None = None
+
+    @property
+    def is_in_float(self) -> bool:
+        """Whether neither weight nor input is quantized for now."""
+        return self._float_phase is not None and self._float_phase.active
 
     @property
     def activation_quantizer(self) -> Quantizer | None:
@@ -111,6 +131,24 @@ class QuantizedInput(nn.Module):
         self.register_buffer("input_state", torch.tensor(float(state), device=weight.device))
         self._was_measured = state != UNMEASURED
 
+    @property
+    def measures_input(self) -> bool:
+        """Whether the input's step is measured once, from inputs, and then kept."""
+        return _is_measured_from_inputs(self._given)
+
+    @torch.no_grad()
+    def forget_input_step_(self) -> None:
+        """Measure the step of the input again, in the next training forward pass or `calibrate_`.
+
+        Dynamic scales and steps that were given have nothing to measure.
+        """
+        if not self.measures_input:
+            return
+        assert self.input_step is not None and self.input_state is not None
+        self.input_step.fill_(math.inf)
+        self.input_state.fill_(UNMEASURED)
+        self._was_measured = False
+
     def detach_input(self) -> None:
         """Leave nothing of `attach_input` behind."""
         del self.input_step, self.input_step_knee, self.input_state
@@ -119,7 +157,7 @@ class QuantizedInput(nn.Module):
     def with_quantized_input(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments of a forward pass, with the first quantized if it is to be."""
         given = self._given
-        if given is None:
+        if given is None or self.is_in_float:
             return args
         if not args:
             raise ValueError(

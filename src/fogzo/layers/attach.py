@@ -178,6 +178,12 @@ def dequantize_(model: ModelT) -> ModelT:
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
             )
         layer._check_step_shape()
+        if layer.is_in_float:
+            raise ValueError(
+                f"{layer._name!r} is in float until its quantization begins, and its step sizes "
+                "are not those of its weights: call switch.advance_() of fogzo.methods."
+                "quantize_from after each optimizer step, to the end of the run"
+            )
     warn_of_bypassed_layers(model)
     baked: set[int] = set()
     for layer in layers:
@@ -187,7 +193,7 @@ def dequantize_(model: ModelT) -> ModelT:
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
-        for name in ("_forward_dtype", "_versions"):
+        for name in ("_forward_dtype", "_versions", "_float_phase"):
             layer.__dict__.pop(name, None)
         layer.detach_input()
         cast(nn.Module, layer).__class__ = plain_class(layer)

@@ -48,7 +48,7 @@ class QuantizedLayer(QuantizedInput):
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses, differentiable by the surrogate."""
-        return self._quantized(self.training)
+        return self.weight if self.is_in_float else self._quantized(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on quantized weights."""

@@ -6,12 +6,15 @@ optimizer.step()
 pull.pull_()
 """
 
+from fogzo.methods.phases import Switch, quantize_from
 from fogzo.methods.pull import GridPenalty, GridPull, cage, dampening, winq
 
 __all__ = [
     "GridPenalty",
     "GridPull",
+    "Switch",
     "cage",
     "dampening",
+    "quantize_from",
     "winq",
 ]

@@ -1,0 +1,123 @@
+"""When to quantize: in float first, quantized for the last share of the steps."""
+
+import torch
+from torch import nn
+
+from fogzo.collectives import distributed_like, full, is_sharded
+from fogzo.layers import QuantizedLayer
+from fogzo.layers.activations import FloatPhase
+from fogzo.methods.pull import step_of
+from fogzo.methods.ramps import check_count, check_start
+from fogzo.quantizers.steps import knee_of
+
+
+class Switch:
+    """Made by `quantize_from`: counts steps, and ends the float phase when it is time.
+
+    Attributes:
+        switch_step: After how many steps quantization begins.
+        step: How many were taken.
+    """
+
+    def __init__(self, model: nn.Module, start: float, total_steps: int) -> None:
+        check_start(start)
+        check_count("total_steps", total_steps, "quantize_from(model, 0.5, total_steps=10_000)")
+        self.switch_step = round(start * total_steps)
+        self.step = 0
+        self._layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+        _check(self._layers)
+        self._phase = FloatPhase(self.switch_step > 0)
+        for layer in self._layers:
+            layer._float_phase = self._phase
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether quantization has begun."""
+        return not self._phase.active
+
+    def advance_(self) -> None:
+        """Count a step. Call it after each optimizer step, to the end of the run."""
+        self.step += 1
+        if self._phase.active and self.step >= self.switch_step:
+            self._phase.active = False
+            for layer in self._layers:
+                _measure_again_(layer)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were taken."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken. The model's own state holds its step sizes.
+
+        Raises:
+            ValueError: If it is not a state of a switch.
+        """
+        self.step = step_of(state_dict, "switch")
+        self._phase.active = self.step < self.switch_step
+
+
+def quantize_from(model: nn.Module, start: float, *, total_steps: int) -> Switch:
+    """Let a quantized model compute in float until a fraction of the run lies behind.
+
+    ``start=0`` is training that is quantized throughout; ``start=1`` trains in float and quantizes
+    after the last step, which is quantization after training. At the switch step sizes are
+    measured again, of weights at once and of inputs in the next training forward pass (or by
+    `fogzo.calibrate_`).
+
+    The model is quantized from the start, so learned step sizes exist before the optimizer is
+    made. In float they have no gradient, so that optimizers leave them alone. Call it after
+    `fogzo.quantize_` (and ``fully_shard``), before averages of the model are made:
+
+    >>> import fogzo
+    >>> model = fogzo.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), fogzo.lsq(2))
+    >>> switch = quantize_from(model, 0.5, total_steps=100)
+    >>> switch.switch_step, switch.is_quantized
+    (50, False)
+
+    Args:
+        model: Quantized by `fogzo.quantize_`.
+        start: Fraction of the steps in float.
+        total_steps: Optimizer steps of the whole run.
+
+    Returns:
+        The switch, whose ``advance_()`` belongs after each optimizer step.
+
+    Raises:
+        ValueError: If nothing is quantized, it is in a float phase already, or inputs whose
+            step would have to be measured again belong to a sharded model.
+    """
+    return Switch(model, start, total_steps)
+
+
+def _check(layers: list[QuantizedLayer]) -> None:
+    if not layers:
+        raise ValueError(
+            "nothing in this model is quantized: first call fogzo.quantize_(model, "
+            "fogzo.lsq(bits=2)), then fogzo.methods.quantize_from(model, 0.5, total_steps=...)"
+        )
+    for layer in layers:
+        if layer.is_in_float:
+            raise ValueError(
+                f"{layer._name!r} is in float already, by an earlier quantize_from: call it once, "
+                "and to resume switch.load_state_dict(checkpoint['switch'])"
+            )
+        if is_sharded(layer.weight) and layer.measures_input:
+            raise ValueError(
+                f"the input of {layer._name!r} has a step that is measured once, which a sharded "
+                "model cannot do again at the switch: quantize its inputs by a dynamic scale, "
+                "activations=fogzo.quest(4) or fogzo.abs_max(8), or not at all"
+            )
+
+
+@torch.no_grad()
+def _measure_again_(layer: QuantizedLayer) -> None:
+    layer.forget_input_step_()
+    if not is_sharded(layer.weight):
+        layer.measure_step_()
+    elif layer.weight_step is not None:
+        step = layer.quantizer.initial_step(full(layer.weight), layer.output_dim)
+        assert step is not None
+        layer.weight_step.copy_(distributed_like(step, layer.weight_step))
+        if layer.weight_step_knee is not None:
+            layer.weight_step_knee.copy_(knee_of(step))

@@ -1,0 +1,194 @@
+"""Float first, quantized for the last share of the steps."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim.swa_utils import AveragedModel
+
+import fogzo
+from fogzo.methods import quantize_from
+
+EVERYTHING = lambda module, name: True  # noqa: E731
+KINDS = {
+    "fixed": {"quantizer": fogzo.fixed(2)},
+    "lsq per channel": {"quantizer": fogzo.lsq(2, granularity="channel")},
+    "quest": {"quantizer": fogzo.quest(2)},
+    "W2A2": {"quantizer": fogzo.lsq(2), "activations": fogzo.lsq(2)},
+    "W2A4, dynamic": {"quantizer": fogzo.lsq(2), "activations": fogzo.quest(4)},
+}
+STEPS = 8
+
+
+def network(kind=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    if kind is None:
+        return model
+    return fogzo.quantize_(
+        model, KINDS[kind]["quantizer"], EVERYTHING, KINDS[kind].get("activations")
+    )
+
+
+def batch(step):
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+    return x, x[:, :4]
+
+
+def train(model, optimizer, switch=None, steps=range(STEPS)):
+    for step in steps:
+        x, y = batch(step)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+        if switch is not None:
+            switch.advance_()
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def same(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_zero_is_quantized_training_bit_for_bit(kind):
+    plain, switched = network(kind), network(kind)
+    train(plain, adamw(plain))
+    optimizer = adamw(switched)
+    train(switched, optimizer, quantize_from(switched, 0.0, total_steps=STEPS))
+    assert same(plain, switched)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_one_is_quantization_after_training_bit_for_bit(kind):
+    after, switched = network(), network(kind)
+    train(after, adamw(after))
+    quantizer, activations = KINDS[kind]["quantizer"], KINDS[kind].get("activations")
+    fogzo.quantize_(after, quantizer, EVERYTHING, activations)
+    switch = quantize_from(switched, 1.0, total_steps=STEPS)
+    train(switched, adamw(switched), switch)
+    assert switch.is_quantized
+    x, _ = batch(100)
+    for model in (after, switched):
+        if activations is not None and activations.scale.has_state:
+            with pytest.raises(ValueError, match="has no step size yet"):
+                model.eval()(x)
+            with fogzo.calibrate_(model):
+                model(x)
+    assert same(after, switched)
+    assert torch.equal(after.eval()(x), switched.eval()(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_float_training_before_and_measured_at_the_switch(kind):
+    model, plain = network(kind), network()
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    train(model, optimizer, switch, range(STEPS // 2 - 1))
+    assert not switch.is_quantized
+    train(plain, adamw(plain), steps=range(STEPS // 2 - 1))
+    assert torch.equal(model[0].weight, plain[0].weight)
+    x, _ = batch(100)
+    assert torch.equal(model(x), plain(x))
+    learned = [n for n, _ in model.named_parameters() if n.endswith("_step")]
+    assert all(model.get_parameter(name) not in optimizer.state for name in learned)
+
+    identities = {name: id(param) for name, param in model.named_parameters()}
+    train(model, optimizer, switch, [STEPS // 2 - 1])
+    assert switch.is_quantized
+    for layer in (model[0], model[2]):
+        if layer.weight_step is not None:
+            measured = layer.quantizer.initial_step(layer.weight)
+            assert torch.equal(layer.weight_step, measured)
+    before = {name: model.get_parameter(name).clone() for name in learned}
+    train(model, optimizer, switch, range(STEPS // 2, STEPS))
+    assert {name: id(param) for name, param in model.named_parameters()} == identities
+    # An optimizer that was made in the float phase trains the learned steps.
+    assert all(not torch.equal(model.get_parameter(name), before[name]) for name in learned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_a_resumed_run_is_the_same_bit_for_bit(kind, at):
+    model = network(kind)
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    train(model, optimizer, switch, range(at))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), switch.state_dict()))
+    train(model, optimizer, switch, range(at, STEPS))
+
+    again = network(kind)
+    other, optimizer = quantize_from(again, 0.5, total_steps=STEPS), adamw(again)
+    for part, state in zip((again, optimizer, other), saved, strict=True):
+        part.load_state_dict(state)
+    assert other.is_quantized == (at >= 4)
+    train(again, optimizer, other, range(at, STEPS))
+    assert same(model, again)
+
+
+def test_an_average_begun_in_float_is_quantized_with_its_model():
+    model = network("fixed")
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    average = AveragedModel(model, avg_fn=lambda old, new, count: new)
+    for step in range(STEPS):
+        train(model, optimizer, switch, [step])
+        average.update_parameters(model)
+    x, _ = batch(100)
+    assert torch.equal(average(x), model(x))
+    assert len(average.module[0].quantized_weight().unique()) <= 4
+
+
+def test_a_pickled_model_stays_in_its_phase():
+    model = network("fixed")
+    quantize_from(model, 0.5, total_steps=STEPS)
+    loaded = pickle.loads(pickle.dumps(model))
+    x, _ = batch(0)
+    assert loaded[0].is_in_float and torch.equal(loaded(x), model(x))
+
+
+def test_baking_in_waits_for_the_switch_and_leaves_nothing_behind():
+    model = network("W2A2")
+    switch = quantize_from(model, 1.0, total_steps=1)
+    with pytest.raises(ValueError, match="in float until its quantization begins"):
+        fogzo.dequantize_(model)
+    switch.advance_()
+    fogzo.dequantize_(model)
+    assert set(vars(model[0])) == set(vars(nn.Linear(2, 2)))
+
+
+def test_a_step_that_was_given_stays():
+    model = fogzo.quantize_(network(), fogzo.fixed(2, step=0.3), EVERYTHING)
+    quantize_from(model, 1.0, total_steps=1).advance_()
+    assert model[0].weight_step.item() == pytest.approx(0.3)
+
+
+def test_a_compiled_model_notices_the_switch():
+    model = network("lsq per channel")
+    switch = quantize_from(model, 1.0, total_steps=1)
+    compiled = torch.compile(model, backend="eager")
+    x, _ = batch(0)
+    plain = network()
+    assert torch.equal(compiled(x), plain(x))
+    switch.advance_()
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), plain(x))
+
+
+def test_impossible_calls_are_refused():
+    with pytest.raises(ValueError, match="nothing in this model is quantized"):
+        quantize_from(network(), 0.5, total_steps=10)
+    model = network("fixed")
+    with pytest.raises(ValueError, match="start must be a fraction of the run"):
+        quantize_from(model, 1.5, total_steps=10)
+    with pytest.raises(ValueError, match="total_steps must be a positive integer"):
+        quantize_from(model, 0.5, total_steps=0)
+    switch = quantize_from(model, 0.5, total_steps=10)
+    with pytest.raises(ValueError, match="in float already, by an earlier quantize_from"):
+        quantize_from(model, 0.5, total_steps=10)
+    with pytest.raises(ValueError, match="expected one integer, step"):
+        switch.load_state_dict({"steps": 1})

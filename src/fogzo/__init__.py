@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         quantize_,
         quantized_weights,
     )
-    from fogzo.quantizers import Quantizer, abs_max, fixed, lsq, quest, sign, ternary
+    from fogzo.quantizers import Quantizer, abs_max, bbq, fixed, lsq, quest, sign, ternary
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "RefineStats",
     "SpsaEstimator",
     "abs_max",
+    "bbq",
     "calibrate_",
     "dequantize_",
     "every",

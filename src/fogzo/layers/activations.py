@@ -402,8 +402,9 @@ def _check(name: str, layer: nn.Module, quantizer: object) -> None:
 def _for_unsigned(quantizer: Quantizer) -> Quantizer:
     """The quantizer that takes over for inputs without a negative value."""
     grid = unsigned(quantizer.grid)
-    # A rotation mixes signs, whatever the input's are.
-    if quantizer.rotation is not None or grid == quantizer.grid:
+    # A rotation mixes signs, whatever the input's are, and a bell has two sides.
+    mixed = quantizer.rotation is not None or quantizer.companding is not None
+    if mixed or grid == quantizer.grid:
         return quantizer
     return replace(quantizer, grid=grid)
 

@@ -265,7 +265,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         if quantizer.rotation is None
         else partial(quantizer.rotate, output_dim=layer.output_dim),
         codes=layer.codes,
-        grid=quantizer.grid,
+        grid=quantizer.grid if quantizer.companding is None else None,
         held=_padding(layer),
         hold_step_size=nullcontext
         if quantizer.scale.has_state

@@ -230,9 +230,11 @@ class QuantizedLayer(QuantizedInput):
         return weight.to(self._forward_dtype or weight.dtype)
 
     def _gathered(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and all of its step sizes; of the weight only the shape if it has some."""
+        """The weight and all of its step sizes; of the weight only the shape if that will do."""
         step = self._step()
-        return (self._whole_weight(), None) if step is None else (self.weight, step)
+        if step is None or self.quantizer.companding is not None:
+            return self._whole_weight(), step
+        return self.weight, step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"

@@ -1,8 +1,9 @@
 """Quantizers that compose: pure functions from tensor to tensor, usable without the rest."""
 
+from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import Granularity
 from fogzo.quantizers.grids import SIGN, TERNARY, Grid, uniform, unsigned
-from fogzo.quantizers.presets import abs_max, fixed, lsq, quest, sign, ternary
+from fogzo.quantizers.presets import abs_max, bbq, fixed, lsq, quest, sign, ternary
 from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import (
@@ -19,6 +20,7 @@ __all__ = [
     "SIGN",
     "SURROGATE_NAMES",
     "TERNARY",
+    "Bell",
     "Granularity",
     "Grid",
     "Hadamard",
@@ -27,6 +29,7 @@ __all__ = [
     "Surrogate",
     "abs_max",
     "abs_mean_scale",
+    "bbq",
     "fixed",
     "fixed_scale",
     "learned_scale",

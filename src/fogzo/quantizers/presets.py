@@ -2,12 +2,14 @@
 
 import torch
 
+from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import Granularity
 from fogzo.quantizers.grids import SIGN, TERNARY, Levels, uniform
 from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import (
     Rule,
+    Scale,
     abs_mean_scale,
     fixed_scale,
     learned_scale,
@@ -53,11 +55,49 @@ def quest(
     surrogate: str | Surrogate = "trust",
     granularity: Granularity = "channel",
     scale_dtype: torch.dtype | None = None,
+    detach_scale: bool = True,
 ) -> Quantizer:
-    """Hadamard rotation, Gaussian-optimal steps, trust mask (QuEST, arXiv 2502.05003)."""
+    """Hadamard rotation, Gaussian-optimal steps, trust mask (QuEST, arXiv 2502.05003).
+
+    With ``detach_scale=False`` gradients also pass through the step size, as in later code of the
+    authors of BBQ.
+    """
     grid = uniform(bits, "half")
-    scale = rms_scale("quest")
+    scale = rms_scale("quest", detach_scale)
     return Quantizer(grid, scale, surrogate, Hadamard(block), granularity, scale_dtype)
+
+
+def bbq(
+    bits: int,
+    *,
+    block: int = 128,
+    levels: Levels | None = None,
+    learned: bool = True,
+    surrogate: str | Surrogate = "identity_unmasked",
+    granularity: Granularity = "channel",
+    scale_dtype: torch.dtype | None = None,
+) -> Quantizer:
+    """Bell Box Quantization: rotated, then codes of equal frequency (arXiv 2603.01599).
+
+    Thresholds are the quantiles of a Gaussian of the weights' rms; levels are evenly spaced, with
+    a step of their own: ``learned``, or a multiple of the present rms. Gradients pass through the
+    rms. As published, levels are half up to 2 bits and integer above, where they lie half a step
+    below the cells' middles: ``levels="half"`` is without that shift (squared error .074 against
+    .119 on a unit Gaussian with 3 bits).
+
+    Inference needs the Gaussian's quantiles to find the codes of inputs; weights are codes and
+    steps as ever. For inputs: ``activations=fogzo.bbq(2, granularity="tensor")``.
+    """
+    scale = learned_scale("bell") if learned else Scale("bell", "dynamic", detached=False)
+    return Quantizer(
+        uniform(bits, levels),
+        scale,
+        surrogate,
+        Hadamard(block),
+        granularity,
+        scale_dtype,
+        companding=Bell(),
+    )
 
 
 def ternary(

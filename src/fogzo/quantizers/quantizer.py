@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fogzo.quantizers.checks import require_type
+from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.fake_quantize import fake_quantize
 from fogzo.quantizers.granularity import (
     Granularity,
@@ -51,6 +52,8 @@ class Quantizer:
             the nearer it is. Surrogates without a law take uniform noise as wide as the grid's
             spacing. Draws come from torch's global stream, which FOGZO's probes replay. Codes are
             those of rounding to nearest.
+        companding: A curve that weights pass before they are rounded, or None. Step sizes are then
+            those of the output alone.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
     >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
@@ -66,6 +69,7 @@ class Quantizer:
     granularity: Granularity = "tensor"
     scale_dtype: torch.dtype | None = None
     stochastic: bool = False
+    companding: Bell | None = None
     # Here and not when they are needed, as the compiler cannot follow how grids are made.
     _input_grids: tuple[Grid, Grid] = field(init=False, repr=False, compare=False)
 
@@ -74,6 +78,7 @@ class Quantizer:
         require_type("scale", self.scale, Scale, "scale=fogzo.quantizers.learned_scale()")
         require_type("rotation", self.rotation, (Hadamard, NoneType), "rotation=Hadamard(128)")
         require_type("stochastic", self.stochastic, bool, "stochastic=True")
+        require_type("companding", self.companding, (Bell, NoneType), "companding=Bell()")
         check_granularity(self.granularity)
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
@@ -201,7 +206,13 @@ class Quantizer:
         return self._effective(step.detach(), weight.dtype).clone()
 
     def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
-        """`current_step`, shaped to broadcast against the weight (rotated, if it is)."""
+        """`current_step`, shaped to broadcast against the weight (rotated, if it is).
+
+        Where weights are companded, what one step is at each weight, in the weight's units.
+        """
+        if self.companding is not None:
+            groups = self._groups(weight.detach(), output_dim)
+            return self._arrange(self.companding.cell(groups, self.grid), weight, output_dim)
         step = self.current_step(weight, step, output_dim)
         return broadcast_step(step, weight.shape, self.granularity, output_dim)
 
@@ -213,7 +224,7 @@ class Quantizer:
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
             step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
-            codes = self.grid.round_to_code(groups / step)
+            codes = self.grid.round_to_code(self._in_steps(groups, step))
             return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
 
     def dequantize(
@@ -249,13 +260,29 @@ class Quantizer:
         second: Tensor | None = None,
     ) -> Tensor:
         groups = self._groups(tensor, output_dim)
+        follows = step is None and not self.scale.detached
         step = self._effective(self._measure(groups) if step is None else step, tensor.dtype)
+        if follows:
+            step = _following(step, groups)
         size = features or groups.shape[1]
         grad_scales = [self.scale.grad_scale(size, grid) for grid in grids]
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         dither = self._dither(groups, surrogate) if self.stochastic and training else None
-        quantized = fake_quantize(groups, step, grids, surrogate, grad_scales, dither, second)
+        if follows or self.companding is not None:
+            # Step by step, for gradients through the step size and the curve.
+            x = self._in_steps(groups, step)
+            one = x.new_ones(1, 1)
+            quantized = fake_quantize(x, one, grids, surrogate, dither=dither, second=second)
+            quantized = quantized.to(groups.dtype) * _scale_grad(step, grad_scales[0])
+        else:
+            quantized = fake_quantize(groups, step, grids, surrogate, grad_scales, dither, second)
         return self._ungroup(quantized, tensor, output_dim)
+
+    def _in_steps(self, groups: Tensor, step: Tensor) -> Tensor:
+        """What is rounded."""
+        if self.companding is None:
+            return groups / step
+        return self.companding.compress(groups, self.grid)
 
     def _dither(self, groups: Tensor, surrogate: Surrogate) -> Tensor:
         law: SmoothingLaw = surrogate.law or Uniform(self.grid.spacing)
@@ -296,6 +323,19 @@ class Quantizer:
         if self.granularity == "tensor" and self.rotation is None:
             return groups.reshape(like.shape)
         return _like_a_parameter(groups.reshape(like.shape[output_dim], -1), like, output_dim)
+
+
+def _following(step: Tensor, groups: Tensor) -> Tensor:
+    """A step size in proportion to its group's rms, with the gradient of that."""
+    norm = torch.linalg.vector_norm(groups, dim=1, keepdim=True)
+    norm = norm.clamp(min=torch.finfo(groups.dtype).tiny)
+    # A quotient that is 1 exactly. Where all weights share a step there is one norm.
+    return step * (norm / norm.detach())
+
+
+def _scale_grad(step: Tensor, factor: float) -> Tensor:
+    """The step with its gradient multiplied."""
+    return step if factor == 1 else step.detach() + (step - step.detach()) * factor
 
 
 def _code_dtype(grid: Grid) -> torch.dtype:

@@ -11,7 +11,7 @@ from fogzo.quantizers.checks import require_positive
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.steps import MIN_STEP, without_a_step
 
-Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max"]
+Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max", "range", "bell"]
 _KINDS = ("fixed", "learned", "dynamic")
 
 
@@ -24,11 +24,14 @@ class Scale:
         kind: ``"fixed"`` measures once and keeps it in a buffer, ``"learned"`` measures once and
             trains it (LSQ), ``"dynamic"`` measures the current weights at every forward pass.
         value: For fixed scales, the step size itself instead of a rule.
+        detached: Whether gradients stop at a measured step. If not, they pass through the rms, for
+            dynamic scales that are a multiple of it.
     """
 
     rule: Rule
     kind: Literal["fixed", "learned", "dynamic"]
     value: float | None = None
+    detached: bool = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rule, str) and self.rule in _RULES):
@@ -40,6 +43,11 @@ class Scale:
             raise ValueError(
                 f"kind must be one of {', '.join(_KINDS)}, got {self.kind!r}: "
                 'for example Scale("mse", "fixed"), or learned_scale()'
+            )
+        if not self.detached and (self.kind != "dynamic" or self.rule not in _MULTIPLES_OF_RMS):
+            raise ValueError(
+                f"gradients pass through dynamic multiples of the rms only, got the rule "
+                f"{self.rule!r} of a {self.kind} scale: rms_scale(detached=False)"
             )
         if self.value is None:
             return
@@ -114,11 +122,12 @@ def learned_scale(init: Rule = "lsq") -> Scale:
     return Scale(init, "learned")
 
 
-def rms_scale(rule: Literal["rms", "quest"] = "rms") -> Scale:
+def rms_scale(rule: Literal["rms", "quest"] = "rms", detached: bool = True) -> Scale:
     """The best step for a Gaussian of the weights' current rms.
 
     ``"quest"`` takes the constants that QuEST published (arXiv 2502.05003), so that its models
     quantize to the same weights here; ``"rms"`` solves for the optimum (1% wider at 8 bits).
+    Not detached, the step's own dependence on the weights has a gradient, too.
 
     Raises:
         ValueError: If the rule is another.
@@ -128,7 +137,7 @@ def rms_scale(rule: Literal["rms", "quest"] = "rms") -> Scale:
             f'rms_scale takes the rule "rms" or "quest", got {rule!r}: for example '
             'rms_scale("quest"); any rule makes a dynamic scale by Scale("mse", "dynamic")'
         )
-    return Scale(rule, "dynamic")
+    return Scale(rule, "dynamic", detached=detached)
 
 
 def abs_mean_scale() -> Scale:
@@ -174,6 +183,16 @@ def _max(groups: Tensor, grid: Grid) -> Tensor:
     return groups.abs().amax(1, keepdim=True) / _largest(grid)
 
 
+def _range(groups: Tensor, grid: Grid) -> Tensor:
+    # The largest magnitude falls on the outer edge of the end cell: ParetoQ's SEQ levels.
+    return groups.abs().amax(1, keepdim=True) * 2 / (grid.num_levels * grid.spacing)
+
+
+def _bell(groups: Tensor, grid: Grid) -> Tensor:
+    rms = groups.square().mean(1, keepdim=True).sqrt()
+    return 1.694 * rms * 2 / (grid.num_levels * grid.spacing) + MIN_STEP
+
+
 def _mse(groups: Tensor, grid: Grid) -> Tensor:
     """The step of least squared error on these weights: a scan over step sizes, then finer ones.
 
@@ -203,4 +222,7 @@ _RULES = {
     "abs_mean": _abs_mean,
     "lsq": _lsq,
     "max": _max,
+    "range": _range,
+    "bell": _bell,
 }
+_MULTIPLES_OF_RMS = ("rms", "quest", "bell")

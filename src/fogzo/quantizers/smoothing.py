@@ -8,11 +8,12 @@ epsilon-bar) that FOGZO needs to estimate that same slope from losses. One objec
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
 
-from fogzo.quantizers.checks import require_positive, require_type
+from fogzo.quantizers.checks import is_number, require_positive, require_type
 
 
 class SmoothingLaw(ABC):
@@ -166,6 +167,73 @@ class Normal(SmoothingLaw):
 
 
 @dataclass(frozen=True)
+class Crest(SmoothingLaw):
+    """StableQAT's law: on one cell about a threshold, a crest that falls to the level centres.
+
+    ``p(z) = m(z) / (mean of m)`` with ``m = (1 - K) / (1 + K)``, ``K = sqrt(2) pi A sin(pi |z|)``
+    for z up to half the width on either side, z in units of the width (arXiv 2601.19320).
+
+    >>> round(Crest().radius, 5), round(Crest().mean_slope, 5)
+    (0.16946, 0.30246)
+    """
+
+    amplitude: float = 0.21
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive("the width of a crest", self.width, "Crest(width=1.0)")
+        limit = 1 / (math.sqrt(2) * math.pi)
+        if not (is_number(self.amplitude) and 0 <= self.amplitude < limit):
+            raise ValueError(
+                f"the amplitude of a crest must be from 0 to less than {limit:.4f}, where the "
+                f"slope of a level's centre is 0, got {self.amplitude!r}: Crest(amplitude=0.21)"
+            )
+
+    @property
+    def mean_slope(self) -> float:
+        """The mean of m, by which StableQAT's gradients are smaller than the identity's."""
+        return _crest_moment(self.amplitude, 0)
+
+    @property
+    def radius(self) -> float:
+        return self.width * math.sqrt(_crest_moment(self.amplitude, 2) / self.mean_slope)
+
+    @property
+    def kurtosis(self) -> float:
+        fourth = _crest_moment(self.amplitude, 4)
+        return fourth * self.mean_slope / _crest_moment(self.amplitude, 2) ** 2
+
+    def slope(self, z: Tensor) -> Tensor:
+        """The multiplier m at z from the threshold; half at the edge, which two cells share."""
+        distance = (z / self.width).abs()
+        k = math.sqrt(2) * math.pi * self.amplitude * torch.sin(math.pi * distance.clamp(max=0.5))
+        share = (distance < 0.5).to(z.dtype) + 0.5 * (distance == 0.5).to(z.dtype)
+        return share * (1 - k) / (1 + k)
+
+    def pdf(self, z: Tensor) -> Tensor:
+        return self.slope(z) / (self.mean_slope * self.width)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        z = (z / self.width).clamp(-0.5, 0.5)
+        amplitude = math.sqrt(2) * math.pi * self.amplitude
+        root = math.sqrt(1 - amplitude**2)
+        angle = torch.atan((torch.tan(math.pi / 2 * z.abs()) + amplitude) / root)
+        start = math.atan(amplitude / root)
+        half = 4 / (math.pi * root) * (angle - start) - z.abs()
+        return 0.5 + z.sign() * half / self.mean_slope
+
+    def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
+        _fill_uniform_(out, 1.0, generator)
+        quantiles = torch.tensor(_crest_quantiles(self.amplitude), device=out.device).to(out.dtype)
+        place = out.abs() * (len(quantiles) - 1)
+        below = place.floor().clamp(max=len(quantiles) - 2)
+        index = below.long()
+        low, high = quantiles[index], quantiles[index + 1]
+        magnitude = torch.lerp(low, high, place - below)
+        return out.sign_().mul_(magnitude).mul_(self.width / self.radius)
+
+
+@dataclass(frozen=True)
 class Rademacher(SmoothingLaw):
     """``±1`` by a fair coin. It has no density, so it can perturb but is no backward rule."""
 
@@ -244,6 +312,39 @@ def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Ten
         words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
         part.copy_(words.view(torch.int16)[: part.numel()]).mul_(edge / 2**15)
     return out
+
+
+def _crest(amplitude: float, z: float) -> float:
+    k = math.sqrt(2) * math.pi * amplitude * math.sin(math.pi * z)
+    return (1 - k) / (1 + k)
+
+
+@lru_cache(maxsize=64)
+def _crest_moment(amplitude: float, power: int) -> float:
+    """The integral of ``|z|^power m(z)`` over a cell of width 1, by Simpson's rule."""
+    intervals = 2000
+    total = 0.0
+    for i in range(intervals + 1):
+        z = 0.5 * i / intervals
+        weight = 1 if i in (0, intervals) else 4 if i % 2 else 2
+        total += weight * z**power * _crest(amplitude, z)
+    return 2 * total * 0.5 / intervals / 3
+
+
+@lru_cache(maxsize=64)
+def _crest_quantiles(amplitude: float) -> tuple[float, ...]:
+    """|z| at evenly spaced probabilities of |z|, a cell of width 1."""
+    fine, coarse = 8192, 1024
+    below = [0.0]
+    for i in range(fine):
+        below.append(below[-1] + _crest(amplitude, 0.5 * (i + 0.5) / fine))
+    found, i = [], 0
+    for k in range(coarse):
+        target = below[-1] * k / coarse
+        while below[i + 1] <= target:
+            i += 1
+        found.append(0.5 * (i + (target - below[i]) / (below[i + 1] - below[i])) / fine)
+    return (*found, 0.5)
 
 
 LAWS: dict[str, SmoothingLaw] = {

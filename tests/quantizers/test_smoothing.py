@@ -34,7 +34,7 @@ GRIDS = [
     TERNARY,
     *(uniform(bits, levels) for bits in (1, 2, 3, 4) for levels in ("half", "integer")),
 ]
-LAWLESS = {"identity_unmasked", "trust"}
+LAWLESS = {"identity_unmasked", "trust", "stable_qat"}
 WITH_LAW = [name for name in SURROGATE_NAMES if name not in LAWLESS]
 F64 = torch.float64
 

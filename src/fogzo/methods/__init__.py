@@ -6,15 +6,19 @@ optimizer.step()
 pull.pull_()
 """
 
+from fogzo.methods.cewt import Cewt, cewt, project_to_gaussian
 from fogzo.methods.phases import Switch, quantize_from
 from fogzo.methods.pull import GridPenalty, GridPull, cage, dampening, winq
 
 __all__ = [
+    "Cewt",
     "GridPenalty",
     "GridPull",
     "Switch",
     "cage",
+    "cewt",
     "dampening",
+    "project_to_gaussian",
     "quantize_from",
     "winq",
 ]

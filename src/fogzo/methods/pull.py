@@ -239,14 +239,23 @@ def dampening(
     return GridPenalty(weights, ramp, mean_over_inputs)
 
 
+def as_records(weights: Weights) -> list[QuantizedWeight]:
+    """Records of a model's quantized weights, or of those that are listed.
+
+    Raises:
+        ValueError: If they cannot be quantized weights.
+    """
+    given = quantized_weights(weights) if isinstance(weights, nn.Module) else weights
+    return as_quantized_weights(given)
+
+
 def weights_with_levels(weights: Weights) -> list[QuantizedWeight]:
     """Records of a model's quantized weights, all with known levels.
 
     Raises:
         ValueError: If one has none, or they cannot be quantized weights.
     """
-    given = quantized_weights(weights) if isinstance(weights, nn.Module) else weights
-    records = as_quantized_weights(given)
+    records = as_records(weights)
     for record in records:
         if record.grid is None:
             raise ValueError(

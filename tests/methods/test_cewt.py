@@ -1,0 +1,182 @@
+"""Kept norm and Gaussian weights: the projection, and the constrained steps of optimizers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import fogzo
+from fogzo.methods import cewt, project_to_gaussian
+
+EVERYTHING = lambda module, name: True  # noqa: E731
+
+
+def sample(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def network(quantizer=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    return fogzo.quantize_(model, quantizer or fogzo.fixed(2), EVERYTHING)
+
+
+def adamw(model, lr=0.05):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        x = sample(32, 16, seed=step)
+        optimizer.zero_grad()
+        mse_loss(model(x), x[:, :4]).backward()
+        optimizer.step()
+
+
+# The projection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_projection_keeps_norm_and_order_and_is_idempotent(dtype):
+    w = sample(64, 100, dtype=dtype) ** 3
+    projected = project_to_gaussian(w)
+    exact = torch.linalg.vector_norm(w, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(projected, dtype=torch.float64)
+    assert (norm / exact).item() == pytest.approx(1, abs=1e-6 if dtype != torch.bfloat16 else 0.01)
+    order = w.flatten().argsort(stable=True)
+    assert (projected.flatten()[order].diff() >= 0).all()
+    norm = float(norm)
+    once = project_to_gaussian(w, norm)
+    assert torch.equal(project_to_gaussian(once, norm), once)
+
+
+def test_a_gaussian_hardly_changes_and_a_uniform_does():
+    w = sample(500, 500)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(project_to_gaussian(w).flatten(), w.flatten(), 0).item() > 0.99998
+    w = torch.rand(500, 500, generator=torch.Generator().manual_seed(0)) - 0.5
+    assert cosine(project_to_gaussian(w).flatten(), w.flatten(), 0).item() == pytest.approx(
+        0.977, abs=1e-3
+    )
+
+
+def test_the_density_at_thresholds_is_the_gaussians():
+    # Within .005 steps of a threshold, thresholds one rms apart: .01 whatever the weights were.
+    w = project_to_gaussian(sample(1024, 1024) ** 5, norm=1024.0)
+    near = (w - (w.floor() + 0.5)).abs() < 0.005
+    assert near.double().mean().item() == pytest.approx(0.0100, abs=2e-5)
+
+
+def test_equal_weights_keep_the_order_of_their_places():
+    assert torch.equal(
+        project_to_gaussian(torch.zeros(3), 1.0).sort().values,
+        project_to_gaussian(torch.tensor([1.0, 2.0, 3.0]), 1.0),
+    )
+
+
+# Constrained steps
+
+
+@pytest.mark.parametrize("name", ["fixed", "quest", "bbq"])
+def test_a_step_has_the_length_of_the_learning_rate_and_ends_on_a_gaussian(name):
+    quantizer = {"fixed": fogzo.fixed(2), "quest": fogzo.quest(2), "bbq": fogzo.bbq(2)}[name]
+    model = network(quantizer)
+    optimizer = adamw(model)
+    constraint = cewt(model, optimizer)
+    before = {w.name: w.param.detach().clone() for w in constraint.weights}
+    train(model, optimizer, range(1))
+    plain = network(quantizer)
+    train(plain, adamw(plain), range(1))
+    for weight, free in zip(constraint.weights, fogzo.quantized_weights(plain), strict=True):
+        rotate = weight.rotate or (lambda x: x)
+        change = free.param.detach() - before[weight.name]
+        norm = before[weight.name].norm()
+        moved = before[weight.name] + 0.05 * norm * change / change.norm()
+        expected = rotate(project_to_gaussian(rotate(moved), float(norm)))
+        torch.testing.assert_close(weight.param.detach(), expected, atol=1e-5, rtol=1e-4)
+        assert weight.param.norm().item() == pytest.approx(norm.item(), rel=1e-6)
+    assert torch.equal(model[0].bias, plain[0].bias)  # not a quantized weight
+
+
+def test_the_norm_alone():
+    model = network()
+    optimizer = adamw(model)
+    constraint = cewt(model, optimizer, project=False)
+    norms = dict(constraint.norms)
+    train(model, optimizer, range(3))
+    for weight in constraint.weights:
+        assert weight.param.norm().item() == pytest.approx(norms[weight.name], rel=1e-6)
+        gaussian = project_to_gaussian(weight.param.detach())
+        assert (gaussian - weight.param).abs().max() > 1e-3
+
+
+def test_a_learning_rate_of_zero_and_no_gradient_leave_the_order():
+    model = network()
+    optimizer = adamw(model)
+    cewt(model, optimizer)
+    train(model, optimizer, range(2))
+    before = [w.param.detach().clone() for w in fogzo.quantized_weights(model)]
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient
+    assert all(map(torch.equal, before, [w.param for w in fogzo.quantized_weights(model)]))
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, range(2, 3))
+    for old, weight in zip(before, fogzo.quantized_weights(model), strict=True):
+        torch.testing.assert_close(weight.param.detach(), old, atol=1e-6, rtol=0)
+
+
+def test_a_gradient_scaler_that_skips_a_step_skips_the_constraint():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cewt(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = model[0].weight.detach().clone()
+    scaler.scale(mse_loss(model(sample(8, 16)), sample(8, 4))).backward()
+    model[0].weight.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_removed_it_leaves_the_optimizer_alone():
+    model, plain = network(), network()
+    optimizer = adamw(model)
+    cewt(model, optimizer).remove()
+    train(model, optimizer, range(3))
+    train(plain, adamw(plain), range(3))
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit():
+    model = network()
+    optimizer = adamw(model)
+    constraint = cewt(model, optimizer)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), constraint.state_dict()))
+    train(model, optimizer, range(3, 6))
+    again = network(fogzo.fixed(2))
+    with torch.no_grad():
+        again[0].weight.mul_(3)
+    other = adamw(again)
+    resumed = cewt(again, other)
+    for part, state in zip((again, other, resumed), saved, strict=True):
+        part.load_state_dict(state)
+    train(again, other, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_impossible_calls_are_refused():
+    model = network()
+    with pytest.raises(ValueError, match=r"weight decay of 0\.01.*\"weight_decay\": 0\.0"):
+        cewt(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"'2\.weight' is in no group of the optimizer"):
+        cewt(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"expected the norms of 0\.weight, 2\.weight"):
+        cewt(model, adamw(model)).load_state_dict({"norms": {"0.weight": 1.0}})
+    padded = nn.Sequential(nn.Embedding(4, 8, padding_idx=0), nn.Linear(8, 2))
+    fogzo.quantize_(padded, fogzo.fixed(2), EVERYTHING)
+    with pytest.raises(ValueError, match="must not move"):
+        cewt(padded, adamw(padded))

@@ -30,6 +30,7 @@ from fogzo.methods import GridPenalty, GridPull, cage, cewt
 from fogzo.quantizers import Grid, Quantizer, fixed_scale
 from fogzo.quantizers.surrogates import stable_qat
 from fogzo_lab.system.environment import environment
+from fogzo_lab.table import Table
 
 FOLDER = Path(__file__).parent / "toy"
 GRID = Grid("integers", -8, 7)
@@ -366,8 +367,8 @@ def train(name: str, config: Config, seed: int, rate: float) -> dict[str, float]
         return METHODS[name].run(config, seed, rate).train()
 
 
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/methods.md."""
+def table(results: dict[str, Any]) -> Table:
+    """All methods beside what their authors published, for docs/methods.md."""
     config, facts = results["config"], results["environment"]
     heading = ("method", "published", f"lr {config['authors_rate']:g}", "best of four lr", "its lr")
     heading += ("% near thresholds",)
@@ -386,13 +387,13 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
                 f"{100 * statistics.mean(best['near_threshold']):.1f}",
             ]
         )
-    note = (
+    caption = (
         f"Loss of the rounded weights x 1000, D = {config['size']}, {config['steps']} steps, mean "
         f"± standard deviation over {len(config['seeds'])} seeds; published: D = 1024. Near: "
         f"within {NEAR} steps, where 1.0 is an even spread. Each method's other settings are "
         f"untuned. {facts['processor']}, torch {facts['torch']}, {facts['date']}."
     )
-    return heading, rows, note
+    return Table("", heading, rows, caption)
 
 
 def spread(losses: list[float]) -> str:

@@ -209,6 +209,20 @@ class Fogzo(Run):
         self.estimator.refine_grads_(self.loss, expected_loss=loss)
 
 
+class PaperFogzo(Fogzo):
+    """FOGZO to the letter of its paper, kappa 1 at the end."""
+
+    def prepare(self) -> None:
+        """Make the estimator."""
+        self.estimator = fogzo.FogzoEstimator(
+            self.records,
+            noise_share=fogzo.linear_noise_share(total_steps=self.config.steps, kappa=1.0),
+            agreement="measured",
+            noise_shape="isotropic",
+            seed=self.seed,
+        )
+
+
 class Placebo(Fogzo):
     """FOGZO's noise without its measurement."""
 
@@ -328,6 +342,7 @@ METHODS = {
     "noise": Method("pseudo-quantization noise", Noisy, 87, 86.8),
     "placebo": Method("placebo, kappa 1", Placebo),
     "fogzo": Method("FOGZO, kappa 1", Fogzo),
+    "fogzo-paper": Method("FOGZO, the paper's estimator", PaperFogzo),
     "cage-fogzo": Method("CAGE and FOGZO", CageAndFogzo),
 }
 

@@ -122,7 +122,7 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
     MNIST here, where inputs that are always zero leave many weights with nothing to learn, it
     harms.
 
-    Cost: a sort of each weight per step (0.4 s per million weights on one CPU core; little on a
+    Cost: a sort of each weight per step (0.15 s per million weights on one CPU core; little on a
     GPU) and a copy of the weights during the step.
 
     Args:

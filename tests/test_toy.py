@@ -49,7 +49,7 @@ def test_the_committed_results_are_those_of_the_settings(committed):
     for name, expected in EXPECTED.items():
         assert losses(committed, name, 0.1)[0] == pytest.approx(expected, abs=1)
         published = toy.METHODS[name].published
-        assert statistics.mean(losses(committed, name, 0.1)) == pytest.approx(published, abs=1.3)
+        assert statistics.mean(losses(committed, name, 0.1)) == pytest.approx(published, abs=1.5)
 
 
 def test_fogzo_on_weights_held_on_the_grid_changes_nothing(committed):

@@ -1,0 +1,1 @@
+"""Files for the programs that serve low-bit networks, holding exactly what was trained."""

@@ -72,7 +72,6 @@ ANY_NAME = {
 }
 NONE_HAS_A_MEANING = {
     "initial_weights": "random ones",
-    "overhead": "probe every step",
     "probe_precision": "that of training",
     "clip_norm": "no clipping",
     "ema_decay": "no average",
@@ -96,7 +95,7 @@ MAY_BE_EMPTY = {
 }
 FRACTIONS = {"validation_fraction", "probe_fraction", "warmup_fraction", "final_fraction", "start"}
 FRACTIONS |= {"ema_decay", "dropout", "label_smoothing"}
-FLOATS = {"kappa", "radius", "overhead", "learning_rate", "weight_decay", "clip_norm", "mixup"}
+FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup"}
 FLOATS |= {"cutmix", "seconds"} | FRACTIONS
 
 

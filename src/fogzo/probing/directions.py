@@ -290,4 +290,4 @@ def _guide_where_measured(part: Part, guide: float) -> Tensor:
     moves = part.moves > 0
     if part.weight.rotate is not None and part.eps.numel() > max(part.eps.shape, default=1):
         moves = moves.any()  # rotation mixes the groups of a row
-    return torch.where(moves, guide, 1.0)
+    return torch.where(moves, part.eps.new_full((), guide), 1.0)

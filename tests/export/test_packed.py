@@ -178,7 +178,7 @@ def test_packed_layers_hold_their_scales_through_casts_and_copies(tmp_path):
     assert half[1].weight.dtype == torch.bfloat16
     assert half[1].scales.dtype == half[1].input_step.dtype == torch.float32
     assert torch.equal(half[1].weight, model[1].quantized_weight().bfloat16())
-    loaded.float().load_state_dict(model.state_dict() | loaded.state_dict(), strict=False)
+    assert torch.equal(half.float()[1].weight, model[1].quantized_weight())
     assert "packed, 4 levels" in repr(loaded[1])
 
 
@@ -224,5 +224,5 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "packed" / "model.safetensors").unlink()
     config["quantization_config"]["format_version"] = 1
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has no model.safetensors"):
+    with pytest.raises(ValueError, match="has no model"):
         load_(NETWORKS["mlp"](), tmp_path / "packed")

@@ -1,1 +1,21 @@
-"""Files for the programs that serve low-bit networks, holding exactly what was trained."""
+"""Files for the programs that serve low-bit networks, holding exactly what was trained.
+
+`check` says what stands in the way of a format, `export` writes a model and reads it back, and
+`load_` brings a folder in the packed format back into any torch model::
+
+    import fogzo.export
+
+    problems = fogzo.export.check(model, "packed")        # [], before training starts
+    report = fogzo.export.export(model, "out", "packed")
+    served = fogzo.export.load_(plain_model, "out")
+
+A format is a line of `_FORMATS`, an entry of `holds.FORMATS` that says which layers it holds and
+as what, and a module of this package with two functions:
+
+- ``write(source: Source, folder: Path) -> None`` writes its files into an empty folder. It finds
+  ``source.layers[name].weight`` (an `IntegerWeight`), ``.input`` (an `InputForm` or None),
+  ``source.other_tensors()``, ``source.baked()`` and ``source.options``; what `holds.FORMATS`
+  refuses never comes here, and ``holds.stored(source, name, format)`` is the type to write.
+- ``read_back(source: Source, folder: Path) -> ReadBack`` gives what the format's own reader makes
+  of them. It lets the ImportError through where that reader is not installed.
+"""

@@ -97,10 +97,10 @@ class IntegerWeight:
         return from_rows(rows, self.shape, self.output_dim).contiguous()
 
     def round_steps(self, dtype: torch.dtype) -> "IntegerWeight":
-        """The same integers with `step` rounded to a dtype, which moves the weights."""
+        """The same integers with `scale` rounded to a dtype, and so `step`: the weights move."""
         limits = torch.finfo(dtype)
-        step = self.step.clamp(limits.smallest_normal, limits.max).to(dtype)
-        return replace(self, scale=step.to(self.scale.dtype) / self.stride)
+        scale = self.scale.clamp(limits.smallest_normal, limits.max / self.stride).to(dtype)
+        return replace(self, scale=scale.to(self.scale.dtype))
 
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:

@@ -2,42 +2,57 @@ import numpy as np
 import pytest
 
 from fogzo.export import gguf_blocks
-from fogzo.export.gguf_blocks import BLOCK_TYPES
+from fogzo.export.gguf_blocks import block_type, q2_k
 
 gguf = pytest.importorskip("gguf", reason="gguf-py reads the blocks back")
 
+BLOCK_TYPES = [
+    gguf_blocks.Q1_0,
+    gguf_blocks.TQ1_0,
+    gguf_blocks.TQ2_0,
+    gguf_blocks.Q2_0,
+    gguf_blocks.Q2_0_NEGATIVE,
+    q2_k(range(-2, 2)),
+    q2_k(range(-3, 4, 2)),
+    q2_k(range(4)),
+    gguf_blocks.Q3_K,
+    gguf_blocks.Q4_0,
+    gguf_blocks.Q5_0,
+    gguf_blocks.Q8_0,
+]
 READ_BY_GGUF = [t for t in BLOCK_TYPES if t.name not in ("Q1_0", "Q2_0")]
 
 
-def random_blocks(block_type, rows=5):
+def random_blocks(kind, rows=5):
     rng = np.random.default_rng(0)
-    integers = rng.choice(np.array(block_type.levels), size=(rows, 3 * block_type.size))
+    integers = rng.choice(np.array(kind.levels), size=(rows, 3 * kind.size))
     scales = np.abs(rng.normal(size=(rows, 3)) / 50).astype(np.float16).astype(np.float32)
     return integers, scales
 
 
-@pytest.mark.parametrize("block_type", READ_BY_GGUF, ids=lambda t: f"{t.name}{t.levels}")
-def test_gguf_reads_the_trained_weights(block_type):
-    integers, scales = random_blocks(block_type)
-    packed = block_type.pack(integers, scales)
-    read = gguf.dequantize(packed, gguf.GGMLQuantizationType[block_type.name])
-    assert (read == integers * scales.repeat(block_type.size, 1)).all()
+@pytest.mark.parametrize("kind", READ_BY_GGUF, ids=lambda t: f"{t.name}{t.levels}")
+def test_gguf_reads_the_trained_weights(kind):
+    integers, scales = random_blocks(kind)
+    packed = kind.pack(integers, scales)
+    read = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind.name])
+    assert (read == integers * scales.repeat(kind.size, 1)).all()
 
 
-@pytest.mark.parametrize("block_type", READ_BY_GGUF, ids=lambda t: f"{t.name}{t.levels}")
-def test_one_scale_per_row(block_type):
-    integers, scales = random_blocks(block_type)
-    repeated = block_type.pack(integers, scales[:, :1].repeat(3, 1))
-    assert (block_type.pack(integers, scales[:, :1]) == repeated).all()
+@pytest.mark.parametrize("kind", READ_BY_GGUF, ids=lambda t: f"{t.name}{t.levels}")
+def test_one_scale_per_row(kind):
+    integers, scales = random_blocks(kind)
+    repeated = kind.pack(integers, scales[:, :1].repeat(3, 1))
+    assert (kind.pack(integers, scales[:, :1]) == repeated).all()
 
 
-@pytest.mark.parametrize("block_type", BLOCK_TYPES, ids=lambda t: f"{t.name}{t.levels}")
-def test_the_size_is_the_one_that_gguf_knows(block_type):
-    if block_type.name != "Q2_0":
-        known = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[block_type.name]]
-        assert (block_type.size, block_type.num_bytes) == known
-    packed = block_type.pack(*random_blocks(block_type))
-    assert packed.shape == (5, 3 * block_type.num_bytes)
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda t: f"{t.name}{t.levels}")
+def test_the_size_is_the_one_that_gguf_knows(kind):
+    if kind.name != "Q2_0":
+        known = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name]]
+        assert (kind.size, kind.num_bytes) == known
+        assert kind.type_id == gguf.GGMLQuantizationType[kind.name]
+    packed = kind.pack(*random_blocks(kind))
+    assert packed.shape == (5, 3 * kind.num_bytes)
 
 
 def test_golden_bytes_of_the_types_that_gguf_cannot_read():
@@ -62,7 +77,7 @@ def test_a_level_that_the_type_lacks():
     with pytest.raises(ValueError, match=r"Q2_0 stores the integers \[-1, 0, 1, 2\], got \[-2\]"):
         gguf_blocks.Q2_0.pack(np.full((1, 64), -2), np.ones((1, 1)))
     with pytest.raises(ValueError, match=r"Q2_K stores the integers \[-3, -1, 1, 3\], got \[0\]"):
-        gguf_blocks.Q2_K_ODD.pack(np.zeros((1, 256), np.int8), np.ones((1, 1)))
+        q2_k(range(-3, 4, 2)).pack(np.zeros((1, 256), np.int8), np.ones((1, 1)))
 
 
 def test_rows_that_are_no_whole_blocks():
@@ -79,4 +94,14 @@ def test_a_scale_that_is_no_positive_float16(scale):
 def test_both_numbers_of_a_block_must_be_float16():
     # Q2_K stores the step, twice the scale of odd integers, and overflows first.
     with pytest.raises(ValueError, match="float16"):
-        gguf_blocks.Q2_K_ODD.pack(np.ones((1, 256), np.int8), np.array([[60000.0]]))
+        q2_k(range(-3, 4, 2)).pack(np.ones((1, 256), np.int8), np.array([[60000.0]]))
+
+
+def test_the_type_is_found_by_its_name_and_levels():
+    assert block_type("Q2_0", range(-1, 2)) is gguf_blocks.Q2_0
+    assert block_type("Q2_0", range(-2, 2)) is gguf_blocks.Q2_0_NEGATIVE
+    assert block_type("Q2_K", range(-1, 2, 2)).levels == range(-1, 6, 2)
+    with pytest.raises(ValueError, match=r"no type 'Q2_0' of GGUF holds the integers \[-3, -1"):
+        block_type("Q2_0", range(-3, 4, 2))
+    with pytest.raises(ValueError, match=r"no type 'Q9' .* TQ2_0, .* Q2_K"):
+        block_type("Q9", range(2))

@@ -21,6 +21,7 @@ class BlockType:
 
     Attributes:
         name: What GGUF calls the type of the tensor.
+        type_id: Its number in the file.
         size: Weights per block.
         num_bytes: Bytes per block.
         levels: The integers that a weight may be, in units of the scale.
@@ -28,6 +29,7 @@ class BlockType:
     """
 
     name: str
+    type_id: int
     size: int
     num_bytes: int
     levels: range
@@ -38,7 +40,7 @@ class BlockType:
     def bits(self) -> float:
         """Bits per weight, scales included.
 
-        >>> Q2_K.bits
+        >>> q2_k(range(-2, 2)).bits
         2.625
         """
         return 8 * self.num_bytes / self.size
@@ -143,18 +145,6 @@ def _tq2_0(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
     return [_fields(q + 1, 2, 32, 128), _bytes(d)]
 
 
-def _q2_k(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
-    # A weight is d * 1 * u - dmin * 2, with the factors 1 and 2 in each byte of the sub-scales.
-    scales = np.full((len(q), 16), 0x21, np.uint8)
-    return [scales, _fields(q + 2, 2, 32, 128), _bytes(d), _bytes(d)]
-
-
-def _q2_k_odd(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
-    # A weight is (2 d) * 1 * u - d * 3.
-    scales = np.full((len(q), 16), 0x31, np.uint8)
-    return [scales, _fields((q + 3) // 2, 2, 32, 128), _bytes(d * np.float16(2)), _bytes(d)]
-
-
 def _q3_k(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
     # All sub-scales are 1: 33 - 32, whose four low bits are 1 and two high bits 2.
     u = q + 4
@@ -162,32 +152,57 @@ def _q3_k(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
     return [_fields(u >> 2, 1, 32, 256), _fields(u & 3, 2, 32, 128), scales, _bytes(d)]
 
 
-_SIGNS, _TRITS, _INT2, _ODD2 = range(-1, 2, 2), range(-1, 2), range(-2, 2), range(-3, 4, 2)
+def q2_k(levels: range) -> BlockType:
+    """Q2_K holds four evenly spaced levels with any zero: a weight is ``d * a * u - dmin * b``.
 
-Q1_0 = BlockType("Q1_0", 128, 18, _SIGNS, _q1_0)
-Q2_0 = BlockType("Q2_0", 64, 18, range(-1, 3), _q2_0)
-# Its levels end in 2 upwards; with a negative scale they end in -2.
-Q2_0_NEGATIVE = BlockType("Q2_0", 64, 18, _INT2, _q2_0_negative)
-Q4_0 = BlockType("Q4_0", 32, 18, range(-8, 8), _q4_0)
-Q5_0 = BlockType("Q5_0", 32, 22, range(-16, 16), _q5_0)
-Q8_0 = BlockType("Q8_0", 32, 34, range(-128, 128), _q8_0)
-TQ1_0 = BlockType("TQ1_0", 256, 54, _TRITS, _tq1_0)
-TQ2_0 = BlockType("TQ2_0", 256, 66, _TRITS, _tq2_0)
-Q2_K = BlockType("Q2_K", 256, 84, _INT2, _q2_k)
-Q2_K_ODD = BlockType("Q2_K", 256, 84, _ODD2, _q2_k_odd, factor=2.0)
-Q3_K = BlockType("Q3_K", 256, 110, range(-4, 4), _q3_k)
+    Args:
+        levels: Four integers, the first of them 0 to -15.
 
-BLOCK_TYPES = (
-    Q1_0,
-    TQ1_0,
-    TQ2_0,
-    Q2_0,
-    Q2_0_NEGATIVE,
-    Q2_K,
-    Q2_K_ODD,
-    Q3_K,
-    Q4_0,
-    Q5_0,
-    Q8_0,
-)
-"""All of them, by ascending bits per weight."""
+    >>> q2_k(range(-3, 4, 2)).pack(np.full((1, 256), 3), np.array([[0.5]]))[0, :20:16].tolist()
+    [49, 255]
+    """
+
+    def pack(q: Integers, d: NDArray[np.float16]) -> list[Bytes]:
+        # The factors a and b are the same in all sixteen bytes of the sub-scales.
+        factors = np.full((len(q), 16), 1 | -levels.start << 4, np.uint8)
+        codes = _fields((q - levels.start) // levels.step, 2, 32, 128)
+        return [factors, codes, _bytes(d * np.float16(levels.step)), _bytes(d)]
+
+    return BlockType("Q2_K", 10, 256, 84, levels, pack, factor=levels.step)
+
+
+_TRITS = range(-1, 2)
+
+Q1_0 = BlockType("Q1_0", 41, 128, 18, range(-1, 2, 2), _q1_0)
+TQ1_0 = BlockType("TQ1_0", 34, 256, 54, _TRITS, _tq1_0)
+TQ2_0 = BlockType("TQ2_0", 35, 256, 66, _TRITS, _tq2_0)
+Q2_0 = BlockType("Q2_0", 42, 64, 18, range(-1, 3), _q2_0)
+# With a negative scale its levels end at -2 and not at 2.
+Q2_0_NEGATIVE = BlockType("Q2_0", 42, 64, 18, range(-2, 2), _q2_0_negative)
+Q3_K = BlockType("Q3_K", 11, 256, 110, range(-4, 4), _q3_k)
+Q4_0 = BlockType("Q4_0", 2, 32, 18, range(-8, 8), _q4_0)
+Q5_0 = BlockType("Q5_0", 6, 32, 22, range(-16, 16), _q5_0)
+Q8_0 = BlockType("Q8_0", 8, 32, 34, range(-128, 128), _q8_0)
+
+_BLOCK_TYPES = (Q1_0, TQ1_0, TQ2_0, Q2_0, Q2_0_NEGATIVE, Q3_K, Q4_0, Q5_0, Q8_0)
+
+
+def block_type(name: str, levels: range) -> BlockType:
+    """The blocks of the type of that name that hold these integers.
+
+    Raises:
+        ValueError: If there is no such type, or it does not hold them.
+
+    >>> block_type("Q2_0", range(-2, 2)) is Q2_0_NEGATIVE
+    True
+    """
+    if name == "Q2_K" and len(levels) <= 4:
+        return q2_k(range(levels.start, levels.start + 4 * levels.step, levels.step))
+    for candidate in _BLOCK_TYPES:
+        if candidate.name == name and set(levels) <= set(candidate.levels):
+            return candidate
+    names = dict.fromkeys(candidate.name for candidate in (*_BLOCK_TYPES, q2_k(range(4))))
+    raise ValueError(
+        f"no type {name!r} of GGUF holds the integers {list(levels)}: the types are "
+        f"{', '.join(names)}"
+    )

@@ -2,9 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class Source:
             if isinstance(module, QuantizedLayer)
             for tensor in _OF_QUANTIZERS
         }
-        seen: dict[tuple[Any, ...], Tensor] = {}
+        seen: dict[Hashable, Tensor] = {}
         found: dict[str, Tensor] = {}
         for key, value in self.model.state_dict(keep_vars=True).items():
             if key not in replaced:

@@ -153,9 +153,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
 
 
-def dequantize_(
-    model: ModelT, activations: Literal["drop", "keep"] | None = None
-) -> ModelT:
+def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = None) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
     Warns of layers that never ran although others did: something else may have read their weights

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig
 
 import fogzo
-from fogzo.export import compressed_tensors
+from fogzo.export import compressed_tensors, export
 
 pytest.importorskip("compressed_tensors", reason="transformers reads the folder with it")
 
@@ -81,7 +81,7 @@ def test_static_integer_inputs(weights, activations, make, tmp_path):
     model = quantized(make(), weights, activations)
     source = source_of(model)
     compressed_tensors.write(source, tmp_path)
-    served = compressed_tensors.read_back(source, tmp_path)
+    served = read(model, tmp_path, dequantize=False)
     assert torch.equal(logits(served), logits(model))
 
 
@@ -92,7 +92,7 @@ def test_half_precision(dtype, tmp_path):
     quantized(model, fogzo.lsq(2, granularity=32))
     source = source_of(model)
     compressed_tensors.write(source, tmp_path)
-    served = compressed_tensors.read_back(source, tmp_path)
+    served = read(model, tmp_path, dequantize=False)
     assert torch.equal(logits(served), logits(model))
     assert weights_are_equal(served, source)
 
@@ -141,3 +141,12 @@ def test_inputs_that_need_two_config_groups_are_refused(tmp_path):
     ):
         compressed_tensors.write(source_of(model), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_says_what_the_reader_made_of_it(tmp_path):
+    report = export(
+        quantized(llama(), fogzo.lsq(4), fogzo.lsq(8)), tmp_path / "out", "compressed-tensors"
+    )
+    assert all(layer.exact for layer in report.layers)
+    assert report.logits_difference == 0
+    assert "transformers" in report.reader

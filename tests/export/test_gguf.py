@@ -13,7 +13,7 @@ from networks import (
 from torch import nn
 
 import fogzo
-from fogzo.export import gguf
+from fogzo.export import export, gguf
 
 reader = pytest.importorskip("gguf", reason="writes the file, and transformers reads it with it")
 
@@ -39,6 +39,10 @@ def wide(make=llama, **changes):
     return make(hidden_size=256, intermediate_size=512, **changes)
 
 
+def read(model, folder):
+    return type(model).from_pretrained(folder, gguf_file=gguf.FILE, dtype=model.dtype)
+
+
 def types_in(folder):
     tensors = reader.GGUFReader(folder / gguf.FILE).tensors
     return {tensor.name: tensor.tensor_type.name for tensor in tensors}
@@ -49,7 +53,7 @@ def test_transformers_reads_the_trained_network(name, tmp_path):
     model = quantized(wide(), WEIGHTS[name])
     source = source_of(model)
     gguf.write(source, tmp_path)
-    served = gguf.read_back(source, tmp_path)
+    served = read(model, tmp_path)
     assert weights_are_equal(served, source)
     assert torch.equal(logits(served), logits(model))
     types = types_in(tmp_path)
@@ -62,7 +66,7 @@ def test_other_networks(make, tmp_path):
     model = quantized(wide(make), fogzo.lsq(2, granularity="channel", scale_dtype=HALF))
     source = source_of(model)
     gguf.write(source, tmp_path)
-    served = gguf.read_back(source, tmp_path)
+    served = read(model, tmp_path)
     assert weights_are_equal(served, source)
     assert torch.equal(logits(served), logits(model))
     assert ("output.weight" in types_in(tmp_path)) == (make is not tied_llama)
@@ -93,7 +97,7 @@ def test_quantized_embeddings_and_heads(make, tmp_path):
     )
     source = source_of(model)
     gguf.write(source, tmp_path)
-    served = gguf.read_back(source, tmp_path)
+    served = read(model, tmp_path)
     assert weights_are_equal(served, source)
     assert torch.equal(logits(served), logits(model))
     assert types_in(tmp_path)["token_embd.weight"] == "Q4_0"
@@ -104,7 +108,7 @@ def test_half_precision(dtype, tmp_path):
     model = quantized(llama().to(dtype), fogzo.lsq(4, granularity=32, scale_dtype=HALF))
     source = source_of(model)
     gguf.write(source, tmp_path)
-    assert weights_are_equal(gguf.read_back(source, tmp_path), source)
+    assert weights_are_equal(read(model, tmp_path), source)
     expected = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     assert types_in(tmp_path)["token_embd.weight"] == expected
 
@@ -143,3 +147,28 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, match, tmp_p
     with pytest.raises(ValueError, match=match):
         gguf.write(source_of(model), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_says_what_the_reader_made_of_it(tmp_path):
+    report = export(quantized(wide(), fogzo.ternary(scale_dtype=HALF)), tmp_path / "out", "gguf")
+    assert all(layer.exact for layer in report.layers)
+    assert report.logits_difference == 0
+    assert "transformers" in report.reader
+
+
+def test_what_no_reader_in_python_knows_is_not_verified(tmp_path):
+    model = quantized(wide(), fogzo.sign(scale_dtype=HALF))
+    report = export(model, tmp_path / "out", "gguf", variant="q1_0")
+    assert "no reader in Python" in report.note
+    assert {(layer.stored, layer.exact) for layer in report.layers} == {("Q1_0", None)}
+    assert report.logits_difference is None
+
+
+def test_rounded_steps_move_the_logits_a_little(tmp_path):
+    model = quantized(wide(), fogzo.lsq(2))
+    with pytest.raises(ValueError, match=r"step sizes are no float16 .*--round-steps"):
+        export(model, tmp_path / "out", "gguf")
+    assert not list(tmp_path.iterdir())
+    report = export(model, tmp_path / "out", "gguf", round_steps=True)
+    assert 0 < report.logits_difference < 2e-3
+    assert all(0 < layer.step_rounding < 2**-11 and not layer.exact for layer in report.layers)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fogzo.export import holds
-from fogzo.export.hub_folder import unquantized_linear_layers, write_hub_folder
+from fogzo.export.hub_folder import linear_layers_in_float, write_hub_folder
 from fogzo.export.packing import pack_bits
 from fogzo.export.source import InputForm, Source
+from fogzo.export.verify import ReadBack, answer
 
 
 def write(source: Source, folder: Path) -> None:
@@ -45,11 +46,15 @@ def write(source: Source, folder: Path) -> None:
     write_hub_folder(source, folder, tensors, _config(source, inputs, bits, group))
 
 
-def read_back(source: Source, folder: Path) -> nn.Module:
-    """The network that transformers and compressed-tensors read."""
-    import compressed_tensors  # noqa: F401  # transformers would ask for it in a longer way
+def read_back(source: Source, folder: Path) -> ReadBack:
+    """What transformers makes of it, which asks compressed-tensors."""
+    import compressed_tensors
 
-    return cast(Any, type(source.model)).from_pretrained(folder)
+    model = cast(Any, type(source.model)).from_pretrained(folder)
+    model.hf_quantizer.compressor.decompress_model(model)  # as the first forward pass would
+    weights = {name: model.get_submodule(name).weight for name in source.layers}
+    reader = f"transformers with compressed-tensors {compressed_tensors.__version__}"
+    return ReadBack(reader, weights, lambda example: answer(model, example))
 
 
 def _inputs(source: Source) -> InputForm | None:
@@ -96,7 +101,7 @@ def _config(
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": unquantized_linear_layers(source),
+        "ignore": linear_layers_in_float(source),
         "config_groups": {"group_0": scheme},
     }
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fogzo.export import holds
 from fogzo.export.gguf_blocks import BlockType, block_type
 from fogzo.export.source import Source
+from fogzo.export.verify import ReadBack, answer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+_LLAMA_CPP_ALONE = ("Q1_0", "Q2_0")
 # What llama.cpp calls a file most of whose matrices are of a type.
 _FILE_TYPES = {
     **{"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 11},
@@ -78,12 +80,16 @@ def write(source: Source, folder: Path) -> None:
     writer.close()
 
 
-def read_back(source: Source, folder: Path) -> nn.Module:
-    """The network that transformers reads, by gguf-py's dequantization."""
+def read_back(source: Source, folder: Path) -> ReadBack | None:
+    """What transformers makes of it, which asks gguf-py; None of types that it cannot read yet."""
     import gguf  # noqa: F401  # transformers would ask for it in a longer way
 
-    model: Any = source.model
-    return type(model).from_pretrained(folder, gguf_file=FILE, dtype=model.dtype)
+    if any(_block_type(source, name).name in _LLAMA_CPP_ALONE for name in source.layers):
+        return None
+    own: Any = source.model
+    model = type(own).from_pretrained(folder, gguf_file=FILE, dtype=own.dtype)
+    weights = {name: model.get_submodule(name).weight for name in source.layers}
+    return ReadBack("transformers with gguf-py", weights, lambda example: answer(model, example))
 
 
 def _check(config: Any) -> None:

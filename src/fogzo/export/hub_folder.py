@@ -1,37 +1,36 @@
-"""A folder that transformers' ``from_pretrained`` reads: config.json and safetensors."""
+"""A folder in the names of the model hub, which transformers of any version and vLLM read."""
 
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from fogzo.export.folder import write_config
 from fogzo.export.source import Source
 
 
 def write_hub_folder(
-    source: Source,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    quantization_config: Mapping[str, Any],
+    source: Source, folder: Path, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
 ) -> None:
     """Write these tensors in place of the quantized layers' weights, and all others as they are.
 
-    transformers itself writes the rest: tied tensors once, large models in several files, the
-    generation config.
+    transformers names them as the hub does, which is not always how its modules are called, and
+    writes tied tensors once.
     """
-    model = cast(Any, source.model)
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    model.save_pretrained(folder, state_dict=source.other_tensors() | state)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = dict(quantization_config)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model: Any = source.model
+    own = model.config
+    model.config = copy.deepcopy(own)  # it is written to
+    try:
+        model.save_pretrained(folder, state_dict=source.other_tensors() | dict(tensors))
+    finally:
+        model.config = own
+    write_config(model, folder, quantization)
 
 
-def unquantized_linear_layers(source: Source) -> list[str]:
-    """Names of the linear layers that stay in float."""
+def linear_layers_in_float(source: Source) -> list[str]:
+    """Names of the linear layers that are not quantized."""
     return [
         name
         for name, module in source.model.named_modules()

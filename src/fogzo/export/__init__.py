@@ -17,8 +17,9 @@ holds and as what, and a module of this package with two functions:
   ``.input`` (an `InputForm` or None), ``source.other_tensors()``, ``source.baked()`` and
   ``source.options``. What `holds` refuses never comes here, and ``holds.stored(source, name,
   format)`` is the type to write. `folder` writes config.json and model.safetensors.
-- ``read_back(source: Source, folder: Path) -> ReadBack`` gives what the format's own reader makes
-  of them. It lets the ImportError through where that reader is not installed.
+- ``read_back(source: Source, folder: Path) -> ReadBack | None`` gives what the format's own reader
+  makes of them. It lets the ImportError through where that reader is not installed, and gives None
+  where it does not know the stored type yet.
 """
 
 from fogzo.export.exporting import ExportReport, LayerReport, check, export, formats

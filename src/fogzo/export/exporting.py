@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MODULES: Mapping[str, str] = {
     "packed": "packed",
     "float": "float_folder",
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf",
 }
 REPORT = "export.json"
 
@@ -236,7 +238,11 @@ def _read_back(
     writer: ModuleType, source: Source, folder: Path
 ) -> tuple[ReadBack | None, str | None]:
     try:
-        return writer.read_back(source, folder), None
+        reading = writer.read_back(source, folder)
+        return (
+            reading,
+            "not verified, as no reader in Python knows the type" if reading is None else None,
+        )
     except ImportError as error:
         note = f"not verified, as its reader is not installed: pip install {error.name}"
         logger.warning("%s", note)

@@ -247,3 +247,23 @@ def test_differences_are_relative_to_the_largest_value():
 def test_every_format_is_listed_once():
     assert len(set(formats())) == len(formats())
     assert set(formats()) <= set(exporting.holds.FORMATS)
+
+
+def test_rounded_steps_keep_the_codes_and_are_reported(tmp_path):
+    pytest.importorskip("gguf")
+    model = fogzo.quantize_(llama(width=256), fogzo.lsq(2, granularity="channel")).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="its step sizes are no float16"):
+        export(model, tmp_path / "out", "gguf")
+    assert not list(tmp_path.iterdir())
+    report = export(model, tmp_path / "out", "gguf", round_steps=True)
+    assert 0 < report.logits_difference < 2e-3
+    assert all(0 < layer.step_rounding < 2**-11 for layer in report.layers)
+    assert not any(layer.exact for layer in report.layers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    held = fogzo.quantize_(
+        llama(width=256), fogzo.lsq(2, granularity="channel", scale_dtype=torch.float16)
+    )
+    report = export(held, tmp_path / "out", "gguf", round_steps=True)
+    assert all(layer.exact and layer.step_rounding == 0 for layer in report.layers)
+    assert report.logits_difference == 0

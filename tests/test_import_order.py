@@ -36,7 +36,8 @@ LEVELS = {
     "fogzo_lab.cli": 10,
 }
 # What export writes with and reads back with, imported where it is needed.
-EXPORTERS = {"safetensors", "transformers", "gguf", "onnx", "onnxscript", "onnxruntime", "numpy"}
+EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
+EXPORTERS |= {"onnx", "onnxscript", "onnxruntime", "torchao"}
 HEAVY = {
     "accelerate",
     "brevitas",

@@ -217,6 +217,22 @@ def test_exporting_leaves_modes_gradients_and_log_alone(tmp_path, caplog):
     assert caplog.text == ""
 
 
+def test_layers_that_the_model_goes_around_are_warned_of(tmp_path):
+    class GoesAround(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.called(x) @ self.read.weight
+
+    model = fogzo.quantize_(GoesAround(), fogzo.lsq(2), is_no_embedding)
+    model(torch.ones(1, 8))
+    with pytest.warns(UserWarning, match="the forward of 'read' never ran"):
+        report = export(model.eval(), tmp_path / "out", example=torch.ones(1, 8))
+    assert report.logits_difference > 0
+
+
 def test_answers_are_found_in_what_models_return():
     x = torch.ones(2, 3)
     assert torch.equal(answer(nn.Identity(), x), x)

@@ -1,6 +1,7 @@
 """fogzo export: from a run to the folder that serves its network."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,8 +39,6 @@ def run(tmp_path_factory):
 
 def served(run, folder):
     """The network in float, with what was exported in its layers."""
-    from dataclasses import replace
-
     config = read_config(run)
     task = load_task(config)
     none = replace(config.quantizer, preset="none", levels=None, scale_dtype=None)
@@ -104,7 +103,8 @@ def test_other_options_reach_the_exporter(run, tmp_path, capsys):
     [
         (["--format", "gguf"], "gguf is written for LlamaForCausalLM only, got Sequential"),
         (["--format", "zip"], "format must be one of packed, float"),
-        (["--variant", "small"], "packed has no variant 'small'"),
+        (["--variant", "tq1_0"], "packed has no variant 'tq1_0', expected none"),
+        (["--variant", "small"], "variant must be one of tq2_0"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, message, capsys):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fogzo.export import holds
 from fogzo.export.source import ActivationChoice, Options, Source
 from fogzo.export.verify import ReadBack, answer, difference, example_of
+from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.wording import nearest
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def export(
         more = f" (and {len(problems) - 1} more: fogzo.export.check)" if problems[1:] else ""
         raise ValueError(f"{problems[0]}{more}")
     _check_measured(source)
+    warn_of_bypassed_layers(source.model)
     final = Path(os.path.abspath(folder))
     _check_replaceable(final)
     trained = {name: layer.weight for name, layer in source.layers.items()}
@@ -187,7 +189,7 @@ def export(
             sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
             _float_bytes(source),
             None if reading is None else reading.reader,
-            _compare_logits(model, example, reading),
+            _compare_logits(source.model, example, reading),
             note,
         )
         text = json.dumps(report.to_dict(), indent=2) + "\n"

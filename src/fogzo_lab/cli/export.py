@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor
 
 from fogzo.export import ExportReport, export, formats
+from fogzo.export.holds import FORMATS
 from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.data.batches import load
@@ -21,6 +22,9 @@ from fogzo_lab.training.models import build_model
 from fogzo_lab.training.run_folder import read_config
 from fogzo_lab.training.state import load_weights
 from fogzo_lab.training.tasks import Task, load_task
+
+_VARIANTS = tuple(name for rules in FORMATS.values() for name in rules.variants)
+_Variant = Annotated[str, OneOf(_VARIANTS)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,7 @@ class ExportConfig(Options):
     """drop exports the weights alone, where the format cannot hold quantized inputs."""
     allow_wider: bool = False
     """Use more bits than the quantizer, where the format has no narrower type."""
-    variant: Annotated[str | None, Example("tq1_0")] = None
+    variant: Annotated[_Variant | None, Example("tq1_0")] = None
     """A type of gguf (tq1_0, q1_0, ...) or a style of onnx (nbits, qdq)."""
     verify: bool = True
     """Read the files back and compare."""

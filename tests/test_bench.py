@@ -214,14 +214,16 @@ def test_steps_are_timed_beside_their_floor(results):
 
 
 def test_lean_probes_hold_less_than_the_copy_of_all_weights(results):
+    saved = []
     for case in cases_of(results, "memory"):
         facts = case["facts"]
         # The error of an agreement may look at a sample of 4096 weights, at a few numbers of each.
         sample = 8 * 4 * 4096 / facts["weight_bytes"]
-        # A copy of the weights and, of so few, their noise.
-        assert 2 <= facts["default_copies"] < 3 + sample
-        assert facts["lean_copies"] + 0.9 < facts["default_copies"]
-        assert case["facts"]["ste_peak_bytes"] > case["facts"]["weight_bytes"]
+        # Activations of the STE step may outweigh the weights, and set the peak.
+        assert 0 <= facts["lean_copies"] <= facts["default_copies"] < 2 + sample
+        assert facts["ste_peak_bytes"] > facts["weight_bytes"]
+        saved.append(facts["default_copies"] - facts["lean_copies"])
+    assert max(saved) > 0.5
 
 
 def test_layers_are_compared_with_the_float_layer(results):

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fogzo
 
 SEEDS = range(3)
-STEPS = 60
+STEPS = 40
 OPTIMIZERS = {
     "adamw": lambda parameters: [torch.optim.AdamW(parameters, lr=1e-2)],
     "sgd": lambda parameters: [torch.optim.SGD(parameters, lr=0.1, momentum=0.9)],
@@ -32,7 +32,7 @@ def final_loss(preset, optimizer, seed, estimator=None):
         vocab_size=64,
         n_positions=16,
         n_embd=32,
-        n_layer=2,
+        n_layer=1,
         n_head=2,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -67,7 +67,7 @@ def final_loss(preset, optimizer, seed, estimator=None):
 @pytest.mark.parametrize(
     ("preset", "optimizer"),
     [
-        *(("lsq", optimizer) for optimizer in OPTIMIZERS),
+        ("lsq", "sgd"),
         ("lsq per channel", "adamw"),
         ("fixed", "adamw"),
         ("quest", "muon"),

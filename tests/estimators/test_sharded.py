@@ -21,7 +21,7 @@ from fogzo import collectives
 from toolbox import joined, run_ranks
 
 RANKS = 2
-STEPS = 3
+STEPS = 2
 WEIGHTS = {
     "stem.weight",
     *(f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down", "gate")),
@@ -39,27 +39,22 @@ PRESETS = {
 SCENARIOS = {
     "lsq": {"preset": "lsq"},
     "lsq, n=2, one-sided": {"preset": "lsq", "num_samples": 2, "one_sided": True},
-    "lsq per channel": {"preset": "lsq per channel"},
-    "lsq per group": {"preset": "lsq per group"},
+    "lsq per channel, isotropic noise": {"preset": "lsq per channel", "noise_shape": "isotropic"},
+    "lsq per group, 3 micro-batches": {"preset": "lsq per group", "micro_batches": 3},
     "lsq per channel, steps that crossed zero": {"preset": "lsq past zero"},
-    "fixed per channel": {"preset": "fixed per channel"},
-    "quest, n=2": {"preset": "quest", "num_samples": 2},
-    "quest, cut along another dimension": {"preset": "quest", "transposed": True},
-    "ternary": {"preset": "ternary"},
-    "control variate": {"estimator": "ControlVariateEstimator", "num_samples": 2},
-    "control variate, a step per channel": {
-        "estimator": "ControlVariateEstimator",
+    "fixed per channel, control variate": {
         "preset": "fixed per channel",
-    },
-    "spsa": {"estimator": "SpsaEstimator", "num_samples": 2},
-    "placebo": {"estimator": "PlaceboEstimator"},
-    "isotropic noise": {"noise_shape": "isotropic"},
-    "isotropic noise, n=2, quest": {
-        "preset": "quest",
-        "noise_shape": "isotropic",
+        "estimator": "ControlVariateEstimator",
         "num_samples": 2,
     },
-    "3 micro-batches": {"micro_batches": 3},
+    "quest, n=2": {"preset": "quest", "num_samples": 2},
+    "quest, cut along another dimension, isotropic noise": {
+        "preset": "quest",
+        "transposed": True,
+        "noise_shape": "isotropic",
+    },
+    "ternary, placebo": {"preset": "ternary", "estimator": "PlaceboEstimator"},
+    "spsa": {"estimator": "SpsaEstimator", "num_samples": 2},
     "2 replicas of 1 shard": {"mesh": (2, 1), "num_samples": 2},
     "1 replica of 2 shards": {"mesh": (1, 2), "estimator": "ControlVariateEstimator"},
 }
@@ -259,7 +254,7 @@ def broken_on_one_rank(rank, what):
 
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
-    from fogzo.layers import attach
+    from fogzo.layers import quantized_layer
     from fogzo.probing import directions
 
     _, estimator, loss_fn, _ = after_backward(rank, "quest")
@@ -274,9 +269,9 @@ def whole_tensors_at_once(rank):
             seen, most = seen + 1, max(most, len(alive))
         return tensor
 
-    cut, gather = directions.shard_like, attach.full
+    cut, gather = directions.shard_like, quantized_layer.full
     directions.shard_like = lambda tensor, like: cut(watch(tensor), like)
-    attach.full = lambda tensor: watch(gather(tensor))
+    quantized_layer.full = lambda tensor: watch(gather(tensor))
     kept = []
 
     def closure():
@@ -287,7 +282,7 @@ def whole_tensors_at_once(rank):
         estimator.flip_rate()
         estimator.refine_grads_(closure)
     finally:
-        directions.shard_like, attach.full = cut, gather
+        directions.shard_like, quantized_layer.full = cut, gather
     own = [collectives.local(w.param.detach()).shape for w in estimator.weights]
     # To count flips: two measurements of the step, codes twice, one sample. To refine: two
     # measurements of the step and two samples, whose shards are kept.

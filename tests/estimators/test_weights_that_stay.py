@@ -173,7 +173,7 @@ def test_dead_groups_neither_explode_nor_stop_the_others(preset, dead, shape, op
         estimator = fogzo.FogzoEstimator(
             fogzo.quantized_weights(model), noise_shape=shape, noise_share=1e-4
         )
-        for _ in range(60):
+        for _ in range(40):
             opt.zero_grad()
             loss = cross_entropy(model(x), y)
             loss.backward()

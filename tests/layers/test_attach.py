@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import fogzo
-from fogzo.layers.attach import QuantizedLayer
+from fogzo import QuantizedLayer
 from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill
 
 

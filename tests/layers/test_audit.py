@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.layers.attach import QuantizedLayer
+from fogzo import QuantizedLayer
 from fogzo.layers.audit import LayerAudit
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from toolbox import draw, every, everything

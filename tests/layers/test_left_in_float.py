@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import fogzo
-from fogzo.layers.attach import QuantizedLayer
+from fogzo import QuantizedLayer
 
 QUANTIZER = fogzo.lsq(2)
 

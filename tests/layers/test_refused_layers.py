@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.layers.attach import QuantizedLayer
+from fogzo import QuantizedLayer
 from toolbox import everything
 
 

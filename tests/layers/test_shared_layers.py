@@ -15,7 +15,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrizati
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fogzo
-from fogzo.layers.attach import QuantizedLayer
+from fogzo import QuantizedLayer
 from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill
 
 

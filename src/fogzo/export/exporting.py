@@ -29,6 +29,8 @@ MODULES: Mapping[str, str] = {
     "float": "float_folder",
     "compressed-tensors": "compressed_tensors",
     "gguf": "gguf",
+    "onnx": "onnx",
+    "bitnet": "bitnet",
 }
 REPORT = "export.json"
 
@@ -161,6 +163,7 @@ def export(
     source, rounding = _rounded(source, format)
     writer = import_module(f"fogzo.export.{MODULES[format]}")
     example = example_of(source.model) if example is None else example
+    source = dataclasses.replace(source, example=example)
     partial = final.with_name(f"{final.name}.partial")
     _delete(partial)
     partial.mkdir(parents=True)

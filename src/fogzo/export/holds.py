@@ -340,6 +340,7 @@ _MATMUL = (
     # Its zero is 128, and no other.
     replace(_signed("MatMulNBits 8", 8), groups=_MATMUL_BLOCKS),
 )
+_BITNET = StoredType("2 bit", 2, 2, _is_bitnet, 0, _LINEAR, outputs_per_byte=4)
 _INT4, _INT8 = "DequantizeLinear int4", "DequantizeLinear int8"
 
 FORMATS: Mapping[str, Format] = {
@@ -391,7 +392,8 @@ FORMATS: Mapping[str, Format] = {
         reads_config=True,
     ),
     "bitnet": Format(
-        (StoredType("2 bit", 2, 2, _is_bitnet, 0, _LINEAR, outputs_per_byte=4),),
+        (_BITNET,),
+        variants={"bitlinear": (_BITNET,), "autobitlinear": (_BITNET,)},
         expected="ternary weights with one step per tensor: train with fogzo.ternary()",
         inputs=_bitnet_inputs,
         float_inputs=_BITNET_INPUTS.format("in float"),

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,13 @@ class Source:
         model: Quantized, without wrappers (DDP, a compiled model).
         layers: Its quantized layers, in the order of its modules.
         options: How to write.
+        example: An input, for formats that trace the model; see `answer`.
     """
 
     model: nn.Module
     layers: dict[str, SourceLayer]
     options: Options
+    example: Any = None
 
     @classmethod
     def of(cls, model: nn.Module, options: Options) -> "Source":

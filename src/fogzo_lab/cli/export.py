@@ -57,7 +57,10 @@ class ExportConfig(Options):
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command with these options."""
+    from transformers.utils.logging import disable_progress_bar  # here, as it takes a second
+
     config = parse(ExportConfig, arguments, "fogzo export", ExportConfig.__doc__)
+    disable_progress_bar()  # of loading what was written; it would go between the lines here
     report = export_run(config)
     if config.json:
         print(dumps(report.to_dict()))

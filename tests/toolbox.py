@@ -74,7 +74,9 @@ def pairwise(**choices: Collection[Any]) -> pytest.MarkDecorator:
         best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
         missing -= pairs[best]
         chosen.append(cases[best])
-    return pytest.mark.parametrize(list(choices), chosen, ids=lambda value: str(value)[:40])
+    return pytest.mark.parametrize(
+        list(choices), chosen, ids=lambda value: getattr(value, "__name__", str(value))[:40]
+    )
 
 
 EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)

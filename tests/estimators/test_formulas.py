@@ -171,7 +171,7 @@ def test_on_a_linear_loss_mean_and_variance_are_as_derived(n, share):
         beta * share * ((toy.d + 2) * toy.c**2 + D2) + share**2 * (toy.d + kurtosis - 2) * D2
     ) / n
     estimator = Paper(toy.weights, num_samples=n, noise_share=share)
-    assert_moments(toy.sample(estimator, 800), mean, variance)
+    assert_moments(toy.sample(estimator, 400), mean, variance)
 
 
 @pytest.mark.parametrize(("n", "surrogate"), [(1, "identity"), (3, "tanh"), (1, "erf")])
@@ -180,7 +180,7 @@ def test_spsa_is_unbiased_with_the_derived_variance(n, surrogate):
     toy = LinearToy(seed=1, surrogate=surrogate)
     variance = (toy.d + surrogate.perturbation.kurtosis - 2) * (toy.D @ toy.D) / n
     estimator = fogzo.SpsaEstimator(toy.weights, num_samples=n)
-    assert_moments(toy.sample(estimator, 800), toy.D, variance)
+    assert_moments(toy.sample(estimator, 400), toy.D, variance)
 
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.05), (3, 0.5)])
@@ -189,7 +189,7 @@ def test_the_control_variate_has_the_derived_mean_and_variance(n, share):
     gap = toy.D - toy.g_phi
     variance = share**2 * (toy.d + toy.surrogate.perturbation.kurtosis - 2) * (gap @ gap) / n
     estimator = fogzo.ControlVariateEstimator(toy.weights, num_samples=n, weight=share)
-    assert_moments(toy.sample(estimator, 800), toy.g_phi + share * gap, variance)
+    assert_moments(toy.sample(estimator, 400), toy.g_phi + share * gap, variance)
 
 
 def test_the_control_variate_leaves_a_correct_gradient_alone():
@@ -212,7 +212,7 @@ def test_the_control_variates_default_weight_has_the_least_squared_error():
 def test_the_placebo_has_fogzos_cross_noise_around_the_gradient():
     toy, share, n = LinearToy(seed=3), 0.3, 2
     estimator = IsotropicPlacebo(toy.weights, num_samples=n, noise_share=share)
-    assert_moments(toy.sample(estimator, 800), toy.g_phi, toy.N**2 * share * toy.d / n)
+    assert_moments(toy.sample(estimator, 400), toy.g_phi, toy.N**2 * share * toy.d / n)
 
 
 def test_the_guide_alone_has_no_variance():

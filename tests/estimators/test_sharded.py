@@ -142,7 +142,7 @@ def train(
     if estimator == "FogzoEstimator":
         options["noise_share"] = 0.02
     refiner = getattr(fogzo, estimator)(fogzo.quantized_weights(model), seed=5, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, stats = [], []
     for step in range(STEPS):
         x, y = batch(step, rank)

@@ -7,12 +7,12 @@ export OMP_NUM_THREADS ?= 1
 # What keeps glibc from handing memory back to the system between two forwards.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
-.PHONY: demo test lint suite benchmarks results results-check clean
+.PHONY: demo test lint suite docs benchmarks results results-check clean
 
 demo: .venv/installed  ## train and compare on real digits, write runs/demo/report.html
 	$(BIN)/fogzo compare digits-mlp --output-dir runs/demo
 
-test: lint suite results-check  ## everything CI checks
+test: lint suite results-check docs  ## everything CI checks
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -22,6 +22,9 @@ lint: .venv/installed
 suite: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
+docs: .venv/installed  ## build the documentation in site/, an error on any broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 benchmarks: .venv/installed  ## measure again what is said of cost, 20 minutes on an idle machine
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/fogzo bench --suite full --output-dir benchmarks/full
@@ -30,10 +33,10 @@ benchmarks: .venv/installed  ## measure again what is said of cost, 20 minutes o
 	$(KEEP_MEMORY) $(BIN)/fogzo bench --suite full --only steps --output-dir benchmarks/kept-memory
 	$(BIN)/python experiments/tables.py
 
-results: .venv/installed  ## rewrite the README's tables and the reports from the committed JSON
+results: .venv/installed  ## rewrite the tables of docs/ and the reports from the committed JSON
 	$(BIN)/python experiments/tables.py
 
-results-check: .venv/installed  ## rebuild the README's tables from the committed JSON, fail if they differ
+results-check: .venv/installed  ## rebuild the tables of docs/ from the committed JSON, fail if they differ
 	$(BIN)/python experiments/tables.py --check
 
 .venv/installed: pyproject.toml constraints.txt
@@ -42,4 +45,4 @@ results-check: .venv/installed  ## rebuild the README's tables from the committe
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

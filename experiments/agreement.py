@@ -19,7 +19,6 @@ Writes results.json.
 import argparse
 import json
 import math
-import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -34,8 +33,11 @@ import torch
 
 import fogzo
 from fogzo.estimators.agreement import shrink
-from fogzo_lab.comparison.intervals import paired_interval
+from fogzo_lab.comparison.intervals import Interval, Summary
+from fogzo_lab.comparison.tables import where
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 from fogzo_lab.training.config import TrainConfig, from_dict
 
 FOLDER = Path(__file__).parent / "agreement"
@@ -66,8 +68,7 @@ def main() -> None:
 
     def keep(name: str, rows: list[dict[str, Any]]) -> None:
         results[name] = rows
-        text = json.dumps(results, indent=1) + "\n"
-        (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+        write_text(options.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
     keep("toy", toys(seeds, (100,) if options.quick else (100, 1000, 10_000)))
     if Path("data/mnist").exists() and not options.quick:
@@ -178,7 +179,7 @@ def quest_mlp(seeds: range) -> list[dict[str, Any]]:
             "kappa": config.kappa,
             "learning_rate": config.learning_rate,
             "rule": name,
-            "minus_ste": paired_interval([a - b for a, b in zip(own, accuracies[0], strict=True)]),
+            "minus_ste": vars(Interval.paired(own, accuracies[0])),
         }
         | summary(own)
         for (name, config), own in zip(runs, accuracies, strict=True)
@@ -199,27 +200,33 @@ def accuracy(name: str, config: TrainConfig, seeds: range) -> list[float]:
 
 def summary(values: list[float]) -> dict[str, Any]:
     """Mean and spread over seeds."""
-    return {"values": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
+    found = Summary.of(values)
+    return {"values": values, "mean": found.mean, "std": found.sd}
 
 
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/results.md."""
-    heading = ("rule", *(f"gradient {truth}" for truth in TRUTHS), "regression, omega 2", "QuEST")
+SHOWN = tuple(truth for truth in TRUTHS if truth != "too large")
+"""The truths of the table; what the fourth adds is said in its caption."""
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Every rule in every setting, for docs/results.md."""
+    heading = ("rule", *(f"gradient {truth}" for truth in SHOWN), "regression, omega 2", "QuEST")
     rows = [[name, *_cells(name, results)] for name in RULES]
-    facts, ste = results["environment"], results["quest-mlp"][0]
+    ste, size = results["quest-mlp"][0], results["toy"][0]
     toys = sorted({row["weights"] for row in results["toy"]})
-    note = (
-        f"Gradient right, too large (four times), unrelated to the loss or reversed: share of the "
-        f"excess loss that SGD leaves of a quantized quadratic of {' / '.join(map(str, toys))} "
-        f"weights, guide alone. Regression: excess risk over masked / unmasked STE, each rule at "
-        f"its own learning rate. QuEST: test accuracy in % of the MNIST perceptron, isotropic "
-        f"noise of kappa {ste['kappa']:g}, at "
-        f"FOGZO's learning rate; STE at its own {ste['mean']:.1f} ± {ste['std']:.1f}; with the "
-        f"default noise {_plain(results['quest-mlp'][-1])}. Means of {len(ste['values'])} (QuEST) "
-        f"or {len(results['toy'][0]['values'])} seeds. {facts['processor']}, torch "
-        f"{facts['torch']}, {facts['date']}."
+    right, large = (
+        [row["mean"] for row in results["toy"] if row["truth"] == truth] for truth in TRUTHS[:2]
     )
-    return heading, rows, note
+    apart = max(abs(a - b) for a, b in zip(right, large, strict=True))
+    caption = (
+        f"Gradient: share of the excess loss that remains, for {' / '.join(map(str, toys))} "
+        f"weights; one four times too large changes it by {apart:.3f} at most. Regression: excess "
+        f"risk over masked / unmasked STE. QuEST: test accuracy %, kappa {ste['kappa']:g}; STE "
+        f"{_plain(ste)}, default noise {_plain(results['quest-mlp'][-1])}. Means of "
+        f"{len(ste['values'])} (QuEST) or {len(size['values'])} seeds. "
+        f"{where(results['environment'])}"
+    )
+    return Table("", heading, rows, caption)
 
 
 def _cells(name: str, results: dict[str, Any]) -> list[str]:
@@ -229,7 +236,7 @@ def _cells(name: str, results: dict[str, Any]) -> list[str]:
             for row in results["toy"]
             if (row["truth"], row["rule"]) == (truth, name)
         )
-        for truth in TRUTHS
+        for truth in SHOWN
     ]
     risks = [row for row in results["regression"] if row["rule"] == name]
     (quest,) = (

@@ -1,4 +1,4 @@
-"""Train the recipes with embedded data as they are shipped, and compare them with knowing little.
+"""Train the recipes with embedded data as they are shipped, beside baselines that learn nothing.
 
     python experiments/embedded.py [--workers 2]
 
@@ -8,10 +8,8 @@ experiments/embedded/results.json.
 """
 
 import argparse
-import json
 import math
 import re
-import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +17,15 @@ from typing import Any
 
 import torch
 
+from fogzo_lab.comparison.intervals import Summary
+from fogzo_lab.comparison.tables import where
 from fogzo_lab.data.config import TextConfig
 from fogzo_lab.data.images import load_images
 from fogzo_lab.data.text import TextSplit, load_text, unigram_loss
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 from fogzo_lab.training.loop import train
 
 FOLDER = Path(__file__).parent / "embedded"
@@ -63,8 +65,7 @@ def main() -> None:
         "baselines": {name: baseline(name) for name, _ in ROWS},
         "rows": rows,
     }
-    text = json.dumps(results, indent=1) + "\n"
-    (FOLDER / "results.json").write_text(text, encoding="utf-8")
+    write_text(FOLDER / "results.json", dumps(results, indent=1) + "\n")
 
 
 def run(job: tuple[str, str, int]) -> dict[str, Any]:
@@ -83,13 +84,12 @@ def summarise(name: str, label: str, outcomes: list[dict[str, Any]]) -> dict[str
         row[key] = outcomes[0][key]
     for key in KEPT:
         values = [outcome[key] for outcome in outcomes]
-        row[key] = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
-        row[key]["values"] = values
+        row[key] = {**vars(Summary.of(values)), "values": values}
     return row
 
 
 def baseline(name: str) -> dict[str, float]:
-    """What knowing nothing (uniform) and knowing frequencies alone come to on the test split."""
+    """Uniform loss, unigram loss and majority-class accuracy on the test split."""
     data = RECIPES[name]().data
     if isinstance(data, TextConfig):
         text = load_text(data)
@@ -110,6 +110,32 @@ def baseline(name: str) -> dict[str, float]:
         "frequency_loss": float(-shares[labels].log().mean()),
         "frequency_accuracy": float((labels == counts.argmax()).double().mean()),
     }
+
+
+def table(results: dict[str, Any]) -> Table:
+    """What the recipes reach beside the baselines, for docs/results.md."""
+    heading = ("recipe", "gradient", "test loss (nats)", "test accuracy %")
+    heading += ("uniform / unigram loss", "majority-class accuracy %")
+    rows = []
+    for row in results["rows"]:
+        known = results["baselines"][row["recipe"]]
+        loss, accuracy = row["test_loss"], row["test_accuracy"]
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                row["row"],
+                f"{loss['mean']:.3f} ± {loss['sd']:.3f}",
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
+                f"{known['uniform_loss']:.3f} / {known['frequency_loss']:.3f}",
+                f"{100 * known['frequency_accuracy']:.1f}",
+            ]
+        )
+    seeds = results["rows"][0]["seeds"]
+    facts = results["environment"]
+    caption = (
+        f"Mean ± standard deviation over {seeds} seeds. Python {facts['python']}, {where(facts)}"
+    )
+    return Table("", heading, rows, caption)
 
 
 if __name__ == "__main__":

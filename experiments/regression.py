@@ -8,12 +8,11 @@ Gaussians, and quantized levels spread evenly over [-omega, omega]. Inputs have 
 the excess risk of a student is known exactly, mean((Q(w) - w*)^2).
 
 Every row's learning rate, and its kappa or weight where it has one, is chosen by that risk on
-seeds of their own; what is reported comes from other, fresh seeds. Costs are counted as forwards,
-a backward as two. Writes results.json and curves.svg.
+seeds of their own; what is reported comes from other, fresh seeds. Costs are counted in forward
+passes, a backward pass as two. Writes results.json and curves.svg.
 """
 
 import argparse
-import json
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -23,17 +22,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fogzo
-from fogzo_lab.comparison.intervals import student_interval
+from fogzo_lab.comparison.intervals import Interval, Summary
+from fogzo_lab.comparison.metrics import Metric
+from fogzo_lab.comparison.tables import where
+from fogzo_lab.figures import drawing
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 
 FOLDER = Path(__file__).parent / "regression"
+RISK = Metric("risk", "excess risk")
 TEACHER = 1.0
 AGREEMENT: Literal["shrunk", "measured"] = "measured"
 """The paper's estimator to the letter; `agreement.py` tries other rules."""
@@ -47,11 +50,11 @@ class Config:
         omegas: Ends of the range of levels. With 2 bits, at 1 the teacher is a level itself, at 2
             it lies between two, nearer to the lower one.
         weights: d.
-        batch_size: Fresh inputs a step.
+        batch_size: Fresh inputs per step.
         steps: Of a run; rows without probes also get as many as FOGZO's cost buys.
         label_noise: Standard deviation of the noise in the targets.
         bits: Of a weight.
-        learning_rates: A grid an omega, for all rows; of plain SGD, constant, in units of d.
+        learning_rates: One grid per omega, for all rows; of plain SGD, constant, in units of d.
         kappas: Grid of FOGZO and the placebo; reached linearly, as in the paper.
         weight_factors: Grid of the control variate, times its default weight.
         tuning_seeds: Of runs that choose.
@@ -121,7 +124,7 @@ LABELS = {
     "control-variate": "control variate",
 }
 STE_COST = 3
-"""Forwards that a step costs without probes, a backward counted as two."""
+"""Forward passes that a step costs without probes, a backward pass counted as two."""
 
 
 class Choice(NamedTuple):
@@ -156,10 +159,8 @@ def main() -> None:
             for omega, rates in zip(config.omegas, config.learning_rates, strict=True)
         ],
     }
-    results["findings"] = [line for found in results["settings"] for line in findings(found)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (arguments.output_dir / "results.json").write_text(text, encoding="utf-8")
+    write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
     plot(results, arguments.output_dir / "curves.svg")
 
 
@@ -343,11 +344,7 @@ def summarise(
         "strength_at_edge": len(strengths) > 1
         and choice.strength in (min(strengths), max(strengths)),
         "tuning_risks": [[*c, risk] for c, risk in tuned.items()],
-        "risk": {
-            "mean": statistics.mean(risks),
-            "sd": statistics.stdev(risks),
-            "values": risks,
-        },
+        "risk": {**vars(Summary.of(risks)), "values": risks},
         "outside_range": statistics.mean(outcome["outside"] for outcome in outcomes),
         "steps": num_steps(row, config),
         "forwards": outcomes[0]["forwards"],
@@ -361,17 +358,15 @@ def summarise(
 
 
 def difference(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Row minus other, paired by seed, with a 95% Student interval; lower risk is better."""
-    gaps = [a - b for a, b in zip(row["risk"]["values"], other["risk"]["values"], strict=True)]
-    low, high = student_interval(gaps)
+    """Row minus other, paired by seed, and which of the two has the significantly lower risk."""
+    gap = Interval.paired(row["risk"]["values"], other["risk"]["values"])
+    names = {"better": row["name"], "worse": other["name"]}
     return {
         "row": row["name"],
         "other": other["name"],
         "other_budget": other["budget"],
-        "mean": statistics.mean(gaps),
-        "low": low,
-        "high": high,
-        "better": row["name"] if high < 0 else other["name"] if low > 0 else None,
+        **vars(gap),
+        "better": names.get(gap.verdict(RISK.more_is_better)),
     }
 
 
@@ -379,94 +374,49 @@ def label(name: str, budget: str = "steps") -> str:
     """A row's name for people."""
     plain = name.removesuffix("-unmasked")
     text = LABELS[plain] + (", unmasked" if plain != name else "")
-    return text + (" at equal cost" if budget == "cost" else "")
+    return text + (" (same cost as FOGZO)" if budget == "cost" else "")
 
 
-def findings(found: dict[str, Any]) -> list[str]:
-    """What the intervals allow one to say at one range, wins, ties and losses alike."""
-    where = f"omega {found['omega']:g}"
-    lines = []
-    for row in dict.fromkeys(entry["row"] for entry in found["differences"]):
-        own = [entry for entry in found["differences"] if entry["row"] == row]
-        for verdict, keep in (
-            ("lower than", lambda e: e["better"] == e["row"]),
-            ("higher than", lambda e: e["better"] == e["other"]),
-            ("not told apart from", lambda e: e["better"] is None),
-        ):
-            names = [label(e["other"], e["other_budget"]) for e in own if keep(e)]
-            if names:
-                lines.append(f"{where}: the risk of {label(row)} is {verdict} {'; '.join(names)}.")
-    lowest = min(found["rows"], key=lambda entry: entry["risk"]["mean"])
-    lines.append(
-        f"{where}: the lowest mean risk, {lowest['risk']['mean']:.4f} over a floor of "
-        f"{found['floor']:.4f}, is that of {label(lowest['name'], lowest['budget'])}."
-    )
-    means = {(row["name"], row["budget"]): row["risk"]["mean"] for row in found["rows"]}
-    overrun = [label(*key) for key in means if means[key] > means[key[0], "steps"]]
-    if overrun:
-        lines.append(
-            f"{where}: more steps made it worse, so that stopping earlier is the fairer rival: "
-            f"{'; '.join(overrun)}."
-        )
-    for what in ("learning_rate", "strength"):
-        edges = [
-            label(row["name"], row["budget"]) for row in found["rows"] if row[f"{what}_at_edge"]
-        ]
-        if edges:
-            kind = {"learning_rate": "learning rate", "strength": "kappa or weight"}[what]
-            lines.append(
-                f"{where}: the best {kind} lies at an edge of the grid: {'; '.join(edges)}."
-            )
-    cost = {row["name"]: row["tuning_cost"] for row in found["rows"] if row["budget"] == "steps"}
-    lines.append(
-        f"{where}: tuning FOGZO cost {cost['fogzo'] / cost['ste']:.1f} times what tuning STE did."
-    )
-    return lines
-
-
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/results.md."""
-    ranges = [f"range {found['omega']:g}" for found in results["settings"]]
-    heading = ("row", *(f"excess risk, {name}" for name in ranges))
-    heading += tuple(f"FOGZO minus row, {name}" for name in ranges)
-    heading += ("cost of a run / STE's", "cost of tuning / STE's")
-    rows = []
+def table(results: dict[str, Any]) -> Table:
+    """What every row reached, for docs/results.md."""
     settings = results["settings"]
+    heading = ["gradient"]
+    for found in settings:
+        heading += [f"excess risk, range {found['omega']:g}", "FOGZO − row"]
+    heading += ["cost of a run / of tuning, over STE's"]
+    ste = settings[0]["rows"][0]
+    rows = []
     for index, row in enumerate(settings[0]["rows"]):
-        same = [found["rows"][index] for found in settings]
-        ste = settings[0]["rows"][0]
-        rows.append(
-            [
-                label(row["name"], row["budget"]),
-                *(f"{entry['risk']['mean']:.3f} ± {entry['risk']['sd']:.3f}" for entry in same),
-                *(gap_text(found, row) for found in settings),
-                f"{row['cost'] / ste['cost']:.2f}",
-                f"{row['tuning_cost'] / ste['tuning_cost']:.1f}",
-            ]
-        )
-    config, facts = results["config"], results["environment"]
+        cells = [label(row["name"], row["budget"])]
+        for found in settings:
+            risk = found["rows"][index]["risk"]
+            cells += [RISK.spread(Summary.of(risk["values"])), RISK.called(fogzo_minus(found, row))]
+        costs = (row["cost"] / ste["cost"], row["tuning_cost"] / ste["tuning_cost"])
+        rows.append([*cells, f"{costs[0]:.2f} / {costs[1]:.1f}"])
+    config = results["config"]
+    edges = [
+        entry["learning_rate_at_edge"] or entry["strength_at_edge"]
+        for found in settings
+        for entry in found["rows"]
+    ]
     floors = ", ".join(f"{found['floor']:.3f}" for found in settings)
-    note = (
+    caption = (
         f"{config['weights']} weights of {config['bits']} bits, {config['steps']} SGD steps of "
-        f"{config['batch_size']} fresh inputs. Mean ± standard deviation over "
-        f"{len(config['seeds'])} seeds, other ones than those that chose learning rate and kappa; "
-        f"the least risk of quantized weights is {floors}. Differences are paired by seed, with "
-        f"95% intervals, not corrected for their number. Costs count forwards, a backward as two. "
-        f"{facts['processor']}, torch {facts['torch']}, {facts['date']}."
+        f"{config['batch_size']} inputs; mean ± standard deviation over {len(config['seeds'])} "
+        f"seeds not used for tuning. The least risk of quantized weights is {floors}. Differences "
+        "are paired by seed, with 95% intervals, bold where they exclude zero. Tuned to an edge of "
+        f"a grid: {sum(edges)} of {len(edges)} rows. {where(results['environment'])}"
     )
-    return heading, rows, note
+    return Table("", heading, rows, caption)
 
 
-def gap_text(found: dict[str, Any], row: dict[str, Any]) -> str:
-    """FOGZO's risk minus the row's, if it is another row."""
+def fogzo_minus(found: dict[str, Any], row: dict[str, Any]) -> Interval | None:
+    """FOGZO's risk minus the row's; None for FOGZO itself."""
     for entry in found["differences"]:
-        if (entry["row"], entry["other"], entry["other_budget"]) == (
-            "fogzo",
-            row["name"],
-            row["budget"],
-        ):
-            return f"{entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]"
-    return ""
+        named = (entry["row"], entry["other"], entry["other_budget"])
+        if named == ("fogzo", row["name"], row["budget"]):
+            return Interval(entry["mean"], entry["low"], entry["high"])
+    return None
 
 
 STYLES: Sequence[tuple[str, dict[str, Any]]] = (
@@ -481,17 +431,14 @@ STYLES: Sequence[tuple[str, dict[str, Any]]] = (
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Excess risk over steps, a panel a range."""
+    """Excess risk against steps, a panel per range."""
     count = len(results["settings"])
-    # Text stays text, and the same numbers give the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 8}):
-        figure = Figure(figsize=(max(6, 4.1 * count), 3.6), layout="constrained")
+    with drawing(path, (max(6, 4.1 * count), 3.6)) as figure:
         panels = figure.subplots(1, count, squeeze=False)[0]
         for axes, found in zip(panels, results["settings"], strict=True):
             draw_curves(axes, found)
         lines = panels[0].get_legend_handles_labels()
         figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
-        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def draw_curves(axes: Axes, found: dict[str, Any]) -> None:
@@ -505,7 +452,6 @@ def draw_curves(axes: Axes, found: dict[str, Any]) -> None:
         if value > 0:
             axes.axhline(value, color="0.7", linewidth=0.6, zorder=0)
     axes.set(yscale="log", xlabel="step", ylabel="excess risk", title=f"omega = {found['omega']:g}")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ with k = d + kappa4 - 2. Writes results.json and variance.svg.
 
 import argparse
 import itertools
-import json
 import logging
 import math
 from collections import Counter
@@ -29,16 +28,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fogzo
 from fogzo.probing.directions import Direction, Directions
 from fogzo.quantizers import resolve_surrogate, uniform
+from fogzo_lab.comparison.tables import where
+from fogzo_lab.figures import drawing
 from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
 
 FOLDER = Path(__file__).parent / "synthetic-law"
 ALLOWED_ERRORS = 4.0
@@ -71,7 +72,7 @@ class Config:
     seed: int = 0
 
 
-QUICK = Config(weights=(10, 100), samples=(1, 2), shares=(0.01, 0.5), repeats=400)
+QUICK = Config(weights=(10, 100), samples=(1, 2), shares=(0.01, 0.5), repeats=100)
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,7 @@ def main() -> None:
         "summary": summary(points),
     }
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1) + "\n"
-    (arguments.output_dir / "results.json").write_text(text, encoding="utf-8")
+    write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
     plot(results, arguments.output_dir / "variance.svg")
 
 
@@ -295,8 +295,8 @@ def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Heading, rows and a note for docs/results.md."""
+def table(results: dict[str, Any]) -> Table:
+    """Every estimator beside its formulas, for docs/results.md."""
     heading = ("gradient", "mean", "trace of its covariance", "points")
     heading += ("measured / formula", "its largest standard error")
     rows = []
@@ -311,16 +311,16 @@ def table(results: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], st
                 f"{entry['largest_variance_ratio_error']:.3f}",
             ]
         )
-    found, facts, config = results["summary"], results["environment"], results["config"]
-    note = (
+    found, config = results["summary"], results["config"]
+    caption = (
         f"On a linear loss of slope D, with STE gradient g = N ĝ, c = ĝ·D, k = d + κ₄ − 2; d from "
         f"{min(config['weights'])} to {max(config['weights'])}, n from {min(config['samples'])} to "
-        f"{max(config['samples'])}, q from {min(config['shares']):g} to 1. Of "
-        f"{found['measurements']} means and variances {found['within_2']} lie within 2 standard "
-        f"errors of their formula and {found['within']} within {found['allowed_errors']:g}. "
-        f"{facts['processor']}, torch {facts['torch']}, {facts['date']}."
+        f"{max(config['samples'])}, q from {min(config['shares']):g} to 1. "
+        f"{found['within_2']} of {found['measurements']} means and variances lie within 2 standard "
+        f"errors of their formula, {found['within']} within {found['allowed_errors']:g}. "
+        f"{where(results['environment'])}"
     )
-    return heading, rows, note
+    return Table("", heading, rows, caption)
 
 
 MARKS = {
@@ -334,15 +334,10 @@ MARKS = {
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Variances beside their formulas, and the ratios of all points."""
-    # Text stays text, and the same numbers give the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 8}):
-        figure = Figure(figsize=(8.2, 3.4), layout="constrained")
+    with drawing(path, (8.2, 3.4)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
         draw_variances(left, results)
         draw_ratios(right, results)
-        for axes in (left, right):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def draw_variances(axes: Axes, results: dict[str, Any]) -> None:

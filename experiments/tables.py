@@ -1,12 +1,12 @@
-"""Rewrite the tables of README.md and docs/, and the reports, from the committed JSON.
+"""Rewrite the tables and plots of docs/, and the reports, from the committed JSON.
 
 With --check nothing is written, and tables that differ are an error.
 
     python experiments/tables.py [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a folder of
-experiments/ with a results.json, a table of several such folders (overview.py), or
-bench-FOLDER-SECTION of a folder of benchmarks/. Those of `fogzo compare` have a config.json too.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is one of `TABLES`,
+a folder of experiments/ with a results.json, or bench-FOLDER-SECTION of a folder of benchmarks/.
+The folders of `fogzo compare` have a config.json too.
 
 Either way it is an error if a comment is no such mark, a mark has no results, a table is empty, a
 page of docs/ with generated tables has others too, a plot that a page shows does not exist, or
@@ -18,17 +18,25 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from overview import GROUPS, MIXTURES, mixture, overview
-
-from fogzo_lab.cli.bench import tables
-from fogzo_lab.comparison import tables as comparison
+from fogzo_lab.bench import plot as bench_plot
+from fogzo_lab.bench import views
 from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.comparison.overview import (
+    differences_table,
+    rivals_table,
+    tuning_table,
+    verdict_table,
+)
 from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.comparison.results import Comparison
+from fogzo_lab.comparison.tables import page_table, where
+from fogzo_lab.table import Table
 from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +45,76 @@ BEGIN = re.compile(r"<!-- table: ([\w.-]+) -->")
 END = "<!-- end -->"
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)")
 
+NETWORKS = {
+    "MLP": {
+        "fixed, identity, AdamW": "mnist-mlp-adamw",
+        "fixed, identity, SGD": "mnist-mlp-sgd",
+        "fixed, hardtanh": "mnist-mlp-hardtanh",
+        "fixed, tanh": "mnist-mlp-tanh",
+        "fixed, ApproxSign": "mnist-mlp-approx-sign",
+        "LSQ, W2": "mnist-mlp-lsq-w2",
+        "LSQ, W2A2": "mnist-mlp-lsq-w2a2",
+        "QuEST, W2": "mnist-mlp-quest-w2",
+        "QuEST, W2A2": "mnist-mlp-quest-w2a2",
+    },
+    "DeiT": {
+        "fixed, identity": "cifar-deit-identity",
+        "fixed, identity, kappa tuned": "cifar-deit-kappa",
+        "fixed, hardtanh": "cifar-deit-hardtanh",
+        "fixed, tanh": "cifar-deit-tanh",
+        "fixed, ApproxSign": "cifar-deit-approx-sign",
+        "LSQ, W2": "cifar-deit-lsq-w2",
+    },
+    "ResNet-18": {
+        "fixed, identity": "cifar-resnet-identity",
+        "fixed, hardtanh": "cifar-resnet-hardtanh",
+        "fixed, tanh": "cifar-resnet-tanh",
+        "fixed, ApproxSign": "cifar-resnet-approx-sign",
+    },
+    "LLaMA": {
+        "fixed, identity": "shakespeare-llama-identity",
+        "fixed, identity, kappa tuned": "shakespeare-llama-kappa",
+        "fixed, tanh": "shakespeare-llama-tanh",
+        "LSQ, W2A2": "shakespeare-llama-lsq-w2a2",
+        "QuEST, W2A2": "shakespeare-llama-quest-w2a2",
+    },
+}
+"""The folders of the comparisons with the paper's, by network and quantizer."""
+
+PAPER = {
+    ("DeiT", "fixed, identity"): ("DeiT-Tiny", "62.72 → 70.06"),
+    ("DeiT", "fixed, tanh"): ("DeiT-Tiny", "41.98 → 46.8"),
+    ("DeiT", "LSQ, W2"): ("DeiT-Small", "79.55 → 80.06"),
+    ("ResNet-18", "fixed, identity"): ("ResNet-18", "79.92 → 80.42"),
+    ("ResNet-18", "fixed, tanh"): ("ResNet-18", "74.68 → 75.02"),
+    ("LLaMA", "fixed, identity"): ("LLaMA-9M", "109.95 → 105.64"),
+    ("LLaMA", "fixed, tanh"): ("LLaMA-9M", "123.97 → 121.51"),
+    ("LLaMA", "LSQ, W2A2"): ("LLaMA-95M", "39.06 → 37.38"),
+    ("LLaMA", "QuEST, W2A2"): ("LLaMA-95M", "37.75 → 37.37"),
+}
+"""What the paper reports for its own, larger, networks: STE, then FOGZO."""
+
+RADII = {
+    "half the radius": "radius-0.5-mnist-mlp",
+    "the surrogate's radius": "laws-mnist-mlp",
+    "twice the radius": "radius-2-mnist-mlp",
+}
+KAPPAS = {
+    "DeiT, kappa tuned": "cifar-deit-kappa",
+    "LLaMA, kappa tuned": "shakespeare-llama-kappa",
+    "LLaMA, kappa 0.01": "shakespeare-llama-identity",
+}
+SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept-memory"}
+SCRIPTS = ("agreement", "embedded", "forwards", "regression", "step-cost", "synthetic-law")
+
 
 def main() -> None:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     checks = parser.parse_args().check
+    if not checks:
+        redraw()  # first, as pages show the plots
     try:
         pages = rebuilt_pages(ROOT)
     except ValueError as error:
@@ -52,11 +124,22 @@ def main() -> None:
             page.write_text(text, encoding="utf-8")
         elif text != page.read_text(encoding="utf-8"):
             sys.exit(f"{page.name} differs from the committed results: run make results")
-    if not checks:
-        with chdir(ROOT):  # where the configs' output folders begin
-            for path in Path("experiments").glob("*/config.json"):
-                config = from_dict(CompareConfig, read(path))
-                write_compare_report(config, read(path.with_name("results.json")))
+
+
+def redraw() -> None:
+    """Draw the plots and write the reports, from the committed JSON."""
+    with chdir(ROOT):  # where the configs' output folders begin
+        for path in Path("experiments").glob("*/config.json"):
+            config = from_dict(CompareConfig, read(path))
+            comparison = Comparison.from_dict(read(path.with_name("results.json")))
+            write_compare_report(config, comparison)
+        for name in SCRIPTS:
+            for plot in Path("experiments", name).glob("*.svg"):
+                script(name).plot(read(plot.with_name("results.json")), plot)
+        for plot in Path("benchmarks").glob("*/bench.svg"):
+            bench_plot.plot(read(plot.with_name("results.json")), plot)
+        steps = Results(ROOT).bench("full", "steps")
+        bench_plot.plot(steps, Path("benchmarks/full/steps.svg"))
 
 
 class Results:
@@ -75,19 +158,30 @@ class Results:
         self.used.add(name)
         return self._read("experiments", name)
 
-    def bench(self, name: str) -> tuple[dict[str, Any], str]:
-        """The results of a benchmark and the section that the table ``bench-FOLDER-SECTION`` shows.
+    def comparison(self, name: str) -> Comparison:
+        """The results of an experiment that is a comparison.
+
+        Raises:
+            ValueError: If there are none, or they are of something else.
+        """
+        return Comparison.from_dict(self.experiment(name))
+
+    def comparisons(self, folders: dict[str, str]) -> dict[str, Comparison]:
+        """Several comparisons, by what the values of the dictionary name."""
+        return {label: self.comparison(folder) for label, folder in folders.items()}
+
+    def bench(self, folder: str, section: str) -> dict[str, Any]:
+        """The results of one section of a benchmark.
 
         Raises:
             ValueError: If there are none.
         """
-        folder, _, section = name.removeprefix("bench-").rpartition("-")
         results = self._read("benchmarks", folder)
         if section not in results["sections"]:
             known = ", ".join(results["sections"])
             raise ValueError(f"benchmarks/{folder} has no section {section!r}, but {known}")
-        self.used.add(name)
-        return results, section
+        self.used.add(f"bench-{folder}-{section}")
+        return {**results, "sections": {section: results["sections"][section]}}
 
     def unused(self) -> list[str]:
         """What was committed and not asked for."""
@@ -104,7 +198,7 @@ class Results:
 
 
 def rebuilt_pages(root: Path) -> dict[Path, str]:
-    """README.md and the pages of docs/, with all tables made anew.
+    """README.md and the pages of docs/, with their tables made anew.
 
     Raises:
         ValueError: If anything of a table is missing, or anything that is committed has no table.
@@ -114,7 +208,7 @@ def rebuilt_pages(root: Path) -> dict[Path, str]:
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         before = page.read_text(encoding="utf-8")
         try:
-            pages[page] = rebuilt(before, lambda name: table(name, results))
+            pages[page] = rebuilt(before, lambda name: table(name, results).markdown())
             if page.parent != root:
                 check_all_generated(pages[page])
         except ValueError as error:
@@ -166,102 +260,92 @@ def check_all_generated(text: str) -> None:
         raise ValueError(f"a table that no results make: {row[:80]!r}")
 
 
-def table(name: str, results: Results) -> str:
+def table(name: str, results: Results) -> Table:
     """The table of that name.
 
     Raises:
-        ValueError: If it has no results, or no rows.
+        ValueError: If it has no results.
     """
+    if name in TABLES:
+        return TABLES[name](results)
     if name.startswith("bench-"):
-        return bench_table(*results.bench(name))
-    if name == "embedded":
-        return embedded_table(results.experiment(name))
-    if name in ("agreement", "synthetic-law", "regression", "forwards", "step-cost"):
-        script = importlib.import_module(name.replace("-", "_"))
-        return with_note(*script.table(results.experiment(name)))
-    if name == "mixture":
-        return with_note(*mixture(MIXTURES, results.experiment))
-    if name in GROUPS:
-        return with_note(*overview(GROUPS[name], results.experiment))
-    return comparison_table(results.experiment(name))
+        folder, _, section = name.removeprefix("bench-").rpartition("-")
+        found = results.bench(folder, section)
+        return measured(views.tables(found)[0], found)
+    if name in SCRIPTS:
+        return script(name).table(results.experiment(name))
+    return page_table(results.comparison(name))
 
 
-def comparison_table(results: dict[str, Any]) -> str:
-    """Rows of a comparison, what their intervals say, and where they were measured."""
-    table = comparison.summary_table(results)
-    seeds = len(results["rows"][0]["seeds"])
-    facts = results["environment"]
-    note = (
-        f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed, with 95% "
-        f"intervals. {facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, "
-        f"{facts['date']}."
-    )
-    return (
-        markdown(table.heading, table.rows)
-        + "\n"
-        + " ".join(comparison.findings(results))
-        + "\n\n"
-        + note
-        + "\n"
-    )
+def verdicts(results: Results) -> Table:
+    """Every network in one table."""
+    lines = {
+        f"{network}: {quantizer}": folder
+        for network, quantizers in NETWORKS.items()
+        for quantizer, folder in quantizers.items()
+    }
+    return verdict_table(results.comparisons(lines))
 
 
-def embedded_table(results: dict[str, Any]) -> str:
-    """What the recipes with embedded data reach, beside what little knowledge does."""
-    heading = ("recipe", "gradient", "test loss (nats)", "test accuracy %")
-    heading += ("loss knowing nothing", "loss knowing frequencies", "accuracy of the commonest %")
+def paper(results: Results) -> Table:
+    """The paper's figures beside those of the smaller networks here."""
     rows = []
-    for row in results["rows"]:
-        baseline = results["baselines"][row["recipe"]]
-        loss, accuracy = row["test_loss"], row["test_accuracy"]
-        rows.append(
-            [
-                f"`{row['recipe']}`",
-                row["row"],
-                f"{loss['mean']:.3f} ± {loss['sd']:.3f}",
-                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}",
-                f"{baseline['uniform_loss']:.3f}",
-                f"{baseline['frequency_loss']:.3f}",
-                f"{100 * baseline['frequency_accuracy']:.1f}",
-            ]
+    for (network, quantizer), (theirs, figures) in PAPER.items():
+        found = results.comparison(NETWORKS[network][quantizer])
+        ste, main = found.find("ste"), found.main_metric
+        own = "" if ste is None else main.called(found.interval(ste, main))
+        rows.append([f"{network}: {quantizer}", own, theirs, figures])
+    heading = ["network here", "FOGZO − STE here", "network of the paper", "paper: STE → FOGZO"]
+    caption = (
+        "Test accuracy in % (more is better), perplexity for LLaMA (less is better); ours at equal "
+        "steps. The paper's are of its own data, without intervals."
+    )
+    return Table("", heading, rows, caption)
+
+
+def overheads(results: Results) -> Table:
+    """Overheads of a step in several settings."""
+    found = {name: results.bench(folder, "steps") for name, folder in SETTINGS.items()}
+    return measured(views.overheads_table(found), found["1 thread"], threads=False)
+
+
+def peers(results: Results) -> Table:
+    """Layers beside those of other libraries."""
+    found = results.bench("full", "layers")
+    return measured(views.peers_table(found), found)
+
+
+def measured(table: Table, results: dict[str, Any], threads: bool = True) -> Table:
+    """A table of a benchmark that says where it was measured."""
+    count = results["threads"]
+    said = f" {count} thread{'' if count == 1 else 's'}." if threads else ""
+    caption = f"{table.caption}{said} {where(results['environment'])}"
+    return Table(table.title, table.heading, table.rows, caption)
+
+
+TABLES: dict[str, Callable[[Results], Table]] = {
+    "verdicts": verdicts,
+    **{
+        f"network-{network.lower()}": lambda results, own=own: differences_table(
+            results.comparisons(own)
         )
-    facts = results["environment"]
-    note = (
-        f"Mean ± standard deviation over {results['rows'][0]['seeds']} seeds. "
-        f"{facts['processor']}, torch {facts['torch']}, Python {facts['python']}, {facts['date']}."
-    )
-    return markdown(heading, rows) + "\n" + note + "\n"
+        for network, own in NETWORKS.items()
+    },
+    "radius": lambda results: differences_table(results.comparisons(RADII), "radius"),
+    "kappa": lambda results: tuning_table(results.comparisons(KAPPAS)),
+    "mixture": lambda results: rivals_table(
+        results.comparison(NETWORKS["LLaMA"]["fixed, identity"]), "ste-then-fogzo"
+    ),
+    "paper": paper,
+    "overheads": overheads,
+    "peers": peers,
+}
+"""Tables of more or less than one folder's results."""
 
 
-def bench_table(results: dict[str, Any], section: str) -> str:
-    """One section of a benchmark, as `fogzo bench` prints it."""
-    (table,) = tables({**results, "sections": {section: results["sections"][section]}})
-    facts, count = results["environment"], results["threads"]
-    where = (
-        f"{count} thread{'' if count == 1 else 's'}, {facts['processor']}, torch "
-        f"{facts['torch']}, {facts['date']}."
-    )
-    return with_note(table.heading, table.rows, f"{table.caption} {where}")
-
-
-def with_note(heading: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """A table and a paragraph below it."""
-    return f"{markdown(heading, rows)}\n{note}\n"
-
-
-def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right.
-
-    Raises:
-        ValueError: If it has no rows, or one that does not fit the heading.
-    """
-    if not rows:
-        raise ValueError("it has no rows")
-    for row in rows:
-        if len(row) != len(heading):
-            raise ValueError(f"{len(heading)} headings, but the row {', '.join(row)!r:.80}")
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def script(name: str) -> ModuleType:
+    """The script beside this one that measured an experiment."""
+    return importlib.import_module(name.replace("-", "_"))
 
 
 def read(path: Path) -> dict[str, Any]:

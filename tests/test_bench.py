@@ -18,17 +18,18 @@ from fogzo_lab.bench import mezo
 from fogzo_lab.bench.cases import NotHereError, reason
 from fogzo_lab.bench.comparing import compare
 from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig, Limits
-from fogzo_lab.bench.memory import peak_bytes
 from fogzo_lab.bench.networks import mlp
+from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.peers import LAYERS, Chain
 from fogzo_lab.bench.plot import plot
 from fogzo_lab.bench.ranks import RankSettings, time_on_ranks
 from fogzo_lab.bench.sections import SECTIONS, compiled, layers, steps
 from fogzo_lab.bench.stepping import Steps
 from fogzo_lab.bench.suite import run_suite
-from fogzo_lab.bench.timing import Spread, Turns, take_turns, time_in_turns
-from fogzo_lab.cli.bench import tables
+from fogzo_lab.bench.timing import stopwatch, time_in_turns
+from fogzo_lab.bench.views import peers_table, tables
 from fogzo_lab.cli.main import main
+from fogzo_lab.interleaved import Spread, Turns, take_turns
 
 CPU = torch.device("cpu")
 TINY = BenchConfig(suite="tiny", device="cpu")
@@ -86,7 +87,8 @@ def cases_of(results, section):
 def test_ratios_are_taken_within_a_round_and_not_between_medians():
     clock = Clock()
     slow_spell = {"a": clock.takes("a", 1.0, 10.0, 3.0), "b": clock.takes("b", 2.0, 20.0, 1.0)}
-    turns = take_turns(slow_spell, {"a": 1, "b": 1}, 3, CPU, clock=clock)
+    timed = {name: stopwatch(function, CPU, 1, clock) for name, function in slow_spell.items()}
+    turns = take_turns(timed, {"a": 1, "b": 1}, 3)
     assert turns.rounds == [{"a": 1.0, "b": 2.0}, {"a": 10.0, "b": 20.0}, {"a": 3.0, "b": 1.0}]
     assert turns.seconds() == {"a": 3.0, "b": 2.0}
     assert turns.ratio("b", "a") == Spread(2.0, (1 / 3 + 2.0) / 2, 2.0)
@@ -95,14 +97,14 @@ def test_ratios_are_taken_within_a_round_and_not_between_medians():
 
 def test_turns_change_their_direction():
     clock = Clock()
-    functions = {name: clock.takes(name, 1.0) for name in "abc"}
-    take_turns(functions, dict.fromkeys("abc", 1), 3, CPU, clock=clock)
+    timed = {name: stopwatch(clock.takes(name, 1.0), CPU, 1, clock) for name in "abc"}
+    take_turns(timed, dict.fromkeys("abc", 1), 3)
     assert "".join(clock.calls) == "abccbaabc"
 
 
 def test_seconds_are_those_of_one_step():
     clock = Clock()
-    turns = take_turns({"a": clock.takes("a", 6.0, 10.0)}, {"a": 2}, 1, CPU, 4, clock)
+    turns = take_turns({"a": stopwatch(clock.takes("a", 6.0, 10.0), CPU, 4, clock)}, {"a": 2}, 1)
     assert turns.rounds == [{"a": 2.0}]
 
 
@@ -148,9 +150,9 @@ def test_the_overhead_is_what_a_step_costs_beyond_ste_over_its_forwards(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "met"), [(1.0, 1.15, "yes"), (1.1, 1.2, "open"), (1.151, 1.2, "no")]
+    ("low", "high", "met"), [(1.0, 1.15, "yes"), (1.1, 1.2, "undecided"), (1.151, 1.2, "no")]
 )
-def test_an_aim_between_the_quartiles_is_open(low, high, met):
+def test_a_target_between_the_quartiles_is_undecided(low, high, met):
     overhead = {"median": (low + high) / 2, "low": low, "high": high}
     case = {
         "name": "a network",
@@ -160,7 +162,7 @@ def test_an_aim_between_the_quartiles_is_open(low, high, met):
         "skipped": None,
     }
     (table,) = tables({"sections": {"steps": {"cases": [case]}}})
-    assert dict(zip(table.heading, table.rows[0], strict=True))["met"] == met
+    assert dict(zip(table.heading, table.rows[0], strict=True))["target, met"] == f"1.15: {met}"
 
 
 def test_targets_tighten_with_the_number_of_weights():
@@ -212,15 +214,16 @@ def test_steps_are_timed_beside_their_floor(results):
 
 
 def test_lean_probes_hold_less_than_the_copy_of_all_weights(results):
+    saved = []
     for case in cases_of(results, "memory"):
         facts = case["facts"]
         # The error of an agreement may look at a sample of 4096 weights, at a few numbers of each.
         sample = 8 * 4 * 4096 / facts["weight_bytes"]
-        assert 1 <= facts["redrawn_copies"] < 1.5 + sample
-        # The noise of so few weights is kept, two bytes of it a weight of four.
-        assert facts["redrawn_copies"] + 0.4 < facts["default_copies"] < 2 + sample
-        assert facts["lean_copies"] < facts["redrawn_copies"]
-        assert case["facts"]["ste_peak_bytes"] > case["facts"]["weight_bytes"]
+        # Activations of the STE step may outweigh the weights, and set the peak.
+        assert 0 <= facts["lean_copies"] <= facts["default_copies"] < 2 + sample
+        assert facts["ste_peak_bytes"] > facts["weight_bytes"]
+        saved.append(facts["default_copies"] - facts["lean_copies"])
+    assert max(saved) > 0.5
 
 
 def test_layers_are_compared_with_the_float_layer(results):
@@ -474,13 +477,29 @@ def test_mezo_leaves_round_off_in_the_weights_and_the_estimator_none():
 # The outputs
 
 
-def test_there_is_a_table_a_section(results):
+def test_there_is_a_table_per_section_of_few_columns(results):
     shown = tables(results)
     assert len(shown) == len(SECTION_NAMES)
     for table, name in zip(shown, SECTION_NAMES, strict=True):
         assert len(table.rows) == len(cases_of(results, name))
         assert all(len(row) == len(table.heading) for row in table.rows)
+        assert len(table.heading) <= 6
     assert [t.heading[-1] for t in shown].count("skipped") == 1
+
+
+def test_layers_stand_beside_their_peers_in_a_row_per_layer(results):
+    table = peers_table(results)
+    assert len(table.rows) == len(layers.SHAPES["tiny"])
+    (cells, _) = (dict(zip(table.heading, row, strict=True)) for row in table.rows)
+    assert cells["layer"] == "Linear 8 x 8, batch 4, eager"
+    case = next(
+        case
+        for case in cases_of(results, "layers")
+        if case["name"] == "Linear 8 x 8, batch 4, eager: fogzo.lsq(2)"
+    )
+    assert cells["fogzo.lsq(2)"].startswith(f"{case['ratios']['over base']['median']:.2f} [")
+    assert cells["brevitas, 2 bits"] == "–"
+    assert "torchao is not installed; brevitas is not installed" in table.caption
 
 
 def test_the_same_numbers_give_the_same_plot(results, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, in processes of their own."""
+"""The commands as a user runs them; in a process of its own where that makes a difference."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from fogzo_lab.cli.main import main
 
 
 def fogzo(*arguments, **environment):
@@ -16,6 +18,21 @@ def fogzo(*arguments, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,
     )
+
+
+@pytest.fixture
+def here(capsys):
+    """Run a command in this process; returns its exit code and what it prints."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
@@ -35,13 +52,13 @@ def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-000020" / "manifest.json").exists()
 
 
-def test_compare_prints_one_table_and_writes_one_report(tmp_path):
-    done = fogzo(
+def test_compare_prints_one_table_and_writes_one_report(here, tmp_path):
+    code, out, err = here(
         *("compare", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 5, "--num-seeds", 2),
         *("--rows", "ste", "fogzo", "--learning-rates", 0.003, "--workers", 1),
     )
-    assert done.returncode == 0, done.stderr
-    assert "FOGZO minus row" in done.stdout
+    assert code == 0, err
+    assert "FOGZO minus row" in out
     assert (tmp_path / "report.html").exists()
 
 
@@ -60,29 +77,48 @@ def test_compare_prints_one_table_and_writes_one_report(tmp_path):
         (("train", "digits-mlp", "--estimator", "stee"), "stee"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
-    done = fogzo(*arguments, "--output-dir", tmp_path / "run")
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, here, tmp_path):
+    code, _, err = here(*arguments, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
 
 
-def test_a_diverging_run_ends_without_a_traceback(tmp_path):
-    done = fogzo(
+def test_a_mistake_ends_the_process_with_code_2():
+    done = fogzo("train", "digit-mlp")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "fogzo: no recipe 'digit-mlp': did you mean digits-mlp?\n",
+    )
+
+
+def test_a_diverging_run_ends_without_a_traceback(here, tmp_path):
+    code, _, err = here(
         *("train", "digits-mlp", "--output-dir", tmp_path, "--learning-rate", 1e30),
         *("--optimizer", "sgd", "--max-steps", 50, "--quantizer.preset", "none"),
     )
-    assert done.returncode == 2
-    assert "smaller --learning-rate" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert code == 2
+    assert "smaller --learning-rate" in err
+    assert "Traceback" not in err
 
 
-def test_help_lists_commands_and_recipes():
-    for arguments in ((), ("--help",), ("train",)):
-        done = fogzo(*arguments)
-        assert done.returncode == 0
-        assert "digits-mlp" in done.stdout
-    assert "--kappa" in fogzo("train", "digits-mlp", "--help").stdout
+@pytest.mark.parametrize("arguments", [("--help",), ("train",), ("compare", "-h")])
+def test_help_lists_commands_and_recipes(here, arguments):
+    code, out, _ = here(*arguments)
+    assert code == 0
+    assert "digits-mlp" in out
+
+
+def test_without_arguments_the_process_prints_the_usage():
+    done = fogzo()
+    assert done.returncode == 0
+    assert "digits-mlp" in done.stdout
+
+
+def test_help_of_a_recipe_lists_its_options(here):
+    code, out, _ = here("train", "digits-mlp", "--help")
+    assert code == 0
+    assert "--kappa" in out
 
 
 def test_without_its_extra_the_command_says_how_to_install_it():

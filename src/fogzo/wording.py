@@ -1,6 +1,7 @@
-"""How messages name several things at once."""
+"""How messages name several things at once, or the one that was meant."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
@@ -11,3 +12,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def nearest(name: object, choices: Iterable[object]) -> str | None:
+    """The choice that was probably meant by a name that is none of them.
+
+    >>> nearest("fogso", ["ste", "fogzo"])
+    'fogzo'
+    """
+    return next(iter(get_close_matches(str(name), [str(choice) for choice in choices], n=1)), None)

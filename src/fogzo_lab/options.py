@@ -1,4 +1,4 @@
-"""Options: fields of configs that say which values they take, and one check for all of them."""
+"""Options: fields of configs whose annotations define the allowed values, and their check."""
 
 import dataclasses
 import os
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,32 +15,34 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from fogzo.wording import nearest
+
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values of a type an option takes, in code and in words."""
+    """The allowed values of an option, in code and in words."""
 
     allows: Callable[[Any], bool]
     words: str
-    """What the value must be, as in "1 or more"."""
+    """The requirement, as in "1 or more"."""
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """The texts that an option takes, where a `Literal` cannot spell them out."""
+    """The allowed texts of an option, if a `Literal` cannot list them."""
 
     choices: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Example:
-    """What to suggest for a bad value, where the option's default says too little."""
+    """The value to suggest instead of a bad one, if the default is not a good suggestion."""
 
     value: Any
 
 
 class _MayBePath:
-    """A text that may be a path: a leading ``~`` is the home folder."""
+    """A text that may be a path; a leading ``~`` is the home folder."""
 
 
 PositiveInt = Annotated[int, Rule(lambda number: number >= 1, "1 or more")]
@@ -67,10 +68,10 @@ _DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
 
 @contextmanager
 def deferred_checks() -> Iterator[None]:
-    """Let options be put together unchecked; who does so checks the whole.
+    """Build options without checks; the caller checks the whole config afterwards.
 
-    A group of options does not know where it stands on the command line, and a parser would draw
-    a frame around the message and break its lines.
+    A group of options does not know its prefix on the command line, and a parser would draw a frame
+    around the message and break its lines.
     """
     token = _DEFERRED.set(True)
     try:
@@ -80,27 +81,27 @@ def deferred_checks() -> Iterator[None]:
 
 
 class Options:
-    """Base of configs: frozen dataclasses that check themselves when they are made.
+    """Base of configs: frozen dataclasses that check themselves when they are created.
 
-    Every value must be of its field's type, and keep the rules in its annotation. Numbers must be
-    finite and texts not empty. What means the same is converted: a list to a tuple, a text to a
+    Every value must have the type of its field and obey the rules in its annotation. Numbers must
+    be finite and texts not empty. Equivalent values are converted: a list to a tuple, a text to a
     `Path`, a NumPy number to Python's, ``~`` to the home folder.
     """
 
     __slots__ = ()
 
     PREFIX: ClassVar[str] = ""
-    """What the command line writes before the names of these options."""
+    """Prefix of these options on the command line."""
 
     def __post_init__(self) -> None:
         if not _DEFERRED.get():
             self.check()
 
     def check(self, prefix: str | None = None) -> None:
-        """Raise a `ValueError` that names the option and a value for it, unless all can be meant.
+        """Raise a `ValueError` that names a bad option and an allowed value for it.
 
         Args:
-            prefix: What the command line writes before the names, if not ``PREFIX``.
+            prefix: Prefix on the command line, if not ``PREFIX``.
         """
         prefix = self.PREFIX if prefix is None else prefix
         for name, hint in _hints(typing.cast(Any, type(self))).items():
@@ -119,11 +120,11 @@ class Options:
         self.check_together(prefix)
 
     def check_together(self, prefix: str) -> None:
-        """Raise a `ValueError` where options, each of which can be meant, do not go together."""
+        """Raise a `ValueError` if options contradict each other."""
 
     @classmethod
     def _correction(cls, name: str, misfit: "_Misfit", prefix: str) -> str:
-        """The option with a value that it takes, as one writes it."""
+        """The option with an allowed value, as on the command line."""
         hint = _hints(typing.cast(Any, cls))[name]
         value = misfit.nearest if misfit.nearest is not None else _example(cls, name)
         marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
@@ -142,7 +143,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def from_dict(cls: type[OptionsT], values: object) -> OptionsT:
-    """A config from what its JSON holds.
+    """A config from parsed JSON.
 
     Raises:
         ValueError: If a key is not a field of the config, one is missing, or a value is bad.
@@ -167,13 +168,13 @@ def _unchecked(cls: type[OptionsT], values: object) -> OptionsT:
 
 
 class _Misfit(Exception):
-    """A value that an annotation does not take.
+    """A value that an annotation does not allow.
 
     Attributes:
-        words: What it must be.
-        value: The value, or the item of it that is meant.
-        right_type: Whether it only breaks a rule.
-        nearest: What was probably meant.
+        words: The requirement.
+        value: The value, or the bad item of it.
+        right_type: Whether the type is right and only a rule is broken.
+        nearest: The value that was probably meant.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class _Misfit(Exception):
 
 
 def _conform(hint: Any, value: Any) -> Any:
-    """The value as a field with this annotation keeps it."""
+    """The value, converted to the type of a field with this annotation."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = _conform(parts[0], value)
@@ -225,13 +226,13 @@ def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
     for found in misfits:
         if found.right_type:
             raise found
-    nearest = next((found.nearest for found in misfits if found.nearest), None)
+    meant = next((found.nearest for found in misfits if found.nearest), None)
     words = " or ".join(found.words for found in misfits)
-    raise _Misfit(words, value, nearest=nearest)
+    raise _Misfit(words, value, nearest=meant)
 
 
 def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options]:
-    """The config of a union whose tag (its first field) the values carry."""
+    """The config of a union whose tag (its first field) is in the values."""
     for config in configs:
         tag = dataclasses.fields(config)[0]
         if values.get(tag.name) == tag.default:
@@ -243,10 +244,7 @@ def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options
 def _one_of(choices: Sequence[str], value: Any) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    near = get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    raise _Misfit(
-        f"one of {', '.join(map(str, choices))}", value, nearest=near[0] if near else None
-    )
+    raise _Misfit(f"one of {', '.join(map(str, choices))}", value, nearest=nearest(value, choices))
 
 
 def _bool(value: Any) -> bool:
@@ -288,7 +286,7 @@ def _path(value: Any) -> Path:
 
 
 def _at_home(text: str) -> str:
-    """With a ``~`` that a shell has left as it was, as in ``--output-dir=~/runs``, expanded."""
+    """The text with ``~`` expanded, which a shell leaves alone in ``--output-dir=~/runs``."""
     if not text.startswith("~"):
         return text
     expanded = os.path.expanduser(text)
@@ -324,7 +322,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _example(cls: Any, name: str) -> Any:
-    """A value that the option takes."""
+    """An allowed value of the option."""
     for mark in typing.get_args(_hints(cls)[name])[1:]:
         if isinstance(mark, Example):
             return mark.value

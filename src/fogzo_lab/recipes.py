@@ -119,7 +119,7 @@ def deit_small() -> TrainConfig:
     return _deit("deit-small", DeitConfig(width=384, heads=6))
 
 
-# Width, depth, heads, rows of the embedding, learning rate, steps of 262,144 tokens.
+# Width, depth, heads, size of the vocabulary, learning rate, steps of 262,144 tokens.
 _LLAMAS = {
     "llama-9m": (128, 4, 1, 32_000, 1.2e-3, 5_722),
     "llama-20m": (256, 4, 2, 32_000, 1.2e-3, 5_722),
@@ -210,7 +210,7 @@ def _imagenet_100(**augmentation: Any) -> ImagesConfig:
 
 
 def _small(recipe: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
-    """The same network on what a CPU can train it on, with data that every machine has."""
+    """The same network on embedded data, small enough for a CPU."""
 
     def small_recipe() -> TrainConfig:
         config = recipe()

@@ -220,7 +220,7 @@ def test_without_kornia_only_what_needs_it_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     build(AugmentationConfig(mixup=0.8, cutmix=1.0))
     for config in (AugmentationConfig(flip=True), replace(EVERYTHING, crop="none")):
-        with pytest.raises(ValueError, match=r"pip install 'fogzo\[cli\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'fogzo\[lab\]'"):
             build(config)
 
 

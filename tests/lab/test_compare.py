@@ -10,10 +10,20 @@ from fogzo_lab.comparison import compare as module
 from fogzo_lab.comparison import run_cache
 from fogzo_lab.comparison import tables as words
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
+from fogzo_lab.comparison.overview import (
+    best_free_rival,
+    differences_table,
+    rivals_table,
+    tuning_table,
+    verdict_table,
+)
 from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.comparison.results import Candidate, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.timing import run_seconds
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.json_files import dumps
+from fogzo_lab.table import Table
 from fogzo_lab.training.config import from_dict
 from fogzo_lab.training.model_config import QuantizerConfig
 
@@ -28,6 +38,26 @@ def small(folder, **changes):
     """A comparison of seconds."""
     options = {"rows": ("ste", "fogzo"), "learning_rates": (1e-3, 1e-2), "num_seeds": 2}
     return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
+
+
+class InThisProcess:
+    """A pool without processes, each of which would take seconds to import torch."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def results(self, calls):
+        for call in calls:
+            yield call.function(*call.arguments)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Compare without worker processes, which `comparison` and test_compare_signals.py have."""
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
 
 
 @pytest.fixture(scope="module")
@@ -49,62 +79,60 @@ def comparison(tmp_path_factory):
 
 
 def by_name(results, budget="steps"):
-    return {row["name"]: row for row in results["rows"] if row["budget"] == budget}
+    return {row.name: row for row in results.rows if row.budget == budget}
 
 
 def test_every_row_tries_every_candidate_and_reports_the_best_on_validation(comparison):
     config, results, progress = comparison
     assert list(by_name(results)) == list(SOME)
-    for row in results["rows"]:
-        kappas = {0.1, 1.0} if ROWS[row["name"]].has_kappa else {None}
-        losses = {(p["learning_rate"], p["kappa"]): p["loss"] for p in row["tuning"]}
+    for row in results.rows:
+        kappas = {0.1, 1.0} if ROWS[row.name].has_kappa else {None}
+        losses = {(tried.learning_rate, tried.kappa): tried.loss for tried in row.tuning}
         assert set(losses) == {(rate, kappa) for rate in (3e-3, 2e-2) for kappa in kappas}
-        assert losses[row["learning_rate"], row["kappa"]] == min(losses.values())
-        assert row["tuning_runs"] == len(losses) * config.tuning_seeds
-        assert len(row["seeds"]) == 3
-        assert row["train_loss"]["mean"] > 0
-    assert (
-        progress[-1][0] == progress[-1][1] == sum(row["tuning_runs"] + 2 for row in results["rows"])
-    )
+        assert losses[row.learning_rate, row.kappa] == min(losses.values()) == row.best_loss
+        assert row.tuning_runs == len(losses) * config.tuning_seeds
+        assert len(row.seeds) == 3
+        assert row.summary("train_loss").mean > 0
+    assert progress[-1][0] == progress[-1][1] == sum(row.tuning_runs + 2 for row in results.rows)
 
 
 def test_equal_time_gives_every_row_the_steps_that_fit_into_fogzos_seconds(comparison):
     _, results, _ = comparison
-    seconds, longer = results["run_seconds_measured_in_turns"], by_name(results, "time")
+    seconds, longer = results.run_seconds, by_name(results, "time")
     assert {"float", "ptq", "ste"} <= set(longer)
     assert "fogzo" not in longer
     for name, row in longer.items():
-        assert row["steps"] == math.floor(40 * seconds["fogzo"] / seconds[name])
+        assert row.steps == math.floor(40 * seconds["fogzo"] / seconds[name])
 
 
 def test_rows_share_their_first_batch_and_initial_weights(comparison):
     _, results, _ = comparison
     first = {
-        (row["name"], row["budget"]): row["curve"][0]["loss"]
-        for row in results["rows"]
-        if row["name"] not in ("float", "ptq", "ste-stochastic")
+        (row.name, row.budget): row.curve[0]["loss"]
+        for row in results.rows
+        if row.name not in ("float", "ptq", "ste-stochastic")
     }
     assert len(set(first.values())) == 1
 
 
 def test_cost_is_counted_in_passes(comparison):
     rows = by_name(comparison[1])
-    assert (rows["ste"]["forwards"], rows["ste"]["forward_equivalents"]) == (40, 120)
-    assert (rows["fogzo"]["forwards"], rows["fogzo"]["forward_equivalents"]) == (120, 200)
-    assert rows["ste-then-fogzo"]["forwards"] == 40 + 2 * 12
+    assert (rows["ste"].forwards, rows["ste"].forward_equivalents) == (40, 120)
+    assert (rows["fogzo"].forwards, rows["fogzo"].forward_equivalents) == (120, 200)
+    assert rows["ste-then-fogzo"].forwards == 40 + 2 * 12
 
 
 def test_the_new_rows_are_what_they_say(comparison):
     _, results, _ = comparison
     rows = by_name(results)
-    loss = {name: row["test_loss"]["mean"] for name, row in rows.items()}
+    loss = {name: row.summary("test_loss").mean for name, row in rows.items()}
     assert loss["float"] < loss["ptq"] < math.log(10)
     assert loss["ste-stochastic"] < math.log(10)
     assert loss["ste-stochastic"] != loss["ste"]
-    then = rows["ste-then-fogzo"]["curve"]
+    then = rows["ste-then-fogzo"].curve
     assert [p["step"] for p in then if "agreement" in p] == [30, 35, 40]
     assert all(0 <= p["flip_rate"] < 0.2 for p in then[-2:])
-    assert rows["ptq"]["curve"] == []
+    assert rows["ptq"].curve == []
 
 
 def test_the_same_again_runs_nothing_and_says_the_same(comparison):
@@ -119,7 +147,8 @@ def test_the_same_again_runs_nothing_and_says_the_same(comparison):
 def test_the_files_on_disk_say_the_same(comparison):
     config, results, _ = comparison
     stored = json.loads((config.base.output_dir / "results.json").read_text())
-    assert stored == results
+    assert Comparison.from_dict(stored) == results
+    assert json.loads(dumps(results.to_dict())) == stored
     assert {"date", "torch", "processor", "cores"} <= set(stored["environment"])
     assert stored["code"]["versions_of_runs"] == [stored["code"]["version"]]
 
@@ -130,39 +159,121 @@ def test_the_report_is_one_file_with_every_row_table_and_plot(comparison):
     assert html.count("<svg") == 6
     assert html.count("<table") == 3
     assert not any(outside in html for outside in ("<script", "<link", "<img", "@import"))
-    for row in results["rows"]:
-        assert words.row_label(row) in html.replace("&#39;", "'")
+    for row in results.rows:
+        assert row.title in html.replace("&#39;", "'")
     for part in (
         "Student",
-        "bootstrap",
         "tuning runs",
         "Agreement",
         "flip",
-        results["code"]["version"],
+        results.code["version"],
     ):
         assert part in html
 
 
-def test_the_story_names_wins_losses_and_open_questions():
-    def row(name, gap):
-        metric = {"mean": 0.8, "sd": 0.01}
-        return {"name": name, "budget": "steps", "test_accuracy": metric, "seeds": [{}, {}]}, {
-            "name": name,
-            "budget": "steps",
-            "test_accuracy": dict(zip(("mean", "low", "high"), gap, strict=True)),
-        }
+def row(name, accuracies, **changes):
+    """A row whose seeds reached so much."""
+    row = RowResult(
+        name=name,
+        budget="steps",
+        steps=100,
+        learning_rate=0.01,
+        kappa=None,
+        extra_forwards=0,
+        tuning=[Candidate(0.01, None, 0.5)],
+        tuning_runs=1,
+        seeds=[{"test_accuracy": value} for value in accuracies],
+        curve=[],
+        fallbacks={},
+    )
+    return replace(row, **changes)
 
-    made = [
-        row("ste", (0.02, 0.01, 0.03)),
-        row("placebo", (-0.02, -0.03, -0.01)),
-        row("lambda", (0.0, -0.01, 0.01)),
+
+def made(*rows):
+    """A comparison of such rows."""
+    return Comparison(
+        recipe="made",
+        environment={},
+        code={},
+        grid=(0.01,),
+        kappas=(0.1,),
+        num_seeds=len(rows[0].seeds),
+        tuning_seeds=1,
+        run_seconds={},
+        rows=rows,
+    )
+
+
+FOGZO = row("fogzo", (0.79, 0.80, 0.81), extra_forwards=200)
+RIVALS = (
+    row("ste", (0.77, 0.78, 0.79), tuning=[Candidate(0.01, None, 0.6), Candidate(0.1, None, 0.7)]),
+    row("ste-unmasked", (0.79, 0.81, 0.80), tuning=[Candidate(0.01, None, 0.4)]),
+    row("placebo", (0.81, 0.82, 0.83)),
+)
+
+
+def test_the_story_names_wins_losses_and_what_is_not_significant():
+    story = " ".join(words.story(made(*RIVALS, FOGZO)))
+    assert "significantly better than STE (+2.00 points, +2.00 to +2.00)" in story
+    assert "significantly worse than placebo (-2.00 points" in story
+    assert "not significantly different from STE, unmasked" in story
+    assert words.findings(made(*RIVALS, FOGZO))[:3] == [
+        "FOGZO's test accuracy is significantly better than that of STE.",
+        "FOGZO's test accuracy is significantly worse than that of placebo.",
+        "No significant difference in test accuracy: STE, unmasked.",
     ]
-    rows = [*(r for r, _ in made), row("fogzo", (0, 0, 0))[0]]
-    results = {"rows": rows, "differences": [gap for _, gap in made]}
-    story = " ".join(words.story(results))
-    assert "better than STE (+2.00 points, +1.00 to +3.00)" in story
-    assert "worse than placebo (-2.00 points" in story
-    assert "not told apart from lambda only" in story
+
+
+def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
+    both = made(*RIVALS, FOGZO, row("ste", (0.81, 0.82, 0.83), budget="time"))
+    table = verdict_table({"a net": both, "another": made(*RIVALS, FOGZO)})
+    # The placebo has no run of its own at equal time: it costs as much as FOGZO.
+    assert table.rows[0] == [
+        "a net", "+ / −", "= / =", "− / −", "= / = (STE, unmasked)",
+    ]  # fmt: skip
+    assert table.rows[1] == ["another", "+ / ·", "= / ·", "− / ·", "= / · (STE, unmasked)"]
+    assert "9 signs in the first three columns: 2 are +, 4 are − and 3 are =" in table.caption
+    assert "edge of the grid: 2 of 9 tuned rows" in table.caption
+
+
+def test_the_best_free_rival_is_chosen_by_validation_loss_and_costs_nothing():
+    cheap = row("lambda", (0.9, 0.9, 0.9), extra_forwards=10, tuning=[Candidate(1, None, 0.1)])
+    not_quantized = row("float", (0.9, 0.9, 0.9), tuning=[Candidate(1, None, 0.1)])
+    comparison = made(*RIVALS, FOGZO, cheap, not_quantized)
+    assert best_free_rival(comparison, "steps").name == "ste-unmasked"
+
+
+def test_differences_are_called_where_the_interval_excludes_zero():
+    table = differences_table({"lsq": made(*RIVALS, FOGZO)})
+    assert table.rows == [
+        [
+            "lsq", "steps", "80.00 ± 1.00", "**+2.00 [+2.00, +2.00]** better",
+            "+0.00 [-2.48, +2.48]", "**-2.00 [-2.00, -2.00]** worse",
+        ]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"lsq has rows ste, .*expected fogzo"):
+        differences_table({"lsq": made(*RIVALS)})
+
+
+def test_tuning_is_shown_with_its_edges():
+    table = tuning_table({"a net": made(*RIVALS, FOGZO)})
+    assert [cells[2] for cells in table.rows] == ["0.01 (edge)", "0.01", "0.01", "0.01"]
+    with pytest.raises(ValueError, match="lacks the row placebo"):
+        tuning_table({"a net": made(*RIVALS[:2], FOGZO)})
+
+
+def test_a_row_stands_beside_its_rivals():
+    table = rivals_table(made(*RIVALS, row("ste-then-fogzo", (0.7, 0.8, 0.9))), "ste-then-fogzo")
+    assert [cells[0] for cells in table.rows] == ["STE", "STE, unmasked", "placebo"]
+    with pytest.raises(ValueError, match="made lacks a row: expected ste-then-fogzo, ste"):
+        rivals_table(made(*RIVALS), "ste-then-fogzo")
+
+
+def test_rows_of_a_table_fit_its_heading():
+    with pytest.raises(ValueError, match=r"'1' has 1 cells under 2 headings \(a, b\)"):
+        Table("", ["a", "b"], [["1"]])
+    with pytest.raises(ValueError, match="no rows"):
+        Table("", ["a", "b"], []).markdown()
 
 
 def test_a_run_that_begins_with_plain_ste_takes_the_time_of_its_parts(tmp_path):
@@ -187,13 +298,14 @@ def test_a_learning_rate_at_which_a_run_diverges_is_never_chosen(tmp_path):
         workers=1,
     )
     results = compare(config)
-    for row in results["rows"]:
-        assert row["learning_rate"] == 1e-2
-        assert [1e30, None] in row["validation_loss_by_learning_rate"]
+    for row in results.rows:
+        assert row.learning_rate == 1e-2
+        assert row.loss_by_rate[1e30] == math.inf
+        assert [1e30, math.inf] in row.to_dict()["validation_loss_by_learning_rate"]
     # one seed: allowed, and no winner
     assert "no interval exists" in words.findings(results)[0]
     assert "no interval exists" in write_compare_report(config, results).read_text()
-    assert results["differences"][0]["test_loss"]["low"] is None
+    assert not results.differences[0].intervals["test_loss"].exists
     worst = compare(replace(config, learning_rates=(1e30,)))
     assert "diverged" in str(words.quality_table(worst).rows)
     assert write_compare_report(config, worst).exists()
@@ -206,9 +318,9 @@ def test_text_is_compared_by_perplexity(tmp_path):
         num_seeds=2, equal_time=False, workers=1,
     )  # fmt: skip
     results = compare(config)
-    assert words.main_metric(results) == "test_perplexity"
-    gap = results["differences"][0]["test_perplexity"]
-    assert gap["low"] < gap["mean"] < gap["high"]
+    assert results.main_metric.key == "test_perplexity"
+    gap = results.differences[0].intervals["test_perplexity"]
+    assert gap.low < gap.mean < gap.high
     html = write_compare_report(config, results).read_text()
     assert "test perplexity" in html
     assert "less is better" in html
@@ -218,16 +330,13 @@ def test_a_plan_runs_nothing_and_knows_what_is_finished(tmp_path):
     config = small(tmp_path / "new", tuning_seeds=1)
     planned = plan(config)
     assert not (tmp_path / "new").exists()
-    steps = [cell for cell in planned["cells"] if cell["budget"] == "steps"]
-    assert [(c["name"], c["runs"], c["cached"], c["to_run"]) for c in steps] == [
-        ("ste", 3, 0, 3),
-        ("fogzo", 3, 0, 3),
-    ]
-    assert planned["seconds"] > 0
+    steps = [row for row in planned.rows if row.budget == "steps"]
+    assert [(row.name, row.runs, row.to_run) for row in steps] == [("ste", 3, 3), ("fogzo", 3, 3)]
+    assert planned.seconds > 0
     compare(config)
-    assert sum(cell["to_run"] for cell in plan(config)["cells"]) == 0
+    assert plan(config).to_run == 0
     more = plan(replace(config, learning_rates=(1e-3, 1e-2, 1e-1)))
-    assert [c["to_run"] for c in more["cells"] if c["budget"] == "steps"] == [2, 2]
+    assert [row.to_run for row in more.rows if row.budget == "steps"] == [2, 2]
 
 
 def test_a_damaged_run_is_set_aside_and_run_again(tmp_path, caplog):
@@ -244,7 +353,9 @@ def test_a_damaged_run_is_set_aside_and_run_again(tmp_path, caplog):
         sum(path.name in message for message in warned) for path in (unreadable, foreign, short)
     ] == [1] * 3
     assert len(list((tmp_path / "corrupt").iterdir())) == 3
-    assert by_name(again)["fogzo"]["test_loss"] == by_name(results)["fogzo"]["test_loss"]
+    assert by_name(again)["fogzo"].values("test_loss") == by_name(results)["fogzo"].values(
+        "test_loss"
+    )
     caplog.clear()
     compare(config)
     assert not caplog.records
@@ -259,13 +370,12 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
         with pytest.raises(ValueError, match="--mix-versions") as error:
             refused(config)
         assert "--output-dir" in str(error.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
+    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
     before = sorted((tmp_path / "runs").iterdir())
     mixed = compare(replace(config, mix_versions=True))
     assert sorted((tmp_path / "runs").iterdir()) == before
-    assert mixed["code"]["versions_of_runs"] == [results["code"]["version"]]
-    assert mixed["rows"] == results["rows"]
+    assert mixed.code["versions_of_runs"] == [results.code["version"]]
+    assert mixed.rows == results.rows
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
@@ -321,12 +431,12 @@ def test_a_comparison_that_cannot_work_is_refused(changes, message):
 
 
 def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    times = {"fogzo": 1.0, "fogzo-paired": 3.0}
+    times = {"fogzo": 1.0, "fogzo-one-sided": 3.0}
     monkeypatch.setattr(module, "_seconds", lambda *_, **__: times)
     config = CompareConfig(
         base=digits(tmp_path, max_steps=2), rows=tuple(times), num_seeds=1, workers=1
     )
-    with pytest.raises(ValueError, match=r"fogzo-paired: --max-steps 3, or --no-equal-time"):
+    with pytest.raises(ValueError, match=r"fogzo-one-sided: --max-steps 3, or --no-equal-time"):
         compare(config)
     assert not (tmp_path / "runs").exists()
 
@@ -350,10 +460,34 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 )
 def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path):
     config = from_dict(CompareConfig, json.loads(path.read_text()))
-    results = json.loads(path.with_name("results.json").read_text())
+    stored = json.loads(path.with_name("results.json").read_text())
+    results = Comparison.from_dict(stored)
     config = replace(config, base=replace(config.base, output_dir=tmp_path))
     html = write_compare_report(config, results).read_text()
-    assert html.count("<table") == 2 + bool(results["differences"])
+    assert html.count("<table") == 2 + bool(results.differences)
+    # What is computed from the seeds is what was written beside them.
+    assert_close(json.loads(dumps(results.to_dict())), stored)
+
+
+def assert_close(new, old):
+    """Equal to rounding; earlier versions also wrote a bootstrap interval."""
+    if isinstance(new, dict):
+        assert set(new) == {key for key in old if not key.startswith("bootstrap")}
+        for key, value in new.items():
+            assert_close(value, old[key])
+    elif isinstance(new, list):
+        assert len(new) == len(old)
+        for pair in zip(new, old, strict=True):
+            assert_close(*pair)
+    elif isinstance(new, float):
+        assert math.isclose(new, old, rel_tol=1e-9, abs_tol=1e-12)
+    else:
+        assert new == old
+
+
+def test_results_of_something_else_are_refused():
+    with pytest.raises(ValueError, match=r"'rows' is missing, expected what `fogzo compare`"):
+        Comparison.from_dict({"recipe": "digits-mlp"})
 
 
 FINISHED = {"steps": 10, "seconds": 1.5, "validation_loss": 2.0, "test_loss": 2.0}

@@ -82,12 +82,12 @@ def test_a_healthy_run_is_left_alone_whatever_its_spikes(config, first):
     training = Training(config, Ranks(torch.device("cpu")))
     for loss in (first, 1000 * max(first, 1.0), 999.0, 2 * first):
         training.watch(loss)
-        assert training.senseless == 0
+        assert training.diverged_steps == 0
     training.watch(1001 * max(first, 1.0))
     training.watch(math.nan)
-    assert training.senseless == 2
+    assert training.diverged_steps == 2
     training.watch(1.0)
-    assert training.senseless == 0
+    assert training.diverged_steps == 0
 
 
 def test_the_first_loss_is_that_of_the_run_and_not_of_what_resumed_it(config):

@@ -58,7 +58,7 @@ def test_steps_between_probes_and_runs_that_measure_nothing_are_not_counted(tmp_
     every_fourth = train(recipe(tmp_path / "a", probe_every=4, checkpoint_every=-1))
     assert every_fourth["refined_steps"] == 3
     assert "fallbacks" not in every_fourth
-    assert comparison.fallback_words(every_fourth) == ""
+    assert comparison.fallback_words(3, every_fourth.get("fallbacks", {})) == ""
     for estimator in ("ste", "placebo"):
         assert "refined_steps" not in train(
             recipe(tmp_path / estimator, estimator=estimator, checkpoint_every=-1)
@@ -78,10 +78,10 @@ def test_a_comparison_adds_up_the_steps_of_its_seeds(tmp_path, capsys):
     for path in tmp_path.glob("runs/ste-*/result.json"):  # as of before there were counts
         assert "refined_steps" not in path.read_text()
     results = compare(config)
-    rows = {row["name"]: row for row in results["rows"]}
-    assert rows["fogzo"]["fallbacks"] == {REASON: 3, "a probe loss is not finite": 1}
-    assert rows["fogzo"]["refined_steps"] == 20
-    assert "fallbacks" not in rows["ste"]
+    ste, fogzo = results.rows
+    assert fogzo.fallbacks == {REASON: 3, "a probe loss is not finite": 1}
+    assert fogzo.refined_steps == 20
+    assert "fallbacks" not in ste.to_dict()
     sentence = (
         f"FOGZO: 4 of 20 refined steps kept STE's gradient: {REASON} (3); "
         "a probe loss is not finite (1)."

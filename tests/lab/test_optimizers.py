@@ -313,7 +313,7 @@ def test_a_closure_is_called_once():
         ("Adafactr", "no optimizer 'Adafactr', only .*adafactor.*--optimizer adafactor$"),
         ("optimizer", "no optimizer 'optimizer'"),
         ("???", "--optimizer adamw$"),
-        ("LBFGS", "LBFGS evaluates the loss anew .*--optimizer adamw"),
+        ("LBFGS", "LBFGS evaluates the loss again .*--optimizer adamw"),
         ("sparse_adam", "--optimizer"),
         ("sparseadam", "sparse gradients.*--optimizer adamw"),
     ],

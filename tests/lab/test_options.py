@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.cli.export import ExportConfig
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
@@ -31,6 +32,7 @@ CONFIGS = [
     DIGITS,
     CompareConfig(base=DIGITS),
     EvalConfig(run=Path("run")),
+    ExportConfig(run=Path("run")),
     BenchConfig(),
     AugmentationConfig(),
     ImagesConfig(),
@@ -67,12 +69,12 @@ ANY_NAME = {
     "column": "known to the data set alone",
     "optimizer": "looked for in torch before training, as versions differ",
     "output_dir": "a new folder",
+    "output": "a new folder",
     "initial_weights": "looked for before training",
     "run": "looked for before evaluation",
 }
 NONE_HAS_A_MEANING = {
     "initial_weights": "random ones",
-    "overhead": "probe every step",
     "probe_precision": "that of training",
     "clip_norm": "no clipping",
     "ema_decay": "no average",
@@ -82,6 +84,10 @@ NONE_HAS_A_MEANING = {
     "surrogate": "the preset's",
     "granularity": "the preset's",
     "init": "the preset's",
+    "levels": "the preset's",
+    "scale_dtype": "that of the weights",
+    "output": "in the run's folder",
+    "variant": "the format's own",
     "vocab_size": "the tokenizer's",
     "learning_rates": "around the recipe's",
     "kappas": "the recipe's",
@@ -96,7 +102,7 @@ MAY_BE_EMPTY = {
 }
 FRACTIONS = {"validation_fraction", "probe_fraction", "warmup_fraction", "final_fraction", "start"}
 FRACTIONS |= {"ema_decay", "dropout", "label_smoothing"}
-FLOATS = {"kappa", "radius", "overhead", "learning_rate", "weight_decay", "clip_norm", "mixup"}
+FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup"}
 FLOATS |= {"cutmix", "seconds"} | FRACTIONS
 
 
@@ -203,7 +209,7 @@ def test_what_means_the_same_is_converted():
     assert config.model.hidden == (4, 5) and config.trackers == ("wandb",)
 
 
-PATHS = ("output_dir", "initial_weights", "run")
+PATHS = ("output_dir", "initial_weights", "run", "output")
 
 
 @pytest.mark.parametrize("name", [*PATHS, "dataset", "tokenizer"])

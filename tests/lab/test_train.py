@@ -1,11 +1,13 @@
 import json
 import math
 from dataclasses import replace
+from functools import partialmethod
 from typing import get_args
 
 import pytest
 import torch
 from shrunk import shrunk
+from torch import nn
 
 import fogzo
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig
@@ -44,7 +46,7 @@ def test_a_run_folder_holds_what_is_needed_to_read_and_repeat_the_run(config, es
     assert all({"step", "loss", "seconds", "learning_rate"} <= set(m) for m in metrics)
     assert [m["step"] for m in seen] == list(range(1, 31))
     assert json.loads((folder / "result.json").read_text()) == result
-    probes = {"ste": 0, "placebo": 0, "fogzo-paired": 4}.get(estimator, 2)
+    probes = {"ste": 0, "placebo": 0}.get(estimator, 2)
     assert result["extra_forwards"] == 30 * probes
     assert not list(folder.rglob("*partial*"))
 
@@ -60,9 +62,16 @@ def test_every_recipe_trains_and_evaluates_on_shrunk_shapes(name, tmp_path):
         assert result["test_perplexity"] == pytest.approx(math.exp(result["test_loss"]))
 
 
-@pytest.mark.parametrize("estimator", get_args(EstimatorName))
-@pytest.mark.parametrize("preset", ["fixed", "lsq", "quest", "ternary", "sign"])
-@pytest.mark.parametrize("name", ["digits-resnet", "digits-deit", "pydoc-llama"])
+DEEP = ("digits-resnet", "digits-deit", "pydoc-llama")
+# Every two of family, quantizer and estimator meet, not every three.
+PAIRS = [
+    (DEEP[(i + j) % 3], preset, estimator)
+    for i, preset in enumerate(("fixed", "lsq", "quest", "ternary", "sign"))
+    for j, estimator in enumerate(get_args(EstimatorName))
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "estimator"), PAIRS)
 def test_every_quantizer_and_estimator_takes_a_step_on_every_family(name, preset, estimator):
     quantizer = QuantizerConfig(preset=preset)
     config = shrunk(RECIPES[name](), quantizer=quantizer, estimator=estimator, data=_plain(name))
@@ -183,12 +192,6 @@ def test_cheaper_probes_cost_what_they_say_and_still_learn(config, options, forw
     assert result["train_loss"] < 1.5  # 2.3 where nothing is learned
 
 
-def test_a_run_says_how_often_its_overhead_let_it_probe(config):
-    result = train(replace(config, overhead=0.05))
-    assert result["probe_every"] > 1
-    assert 2 * 10 <= result["extra_forwards"] < 2 * 30
-
-
 def test_probes_see_the_asked_share_of_the_batch_in_the_asked_precision(config, monkeypatch):
     config = replace(config, batch_size=24, accumulation=2, probe_fraction=0.125)
     training = Training(replace(config, probe_precision="bf16"), CPU)
@@ -207,10 +210,10 @@ def test_probes_see_the_asked_share_of_the_batch_in_the_asked_precision(config, 
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet", "digits-deit", "pydoc-llama"])
 def test_lean_probes_train_to_the_bit_as_copied_weights_do(name):
     results = []
-    for lean in (False, True):
+    for evaluate in ("in_place", "lean"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            results.append(parameters_after(replace(shrunk(RECIPES[name]()), lean=lean)))
+            results.append(parameters_after(replace(shrunk(RECIPES[name]()), evaluate=evaluate)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
@@ -256,9 +259,8 @@ def test_micro_batches_equal_one_batch(name):
 def test_probes_evaluated_together_train_as_probes_one_by_one(name):
     config = shrunk(RECIPES[name](), optimizer="sgd", num_samples=3)
     config = replace(config, data=_plain(name))
-    results = [parameters_after(replace(config, probes_at_once=k)) for k in (1, 2, "auto")]
-    for together in results[1:]:
-        assert_same_training(results[0], together)
+    results = [parameters_after(replace(config, evaluate=e)) for e in ("in_place", "stacked")]
+    assert_same_training(*results)
 
 
 @pytest.mark.parametrize("name", ["digits-resnet", "digits-deit", "pydoc-llama"])
@@ -332,8 +334,12 @@ def test_weights_of_a_float_run_can_be_where_training_begins(config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("name", ["digits-mlp", "digits-deit"])  # half a minute each
-def test_a_compiled_network_trains_as_an_eager_one(name):
+@pytest.mark.parametrize(
+    ("name", "backend"), [("digits-mlp", "inductor"), ("digits-deit", "aot_eager")]
+)
+def test_a_compiled_network_trains_as_an_eager_one(name, backend, monkeypatch):
+    compiled = partialmethod(nn.Module.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", compiled)  # to generate its code takes half a minute
     config = shrunk(RECIPES[name](), optimizer="sgd", learning_rate=0.01, data=_plain(name))
     eager = parameters_after(config)
     torch._dynamo.reset()

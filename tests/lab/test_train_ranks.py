@@ -3,6 +3,8 @@
 This file is also the program that each rank runs: ``torchrun test_train_ranks.py FOLDER``.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from fogzo.collectives import full
+from fogzo_lab.cli.main import main
 from fogzo_lab.data.config import TextConfig
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -67,6 +70,7 @@ def rank_program(folder):
         # From the checkpoint of one process in mid-run, and on with shards.
         train(config(folder / "resumed", parallel="fsdp", resume=True))
         seen = {parallel: look_closely(parallel, ranks) for parallel in ("ddp", "fsdp")}
+        seen["refused"] = refusal(folder / "refused")
         (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
 
 
@@ -87,6 +91,13 @@ def look_closely(parallel, ranks):
     total = sum(p.numel() for p in training.model.parameters())
     units = sum(isinstance(module, FSDPModule) for module in training.model.modules())
     return {"same": same, "share": held / total, "units": units}
+
+
+def refusal(folder):
+    """What the command says of a batch that the ranks cannot share, and its exit code."""
+    with contextlib.redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as end:
+        main(["train", "digits-mlp", "--output-dir", str(folder), "--batch-size", "15"])
+    return [end.value.code, told.getvalue()]
 
 
 @pytest.fixture(scope="module")
@@ -155,29 +166,30 @@ def test_a_run_of_one_process_is_resumed_on_two(folder):
     assert_same_run(folder / "resumed", folder / "alone" / "n=1, accumulation 1")
 
 
-def fogzo(*arguments):
-    program = [*torchrun(), "-m", "fogzo_lab.cli.main", *map(str, arguments)]
-    return subprocess.run(
-        program, capture_output=True, text=True, env=quiet(), check=False, timeout=240
-    )
-
-
 def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):
-    done = fogzo(
-        *("train", "digits-resnet", "--output-dir", tmp_path, "--max-steps", 4),
-        *("--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16),
+    arguments = ("train", "digits-resnet", "--output-dir", tmp_path, "--max-steps", 4)
+    arguments += ("--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16)
+    done = subprocess.run(
+        [*torchrun(), "-m", "fogzo_lab.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=quiet(),
+        check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report:") == 1
     assert math.isfinite(json.loads((tmp_path / "result.json").read_text())["test_loss"])
 
 
-def test_a_batch_that_ranks_cannot_share_is_one_message(tmp_path):
-    done = fogzo("train", "digits-mlp", "--output-dir", tmp_path / "run", "--batch-size", 15)
-    assert done.returncode != 0
-    assert "cannot be shared equally by 2 rank(s)" in done.stderr
-    assert "--batch-size 14" in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_a_batch_that_ranks_cannot_share_is_one_message(folder):
+    for rank in (0, 1):
+        code, told = json.loads((folder / f"{rank}.json").read_text())["refused"]
+        assert code == 2
+        assert len(told.splitlines()) == 1
+        assert "cannot be shared equally by 2 rank(s)" in told
+        assert "--batch-size 14" in told
+    assert not (folder / "refused").exists()
 
 
 if __name__ == "__main__":

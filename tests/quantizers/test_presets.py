@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 import fogzo
 from fogzo.quantizers import Quantizer, learned_scale, uniform
+from toolbox import every, pairwise
 
 F64 = torch.float64
 GRANULARITIES = ["tensor", "channel", 8]
@@ -34,9 +35,8 @@ PRESETS = {
     "abs_max8": lambda **kw: fogzo.abs_max(**kw),
     "abs_max4": lambda **kw: fogzo.abs_max(4, **kw),
 }
-EVERY_PRESET = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
+EVERY_PRESET = every("make", PRESETS)
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def _draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64, std: float = 1.0) -> Tensor:
@@ -310,11 +310,14 @@ def test_transposed_convolutions_group_their_inputs_and_kernel():
         assert torch.allclose(output[i, o], a * (w[i, o] / a).round().clamp(-1, 1))
 
 
-@EVERY_PRESET
-@EVERY_GRANULARITY
-@pytest.mark.parametrize("shape, dim", [((6, 16), 0), ((16, 6), 1), ((4, 6, 2, 4), 1)])
-def test_step_sizes_broadcast_against_the_weight(make, granularity, shape, dim):
-    quantizer, w = make(granularity=granularity), _draw(*shape)
+@pairwise(
+    preset=PRESETS,
+    granularity=GRANULARITIES,
+    layout=[((6, 16), 0), ((16, 6), 1), ((4, 6, 2, 4), 1)],
+)
+def test_step_sizes_broadcast_against_the_weight(preset, granularity, layout):
+    shape, dim = layout
+    quantizer, w = PRESETS[preset](granularity=granularity), _draw(*shape)
     step = quantizer.step_size(w, quantizer.initial_step(w, dim), dim)
     assert torch.broadcast_shapes(step.shape, w.shape) == w.shape
     rounded = quantizer.grid.round(quantizer.rotate(w, dim) / step) * step
@@ -325,12 +328,14 @@ def test_step_sizes_broadcast_against_the_weight(make, granularity, shape, dim):
 # --- codes -------------------------------------------------------------------------------------
 
 
-@EVERY_PRESET
-@EVERY_GRANULARITY
-@EVERY_DTYPE
-@pytest.mark.parametrize("scale_dtype", [None, torch.float16], ids=str)
-def test_codes_dequantize_to_exactly_the_forwards_weight(make, granularity, dtype, scale_dtype):
-    quantizer = make(granularity=granularity, scale_dtype=scale_dtype)
+@pairwise(
+    preset=PRESETS,
+    granularity=GRANULARITIES,
+    dtype=DTYPES,
+    scale_dtype=[None, torch.float16],
+)
+def test_codes_dequantize_to_exactly_the_forwards_weight(preset, granularity, dtype, scale_dtype):
+    quantizer = PRESETS[preset](granularity=granularity, scale_dtype=scale_dtype)
     for shape, dim in (((6, 16), 0), ((16, 6), 1), ((4, 6, 2, 4), 0), ((4, 6, 2, 4), 1)):
         w = _draw(*shape, dtype=dtype, std=0.1)
         step = quantizer.initial_step(w, dim)
@@ -345,12 +350,14 @@ def test_codes_dequantize_to_exactly_the_forwards_weight(make, granularity, dtyp
         assert torch.equal(quantizer.dequantize(codes, stored, dim, dtype), output)
 
 
-@EVERY_PRESET
-@EVERY_DTYPE
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("std", [1e-7, 0.02, 1e6])
-def test_rounded_steps_are_exactly_representable(make, dtype, scale_dtype, std):
-    quantizer = make(scale_dtype=scale_dtype, granularity="channel")
+@pairwise(
+    preset=PRESETS,
+    dtype=DTYPES,
+    scale_dtype=[torch.float16, torch.bfloat16],
+    std=[1e-7, 0.02, 1e6],
+)
+def test_rounded_steps_are_exactly_representable(preset, dtype, scale_dtype, std):
+    quantizer = PRESETS[preset](scale_dtype=scale_dtype, granularity="channel")
     w = _draw(4, 16, dtype=dtype, std=std)
     w[0] = 0
     step = quantizer.initial_step(w)
@@ -360,11 +367,9 @@ def test_rounded_steps_are_exactly_representable(make, dtype, scale_dtype, std):
     assert quantizer(w, step).isfinite().all()
 
 
-@EVERY_PRESET
-@EVERY_GRANULARITY
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
-def test_zero_weights_stay_finite_forward_and_backward(make, granularity, dtype):
-    quantizer = make(granularity=granularity)
+@pairwise(preset=PRESETS, granularity=GRANULARITIES, dtype=[*DTYPES, torch.float16])
+def test_zero_weights_stay_finite_forward_and_backward(preset, granularity, dtype):
+    quantizer = PRESETS[preset](granularity=granularity)
     w = torch.zeros(4, 16, dtype=dtype)
     step = quantizer.initial_step(w)
     latent = w.requires_grad_()

@@ -11,12 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import fogzo
 from fogzo.quantizers.steps import effective_step, knee_of, positive_step
+from toolbox import everything
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def everything(module, name):
-    return True
 
 
 def _quantized(quantizer=None, seed=0, inputs=None):

@@ -17,7 +17,7 @@ from fogzo.quantizers import (
     resolve_surrogate,
     uniform,
 )
-from fogzo.quantizers.smoothing import BSpline, Rademacher
+from fogzo.quantizers.smoothing import Rademacher, Triangular
 
 GRIDS = [SIGN, TERNARY, uniform(2, "half"), uniform(3, "integer")]
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -36,7 +36,7 @@ def test_the_mean_is_the_clipped_weight_and_the_slope_its_mask(levels):
     w = torch.linspace(-6, 6, 25).reshape(1, -1).requires_grad_()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        draws = torch.stack([quantizer(w, torch.ones(1, 1), training=True) for _ in range(4000)])
+        draws = torch.stack([quantizer(w, torch.ones(1, 1), training=True) for _ in range(2000)])
     clipped = w.detach().clamp(quantizer.grid.low, quantizer.grid.high)
     assert (draws.mean(0) - clipped).abs().max() < 0.05
     assert set(draws.unique().tolist()) <= {quantizer.grid.low + k for k in range(8)}
@@ -99,7 +99,7 @@ def test_vmap_draws_what_a_plain_call_draws_for_all_samples_or_for_each(name, si
     assert not torch.equal(each[0], each[1])
 
 
-@pytest.mark.parametrize("name", ["identity", "tanh", "bspline"])
+@pytest.mark.parametrize("name", ["identity", "tanh", "erf"])
 def test_the_compiler_draws_what_a_plain_call_draws(name):
     torch.compiler.reset()
     quantize, w = _rounds_at_random(name), torch.zeros(1, 4096)
@@ -107,7 +107,7 @@ def test_the_compiler_draws_what_a_plain_call_draws(name):
     assert torch.equal(_seeded(lambda: compiled(w)), _seeded(lambda: quantize(w)))
 
 
-@pytest.mark.parametrize("law", [Rademacher(), BSpline(order=2)], ids=str)
+@pytest.mark.parametrize("law", [Rademacher(), Triangular()], ids=str)
 def test_a_law_of_ones_own_is_what_dithers(law):
     surrogate = Surrogate("own", law, law)
     quantizer = Quantizer(uniform(4, "integer"), fixed_scale(1.0), surrogate, stochastic=True)

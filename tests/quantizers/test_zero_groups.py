@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fogzo
+from toolbox import everything, pairwise
 
 KEPT = {
     "fixed": lambda **options: fogzo.fixed(2, **options),
@@ -24,10 +25,6 @@ DYNAMIC = {
     "sign": lambda **options: fogzo.sign(**options),
     "abs_max": lambda **options: fogzo.abs_max(4, **options),
 }
-
-
-def everything(module, name):
-    return True
 
 
 def _layer(rows, factor=0.0, inputs=16, outputs=8, dtype=torch.float32):
@@ -71,9 +68,7 @@ def test_groups_of_inputs_are_counted_as_groups(kind):
     assert layer.weight_step.min() > 1e-3
 
 
-@pytest.mark.parametrize("kind", KEPT)
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 8])
-@pytest.mark.parametrize("factor", [0.0, 1e-12])
+@pairwise(kind=KEPT, granularity=["tensor", "channel", 8], factor=[0.0, 1e-12])
 def test_a_layer_of_zeros_gets_the_steps_of_a_new_layer(kind, granularity, factor):
     quantizer = KEPT[kind](granularity=granularity)
     layer = _layer(slice(None), factor, inputs=64, outputs=64)
@@ -190,9 +185,11 @@ def _losses(quantizer, optimizer, zeros):
     return losses
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 8])
-@pytest.mark.parametrize("kind", ["fixed", "lsq", *DYNAMIC])
+@pairwise(
+    kind=["fixed", "lsq", *DYNAMIC],
+    granularity=["tensor", "channel", 8],
+    optimizer=["sgd", "adamw"],
+)
 def test_a_network_with_zeros_trains_as_one_without(kind, granularity, optimizer):
     quantizer = (KEPT | DYNAMIC)[kind](granularity=granularity)
     without, losses = (_losses(quantizer, optimizer, zeros) for zeros in (False, True))

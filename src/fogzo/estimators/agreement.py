@@ -111,15 +111,21 @@ def _moments(directions: Directions) -> tuple[list[float], list[float]]:
     params = [part.weight.param for part in directions.parts]
     cubes = sum_over_shards([_sum_of_cubes(part) for part in directions.parts], params)
     pairs = zip(directions.parts, directions.sizes, strict=True)
-    noise = [torch.linalg.vector_norm(part.eps * size) for part, size in pairs]
-    values = as_floats([*cubes, *noise])
-    cubes_read, noise_read = values[: len(params)], values[len(params) :]
+    squares = sum_over_shards([_noise_squares(part, size) for part, size in pairs], params)
+    values = as_floats([*cubes, *squares])
+    cubes_read, squares_read = values[: len(params)], values[len(params) :]
+    noise = [math.sqrt(v / p.numel()) for v, p in zip(squares_read, params, strict=True)]
     for index, part in enumerate(directions.parts):
-        noise_read[index] /= math.sqrt(part.eps.numel())
         if part.weight.rotate is not None:  # a rotation makes Gaussians
             factor = math.sqrt(8 / math.pi / params[index].numel())
             cubes_read[index] = directions.norms[index] ** 3 * factor
-    return cubes_read, noise_read
+    return cubes_read, noise
+
+
+def _noise_squares(part: Part, size: Tensor) -> Tensor:
+    """The sum of squares over this rank's part of a weight of u's factor in v."""
+    repeats = part.param.numel() / max(part.eps.numel(), 1)
+    return (part.eps * size).square().sum() * repeats
 
 
 def _sum_of_cubes(part: Part) -> Tensor | float:

@@ -309,6 +309,7 @@ class GradientEstimator(ABC):
             grad_scale=grad_scale,
             noise_shape=self.noise_shape,
             guided=self.needs_gradient,
+            lean=self.evaluate == "lean",
         )
 
     def _weights_to_refine(self) -> list[QuantizedWeight]:

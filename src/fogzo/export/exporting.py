@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fogzo.export import holds
 from fogzo.export.source import ActivationChoice, Options, Source
 from fogzo.export.verify import ReadBack, answer, difference, example_of
+from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.wording import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class ExportReport:
         format: Its name.
         folder: Where it is.
         layers: The quantized layers.
-        bytes: Size of all files.
+        bytes: Size of the files, this report apart.
         float_bytes: Size of the tensors of the model in float.
         reader: With which it was read back; None if it was not.
         logits_difference: The largest difference between what the reader and the trained model
@@ -155,7 +157,8 @@ def export(
         more = f" (and {len(problems) - 1} more: fogzo.export.check)" if problems[1:] else ""
         raise ValueError(f"{problems[0]}{more}")
     _check_measured(source)
-    final = Path(folder)
+    warn_of_bypassed_layers(source.model)
+    final = Path(os.path.abspath(folder))
     _check_replaceable(final)
     trained = {name: layer.weight for name, layer in source.layers.items()}
     source, rounding = _rounded(source, format)
@@ -174,7 +177,7 @@ def export(
             LayerReport(
                 name,
                 chosen.name,
-                chosen.bits + (0 if chosen.block else _scale_bits(source, name)),
+                chosen.bits_per_weight(source.layers[name].weight),
                 None
                 if reading is None
                 else torch.equal(_cpu(reading.weights[name]), _cpu(trained[name].dequantize())),
@@ -185,12 +188,12 @@ def export(
         ]
         report = ExportReport(
             format,
-            str(final),
+            str(folder),
             tuple(layers),
             sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
-            _float_bytes(source.model),
+            _float_bytes(source),
             None if reading is None else reading.reader,
-            _compare_logits(model, example, reading),
+            _compare_logits(source.model, example, reading),
             note,
         )
         text = json.dumps(report.to_dict(), indent=2) + "\n"
@@ -209,7 +212,9 @@ def formats() -> tuple[str, ...]:
 
 def _check_format(format: str, known: Mapping[str, object]) -> None:
     if format not in known:
-        raise ValueError(f"no format {format!r}: choose from {', '.join(known)}")
+        close = nearest(format, known)
+        hint = f"did you mean {close!r}?" if close else f"choose from {', '.join(known)}"
+        raise ValueError(f"no format {format!r}: {hint}")
 
 
 def _check_measured(source: Source) -> None:
@@ -272,15 +277,10 @@ def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
-def _scale_bits(source: Source, name: str) -> float:
-    weight = source.layers[name].weight
-    narrow = weight.quantizer.scale_dtype in (torch.float16, torch.bfloat16)
-    return weight.scale.numel() * (16 if narrow else 32) / weight.integers.numel()
-
-
-def _float_bytes(model: nn.Module) -> int:
-    parameters = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    return sum(parameters.values())
+def _float_bytes(source: Source) -> int:
+    others = {id(tensor): tensor.nbytes for tensor in source.other_tensors().values()}
+    weights = {id(layer.weight): layer.module.weight.nbytes for layer in source.layers.values()}
+    return sum((others | weights).values())
 
 
 def _check_replaceable(folder: Path) -> None:

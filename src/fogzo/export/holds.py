@@ -5,8 +5,9 @@ fits its shape, and in no wider integers than its grid needs; where there is non
 which layer, why and the way out.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -24,13 +25,16 @@ class StoredType:
 
     Attributes:
         name: As the format calls it.
-        bits: Per weight; with the scales, where each block of the file has its own.
+        bits: Per weight, without the scales unless `numbers` is 0.
         width: Bits of its integers. A layer takes more than it needs only with `allow_wider`.
         holds: Whether the levels of a weight's grid are among its own.
         block: How many inputs share a scale in the file, which must divide rows and groups; 0
             where the scales are those of the quantizer.
         kinds: Classes of layers.
         outputs_per_byte: How many outputs of one input a byte holds; 1 where bytes hold inputs.
+        groups: The group sizes that the file may have, the preferred first; empty where its groups
+            are those of the quantizer.
+        numbers: How many numbers a group has beside its integers: its scale, and maybe its zero.
     """
 
     name: str
@@ -40,6 +44,23 @@ class StoredType:
     block: int = 0
     kinds: tuple[type[nn.Module], ...] = (nn.Module,)
     outputs_per_byte: int = 1
+    groups: tuple[int, ...] = ()
+    numbers: int = 1
+
+    def group(self, weight: IntegerWeight) -> int | None:
+        """How many inputs share a scale in the file; None if all inputs of an output do."""
+        size = weight.group_size or weight.integers.shape[1]
+        fitting = [group for group in self.groups if size % group == 0]
+        return next(iter([*fitting, *self.groups[-1:]]), weight.group_size)
+
+    def bits_per_weight(self, weight: IntegerWeight) -> float:
+        """In the file, with the scales."""
+        narrow = weight.quantizer.scale_dtype in (torch.float16, torch.bfloat16)
+        (outputs, inputs), group = weight.integers.shape, self.group(weight)
+        count = weight.scale.numel()
+        if self.groups and group is not None:
+            narrow, count = False, outputs * math.ceil(inputs / group)
+        return self.bits + count * self.numbers * (16 if narrow else 32) / (outputs * inputs)
 
     def misfit(self, weight: IntegerWeight) -> str | None:
         """Why its blocks do not fit the weight's rows or groups."""
@@ -283,7 +304,7 @@ _CONV = (
 
 
 def _gguf(name: str, bits: float, width: int, block: int, holds: Holds) -> StoredType:
-    return StoredType(name, bits, width, holds, block, (nn.Linear, nn.Embedding))
+    return StoredType(name, bits, width, holds, block, (nn.Linear, nn.Embedding), numbers=0)
 
 
 _GGUF = (
@@ -306,14 +327,18 @@ def _signed(name: str, bits: int, kinds: tuple[type[nn.Module], ...] = _LINEAR) 
     return StoredType(name, bits, bits, _within(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), 0, kinds)
 
 
-def _affine(name: str, bits: int, block: int = 0) -> StoredType:
-    return StoredType(name, bits, bits, _levels(2**bits), block, _LINEAR)
+def _affine(name: str, bits: int, block: int = 0, groups: tuple[int, ...] = ()) -> StoredType:
+    """Levels ``scale * (u - zero)`` with a scale and a zero for each group."""
+    return StoredType(name, bits, bits, _levels(2**bits), block, _LINEAR, groups=groups, numbers=2)
 
 
+# Larger blocks give zeros in onnxruntime, without an error.
+_MATMUL_BLOCKS = (256, 128, 64, 32, 16)
 _MATMUL = (
-    _affine("MatMulNBits 2", 2),
-    _affine("MatMulNBits 4", 4),
-    _signed("MatMulNBits 8", 8),  # its zero is 128, and no other
+    _affine("MatMulNBits 2", 2, groups=_MATMUL_BLOCKS),
+    _affine("MatMulNBits 4", 4, groups=_MATMUL_BLOCKS),
+    # Its zero is 128, and no other.
+    replace(_signed("MatMulNBits 8", 8), groups=_MATMUL_BLOCKS),
 )
 _BITNET = StoredType("2 bit", 2, 2, _is_bitnet, 0, _LINEAR, outputs_per_byte=4)
 _INT4, _INT8 = "DequantizeLinear int4", "DequantizeLinear int8"
@@ -330,7 +355,7 @@ FORMATS: Mapping[str, Format] = {
         elsewhere="--format float",
     ),
     "float": Format(
-        (StoredType("float", 32, 32, lambda weight: True),),
+        (StoredType("float", 32, 32, lambda weight: True, numbers=0),),
         rotation=True,
         inputs=_no_inputs("float weights cannot say"),
         float64=True,
@@ -360,7 +385,7 @@ FORMATS: Mapping[str, Format] = {
         elsewhere="--format packed",
     ),
     "mlx": Format(
-        tuple(_affine(f"{bits} bit", bits, block=32) for bits in (2, 3, 4, 5, 6, 8)),
+        tuple(_affine(f"{bits} bit", bits, 32, (128, 64, 32)) for bits in (2, 3, 4, 5, 6, 8)),
         inputs=_no_inputs("mlx cannot say"),
         # Then every product with the step is exact, and the sum of the two is rounded once.
         step_dtypes=(torch.float16, torch.bfloat16),

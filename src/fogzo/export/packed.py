@@ -21,6 +21,7 @@ from fogzo.export.integers import IntegerWeight, rounding_error
 from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
 from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
+from fogzo.layers import QuantizedLayer
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.granularity import from_rows
 
@@ -36,15 +37,16 @@ def write(source: Source, folder: Path) -> None:
     ties = source.ties()
     for name, layer in source.layers.items():
         modules[name] = _describe(layer.weight, layer.input)
+        own: dict[str, Tensor] = {}
         if name in ties:
             modules[name]["tied_to"] = ties[name]
         else:
-            tensors[_key(name, "codes")] = pack_digits(
-                layer.weight.unsigned(), layer.weight.num_levels
-            )
-            tensors[_key(name, "scales")] = _scales(layer.weight)
+            own["codes"] = pack_digits(layer.weight.unsigned(), layer.weight.num_levels)
+            own["scales"] = _scales(layer.weight)
         if layer.input is not None and layer.input.step is not None:
-            tensors[_key(name, "input_step")] = layer.input.step
+            own["input_step"] = layer.input.step
+        for alias in source.names_of(name):
+            tensors |= {f"{alias}.{kind}".lstrip("."): tensor for kind, tensor in own.items()}
     config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION}
     config["ties"] = write_tensors(tensors, folder)
     config["modules"] = modules
@@ -121,7 +123,7 @@ def pack_layers_(model: nn.Module, modules: dict[str, Any]) -> None:
                 f"the network has no layer {name!r}: build the one that was exported"
             ) from None
         weight = layer._parameters.get("weight")
-        if isinstance(layer, PackedLayer) or weight is None:
+        if isinstance(layer, PackedLayer | QuantizedLayer) or weight is None:
             raise ValueError(
                 f"{name!r} has no float weight to replace: load into the plain model, as it was "
                 "before fogzo.quantize_"
@@ -237,10 +239,6 @@ def _packed_class(plain: Any) -> Any:
 def _new_layer(plain: type) -> nn.Module:
     cls = _packed_class(plain)
     return cast(nn.Module, cls.__new__(cls))
-
-
-def _key(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}".lstrip(".")
 
 
 def _scales(weight: IntegerWeight) -> Tensor:

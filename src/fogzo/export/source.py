@@ -156,6 +156,12 @@ class Source:
         found = {n: owners.setdefault(id(layer.weight), n) for n, layer in self.layers.items()}
         return {name: owner for name, owner in found.items() if name != owner}
 
+    def names_of(self, name: str) -> list[str]:
+        """All names of a layer: more than one where a module is used in several places."""
+        module = self.layers[name].module
+        named = self.model.named_modules(remove_duplicate=False)
+        return [plain_name(other) for other, found in named if found is module]
+
     def baked(self) -> nn.Module:
         """A plain copy, in eval mode, with the weights as they are to be exported."""
         with warnings.catch_warnings():

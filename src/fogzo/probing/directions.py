@@ -107,6 +107,7 @@ class Directions:
             ``theta / eps``, so its share of the gradient is ``u / eps``. ``"tensor_rms"`` gives
             that share the root mean square of each tensor's own gradient, whatever the step sizes.
         guided: Whether there is a first-order gradient to follow.
+        lean: Draw noise again for each use. Otherwise that of small networks is kept meanwhile.
 
     Attributes:
         parts: One per weight.
@@ -123,13 +124,14 @@ class Directions:
         grad_scale: float = 1.0,
         noise_shape: NoiseShape = "isotropic",
         guided: bool = True,
+        lean: bool = False,
     ) -> None:
         self.weights = weights
         self.grad_scale = grad_scale
         self.guided = guided
         self._seed = seed
         self._drawn: dict[tuple[int, int], Tensor] = {}
-        self._room = _MOST_KEPT
+        self._room = 0 if lean else _MOST_KEPT
         self.parts = [_part(weight, guided) for weight in weights]
         pairs = _norms(self.parts)
         self.norms = [scaled for scaled, _ in pairs]
@@ -290,4 +292,4 @@ def _guide_where_measured(part: Part, guide: float) -> Tensor:
     moves = part.moves > 0
     if part.weight.rotate is not None and part.eps.numel() > max(part.eps.shape, default=1):
         moves = moves.any()  # rotation mixes the groups of a row
-    return torch.where(moves, guide, 1.0)
+    return torch.where(moves, part.eps.new_full((), guide), 1.0)

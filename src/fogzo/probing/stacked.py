@@ -99,8 +99,8 @@ def _evaluate(
             raise
         raise ValueError(
             "torch.vmap, which evaluates many probes at once, cannot follow the closure. Usual "
-            "causes: a number taken out of a tensor (loss.item(), an if on its value), a buffer "
-            "updated in place, an autograd function without generate_vmap_rule. "
+            "causes: backward() in it, a number taken out of a tensor (loss.item(), an if on its "
+            "value), a buffer updated in place, an autograd function without generate_vmap_rule. "
             f"{_REMEDY}. torch says: {error!s:.300}"
         ) from error
 

@@ -197,7 +197,8 @@ class Quantizer:
         """
         if step is None:
             step = self._measure(self._groups(weight.detach(), output_dim))
-        return self._effective(step.detach(), weight.dtype)
+        # A copy, as an optimizer moves a learned step in place.
+        return self._effective(step.detach(), weight.dtype).clone()
 
     def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """`current_step`, shaped to broadcast against the weight (rotated, if it is)."""

@@ -1,1 +1,1 @@
-"""What training with FOGZO costs on this machine: the measurements behind `fogzo bench`."""
+"""The cost of training with FOGZO on this machine: the measurements of `fogzo bench`."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fogzo_lab.bench.timing import Spread, Turns
+from fogzo_lab.interleaved import Spread, Turns
 
 Facts = Mapping[str, float | str | bool | None]
 
@@ -20,7 +20,7 @@ class Case:
         name: What people call it.
         facts: What was measured on, and numbers that no clock gave.
         rounds: How many rounds were timed.
-        seconds: The median of each alternative, a step.
+        seconds: The median of each alternative, per step.
         ratios: Medians and quartiles over rounds of ratios within a round.
         skipped: Why there are no numbers, or None.
     """
@@ -34,7 +34,7 @@ class Case:
 
 
 def timed(name: str, turns: Turns, ratios: Mapping[str, Spread], facts: Facts) -> Case:
-    """A case of a comparison in turns."""
+    """A case of an interleaved comparison."""
     return Case(
         name=name, facts=facts, rounds=len(turns.rounds), seconds=turns.seconds(), ratios=ratios
     )

@@ -19,9 +19,9 @@ def compare(
     facts: Facts,
     limits: Limits,
     device: torch.device,
-    steps_a_call: int = 1,
+    steps_per_call: int = 1,
 ) -> Iterator[Case]:
-    """One case an alternative: its time over that of the base, all of them timed in turns.
+    """One case per alternative: its time over that of the base, by interleaved timing.
 
     Args:
         title: What is common to all.
@@ -30,12 +30,12 @@ def compare(
         facts: Of every case, beside ``comparison``, ``alternative`` and ``base``.
         limits: Of the timing.
         device: Where the alternatives compute.
-        steps_a_call: How many steps a call of them makes.
+        steps_per_call: How many steps one call makes.
     """
     working, failures = _working(makers)
     turns = None
     if base in working:
-        turns = time_in_turns(working, limits, device, steps_a_call)
+        turns = time_in_turns(working, limits, device, steps_per_call)
     for name in makers:
         own = {"comparison": title, "alternative": name, "base": base, **facts}
         case_name = f"{title}: {name}"

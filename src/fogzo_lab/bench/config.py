@@ -40,7 +40,7 @@ class BenchConfig(Options):
     """Measure what FOGZO costs here, beside its floor, plain layers and other libraries."""
 
     suite: Suite = "quick"
-    """quick takes about a minute, full about a quarter of an hour; tiny shows that all runs."""
+    """quick takes about a minute, full about 15 minutes; tiny shows that all runs."""
     output_dir: Path = Path("runs/bench")
     """Folder of results.json and bench.svg."""
     threads: PositiveInt = 1

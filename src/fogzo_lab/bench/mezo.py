@@ -1,9 +1,9 @@
 """A baseline: n-SPSA in place, in the manner of MeZO (arXiv 2305.17333).
 
 Weights move by +eps u, -2 eps u and +eps u, and every u is drawn again from the global generator,
-reseeded each time, so that no memory beyond the weights is needed. This is what `SpsaEstimator` is
-compared with, and not a way to train with this package: the three sums do not cancel to the bit, so
-every call leaves round-off in the weights, and the global generator is left reseeded.
+reseeded each time, so that no memory beyond the weights is needed. It is a baseline for
+`SpsaEstimator`, not for training: the three sums do not cancel exactly, so every call leaves
+round-off in the weights, and the global generator stays reseeded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ def normal(out: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def own_law(out: Tensor, weight: QuantizedWeight) -> Tensor:
     """The noise that `SpsaEstimator` draws for this weight, from the global generator."""
-    # By name, as it is then drawn 16 bits a number: by the same code that `SpsaEstimator` uses.
+    # By name, so that it draws 16 bits per number, by the same code as `SpsaEstimator`.
     generator = torch.default_generator if out.is_cpu else None
     return weight.surrogate.perturbation.sample_(out, generator)
 
@@ -40,10 +40,10 @@ def write_gradients_(
     """Write the mean over samples of ``(L+ - L-) / 2 * u / eps`` into the weights' gradients.
 
     Args:
-        weights: What is moved, by ``eps = step_size * radius`` each.
-        loss: Evaluated 2n times.
+        weights: The weights, which move by ``eps = step_size * radius`` each.
+        loss: The loss, evaluated 2n times.
         num_samples: n.
-        seed: Of the first sample; the next one's is one more.
+        seed: Seed of the first sample; each further one has the next number.
         draw: Fills a tensor with noise from the global generator.
     """
     radii = [weight.step_size() * weight.surrogate.radius for weight in weights]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fogzo import QuantizedWeight, lsq, quantize_, quantized_weights
+from fogzo_lab.training.model_config import LlamaConfig, ResNetConfig
+from fogzo_lab.training.models import Shapes, float_model
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,10 @@ class Network:
     """A model and its loss.
 
     Attributes:
-        name: With its batch.
-        model: Quantized.
-        batch: How many examples there are.
-        loss_of: The loss of the first so many of them.
+        name: Name, with the batch size.
+        model: The quantized network.
+        batch: Number of examples.
+        loss_of: The loss of the first n examples, for a given n.
     """
 
     name: str
@@ -33,12 +35,12 @@ class Network:
 
     @property
     def weights(self) -> list[QuantizedWeight]:
-        """What an estimator perturbs."""
+        """The weights that an estimator perturbs."""
         return quantized_weights(self.model)
 
     @property
     def num_weights(self) -> int:
-        """d, how many weights are quantized."""
+        """d, the number of quantized weights."""
         return sum(weight.param.numel() for weight in self.weights)
 
     @property
@@ -56,10 +58,10 @@ def mlp(
     """A multilayer perceptron, all of it quantized to 2 bits.
 
     Args:
-        widths: Of the input, the hidden layers and the output.
-        batch: Examples.
+        widths: Sizes of the input, the hidden layers and the output.
+        batch: Number of examples.
         device: Where it computes.
-        wrap: What the loss calls instead of the model, for data parallelism.
+        wrap: Wraps the model that the loss calls, for data parallelism.
     """
     layers: list[nn.Module] = []
     for width, next_width in itertools.pairwise(widths):
@@ -75,19 +77,8 @@ def mlp(
 
 def llama(width: int, blocks: int, batch: int, length: int, device: torch.device) -> Network:
     """A byte-level LLaMA with heads of up to 64 channels."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model: nn.Module = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=width,
-            intermediate_size=8 * width // 3,
-            num_hidden_layers=blocks,
-            num_attention_heads=max(1, width // 64),
-            max_position_embeddings=length,
-            use_cache=False,
-        )
-    )
+    config = LlamaConfig(width=width, depth=blocks, heads=max(1, width // 64))
+    model = float_model(config, Shapes(num_outputs=256, context=length))
     quantize_(model, lsq(bits=2)).to(device)
     tokens = torch.randint(256, (batch, length), device=device)
     name = f"LLaMA of width {width}, {batch} x {length} tokens"
@@ -97,18 +88,9 @@ def llama(width: int, blocks: int, batch: int, length: int, device: torch.device
 
 
 def resnet(widths: tuple[int, ...], batch: int, device: torch.device) -> Network:
-    """A ResNet of one block a stage, with batch norm, on 32 x 32 images."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    model: nn.Module = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=widths[0],
-            hidden_sizes=list(widths),
-            depths=[1] * len(widths),
-            layer_type="basic",
-            id2label={label: str(label) for label in range(10)},
-        )
-    )
+    """A ResNet of one block per stage, with batch norm, on 32 x 32 images."""
+    config = ResNetConfig(widths=widths, depths=(1,) * len(widths))
+    model = float_model(config, Shapes(num_outputs=10, channels=3, image_size=32))
     quantize_(model, lsq(bits=2, granularity="channel")).to(device)
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)

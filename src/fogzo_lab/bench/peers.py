@@ -25,7 +25,7 @@ class Chain(nn.Module):
     Its levels are those of ``fogzo.lsq(2)``.
 
     Args:
-        layer: Whose weight is quantized.
+        layer: The layer whose weight is quantized.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -34,7 +34,7 @@ class Chain(nn.Module):
         self.step = nn.Parameter(layer.weight.detach().abs().mean())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's own, on quantized weights."""
+        """The forward pass of the layer with a quantized weight."""
         layer = self.layer
         scaled = (layer.weight / self.step).clamp(-1.5, 1.5)
         level = scaled.floor() + 0.5
@@ -103,12 +103,12 @@ LAYERS: dict[str, Make] = {
     "torchao, int4, channel": with_torchao,
     "brevitas, 2 bits": with_brevitas,
 }
-"""How to quantize a layer, by name; `FLOAT` leaves it alone."""
+"""How to quantize a layer, by name; `FLOAT` leaves it as it is."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Importing other libraries says much that does not matter here."""
+    """Silence the warnings of other libraries at their import."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,12 +1,12 @@
-"""The plot of a benchmark: a panel a section, told apart by markers, for print without colour."""
+"""The plot of a benchmark: a panel per section, in markers, for print without colour."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from fogzo_lab.figures import drawing
 
 CaseResults = Mapping[str, Any]
 """A case as results.json holds it."""
@@ -32,18 +32,13 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         cases = [case for case in section["cases"] if case["skipped"] is None]
         if cases:
             panels.append(_PANELS[name](cases))
-    # Text stays text, and the same numbers give the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 8}):
-        heights = [height for height, _ in panels] or [_FRAME]
-        figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    heights = [height for height, _ in panels] or [_FRAME]
+    with drawing(path, (_WIDTH, sum(heights))) as figure:
         grid = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
-        for axes in grid[:, 0]:
-            axes.spines[["top", "right"]].set_visible(False)
         if not panels:
             grid[0, 0].set(title="nothing could be measured here")
         for axes, (_, draw) in zip(grid[:, 0], panels, strict=False):
             draw(axes)
-        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
@@ -52,10 +47,12 @@ def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
         target = case["facts"]["target"]
         rows[f"{case['name']} ({case['facts']['quantized_weights']:,} weights)"] = {
             "measured": _spread(case["ratios"]["overhead"]),
-            "aim": (target, target, target),
+            "target": (target, target, target),
         }
     return _dots(
-        rows, "steps", "(FOGZO step - STE step) / two forwards without gradient, and quartiles"
+        rows,
+        "steps",
+        "(FOGZO step - STE step) / two forward passes without gradients, and quartiles",
     )
 
 

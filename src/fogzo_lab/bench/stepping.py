@@ -29,13 +29,13 @@ class Steps:
         self._optimizer.step()
 
     def forwards(self, count: int = 2) -> None:
-        """Forwards without gradient."""
+        """Forward passes without gradients."""
         with torch.no_grad():
             for _ in range(count):
                 self.network.loss()
 
     def floor(self, count: int = 2) -> None:
-        """The least that a step with so many more forwards can cost."""
+        """The least that a step with so many more forward passes can cost."""
         self._backward()
         self.forwards(count)
         self._optimizer.step()

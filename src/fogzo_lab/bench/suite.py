@@ -1,4 +1,4 @@
-"""Running the sections of a benchmark, and what is recorded beside their cases."""
+"""Running the sections of a benchmark and recording their environment."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from fogzo_lab.training.parallel import join_ranks
 from fogzo_lab.training.state import own_random_streams
 
 Results = dict[str, Any]
-"""What results.json holds."""
+"""The content of results.json."""
 
 
 def run_suite(
@@ -25,7 +25,7 @@ def run_suite(
     """Measure every section that the config names.
 
     Args:
-        config: What to measure.
+        config: The sections and their limits.
         on_case: Called after every case with (sections done, sections in all, the case's name).
 
     Raises:
@@ -67,5 +67,5 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _load_average() -> float | None:
-    """How many programs wanted to run in the last minute: other ones disturb what is measured."""
+    """The load average of the last minute: other programs disturb the measurement."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

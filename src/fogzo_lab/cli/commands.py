@@ -1,14 +1,15 @@
-"""The commands: each picks its recipe, runs it and prints; errors become one line."""
+"""The commands: each selects a recipe, runs it and prints; errors become one line."""
 
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
-from fogzo_lab.cli import bench, display
+from fogzo.export import formats
+from fogzo.wording import nearest
+from fogzo_lab.cli import display, export
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
@@ -25,11 +26,13 @@ ConfigT = TypeVar("ConfigT", TrainConfig, CompareConfig)
 USAGE = f"""usage: fogzo COMMAND RECIPE [options]
 
 commands:
-  train RECIPE      train one network, write its run folder; --resume goes on with it
+  train RECIPE      train one network, write its run folder; --resume continues it
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report;
-                    --plan says what would run
-  bench             measure what FOGZO costs on this machine, without a recipe;
+                    --plan lists the runs without running them
+  export RUN        write a run's network in the format of a program that serves it:
+                    --format {", ".join(formats())}
+  bench             measure the cost of FOGZO on this machine, without a recipe;
                     --suite quick takes about a minute
 
 recipes: {", ".join(RECIPES)}
@@ -38,7 +41,7 @@ options: fogzo COMMAND RECIPE --help"""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command; exits with 2 on an error of the user's or the data's, without a traceback."""
+    """Run a command; exits with 2 on an error of the user or the data, without a traceback."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -102,11 +105,18 @@ def _compare(arguments: Sequence[str]) -> None:
     display.compare_results(results, path)
 
 
+def _bench(arguments: Sequence[str]) -> None:
+    from fogzo_lab.cli import bench  # here, as only this command needs it
+
+    bench.run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
-    "bench": bench.run,
+    "export": export.run,
+    "bench": _bench,
 }
 
 
@@ -121,8 +131,8 @@ def _parse(
 def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:
     if name in choices:
         return name
-    close = get_close_matches(name, list(choices), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+    close = nearest(name, choices)
+    hint = f"did you mean {close}?" if close else f"choose from {', '.join(choices)}"
     raise ValueError(f"no {kind} {name!r}: {hint}")
 
 

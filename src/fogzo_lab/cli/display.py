@@ -6,10 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from fogzo_lab.comparison import tables
-from fogzo_lab.comparison.summary import Results
+from fogzo_lab.comparison.compare import Plan
+from fogzo_lab.comparison.results import Comparison
+from fogzo_lab.table import Table
 from fogzo_lab.training.run_folder import Metrics
 
 Advance = Callable[[int, int, str], None]
@@ -60,18 +63,18 @@ def train_result(result: Metrics, report: Path) -> None:
     """The final numbers of one run."""
     _console().print(
         f"{tables.quality(result)} after {result['steps']} steps in {result['seconds']:.1f} s, "
-        f"{result['extra_forwards']} extra forwards"
+        f"{result['extra_forwards']} extra forward passes"
     )
-    if said := tables.fallback_words(result):
+    if said := tables.fallback_words(result.get("refined_steps", 0), result.get("fallbacks", {})):
         _console().print(said)
     _console().print(f"report: {report}")
 
 
 def eval_result(numbers: Metrics) -> None:
-    """An evaluation, as a table: a row a split."""
+    """An evaluation, as a table with one row per split."""
     splits = [name.removesuffix("_loss") for name in numbers if name.endswith("_loss")]
     kinds = [n.removeprefix(f"{splits[0]}_") for n in numbers if n.startswith(f"{splits[0]}_")]
-    table = Table(title=f"{numbers['run']} at step {numbers['step']}")
+    table = RichTable(title=f"{numbers['run']} at step {numbers['step']}")
     for heading in ("split", *kinds):
         table.add_column(heading.replace("_", " "), justify="right" if heading in kinds else "left")
     for split in splits:
@@ -79,40 +82,40 @@ def eval_result(numbers: Metrics) -> None:
     _console().print(table)
 
 
-def compare_results(results: Results, report: Path) -> None:
+def compare_results(comparison: Comparison, report: Path) -> None:
     """The table of a comparison, and what it says."""
-    table = tables.quality_table(results)
-    print_table(table, f"{results['recipe']}: mean ± standard deviation over seeds")
-    for sentence in (*tables.findings(results), *tables.fallbacks(results)):
+    table = tables.quality_table(comparison)
+    print_table(table, f"{comparison.recipe}: mean ± standard deviation over seeds")
+    for sentence in (*tables.findings(comparison), *tables.fallbacks(comparison)):
         _console().print(sentence)
     _console().print(f"report: {report}")
 
 
-def compare_plan(plan: Results) -> None:
+def compare_plan(plan: Plan) -> None:
     """What a comparison would run, and for how long."""
     table = tables.plan_table(plan)
     print_table(table, table.title)
-    waiting = sum(cell["to_run"] for cell in plan["cells"])
     _console().print(
-        f"{waiting} runs, about {_duration(plan['seconds'])} of training on {plan['workers']} "
+        f"{plan.to_run} runs, about {_duration(plan.seconds)} of training on {plan.workers} "
         "processes; loading and evaluation come on top. Nothing was run: leave --plan out to run it"
     )
 
 
-def print_table(table: tables.Table, title: str) -> None:
+def print_table(table: Table, title: str) -> None:
     """A table of text, names to the left and the rest to the right."""
     console = _console()
     # Where rich draws its boxes in ASCII, the text in them must do without the rest too.
     shown = _IN_ASCII if console.options.ascii_only else {}
-    printed = Table(title=title.translate(shown))
+    printed = RichTable(title=title.translate(shown))
     for number, heading in enumerate(table.heading):
-        printed.add_column(heading.translate(shown), justify="right" if number else "left")
+        # Plain text: what looks like markup, as an interval does, is none.
+        printed.add_column(Text(heading.translate(shown)), justify="right" if number else "left")
     for row in table.rows:
-        printed.add_row(*(cell.translate(shown) for cell in row))
+        printed.add_row(*(Text(cell.translate(shown)) for cell in row))
     console.print(printed)
 
 
-_IN_ASCII = str.maketrans({"±": "+-", "–": "-"})
+_IN_ASCII = str.maketrans({"±": "+-", "–": "-", "−": "-"})
 
 
 def _duration(seconds: float) -> str:

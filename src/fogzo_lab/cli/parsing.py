@@ -1,4 +1,4 @@
-"""From arguments to a checked config, the same way for every command."""
+"""From arguments to a checked config, in the same way for every command."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -17,10 +17,10 @@ def parse(
     description: str | None,
     default: OptionsT | None = None,
 ) -> OptionsT:
-    """The config that the arguments ask for; exits with 2 where they are no such options.
+    """The config of the arguments; exits with 2 if they are not valid options.
 
     Raises:
-        ValueError: If an option has a value that cannot be meant.
+        ValueError: If the value of an option is not allowed.
     """
     _refuse_empty(arguments)
     given: dict[str, Any] = {} if default is None else {"default": default}
@@ -33,7 +33,7 @@ def parse(
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse what a shell makes of an unset variable: as a path it would be the present folder."""
+    """Refuse empty values, as of unset shell variables: a path would be the current folder."""
     before = "the first argument"
     for argument in arguments:
         option, equals, value = argument.partition("=")

@@ -10,20 +10,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from fogzo_lab.comparison.results import Budget, Comparison
 from fogzo_lab.comparison.rows import ROWS, check_rows
 from fogzo_lab.comparison.run_cache import RunCache, code_version, config_hash
 from fogzo_lab.comparison.runs import Run, execute, missing, start_pool
-from fogzo_lab.comparison.summary import (
-    Results,
-    best_candidate,
-    differences,
-    summarise,
-    validation_losses,
-)
+from fogzo_lab.comparison.summary import best_candidate, summarise, validation_losses
 from fogzo_lab.comparison.timing import run_seconds
 from fogzo_lab.options import Example, NonNegativeFloat, Options, PositiveFloat, PositiveInt
 from fogzo_lab.system.devices import find_device
@@ -33,8 +28,6 @@ from fogzo_lab.system.workers import Call, Workers
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.optimizers import optimizer_class
 from fogzo_lab.training.state import find_weights
-
-Budget = Literal["steps", "time"]
 
 _GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 # Step times closer than this are taken as equal.
@@ -110,7 +103,7 @@ class _Cell:
         return self.seeds(config, candidate, config.num_seeds)
 
 
-def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = None) -> Results:
+def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = None) -> Comparison:
     """Run what is missing of a comparison and write results.json and config.json into its folder.
 
     Args:
@@ -118,7 +111,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         on_run: Called after every finished run with (runs done, runs in all).
 
     Returns:
-        The results, as in results.json.
+        What results.json holds.
 
     Raises:
         ValueError: If it cannot be run, the folder holds its runs by other code, or another
@@ -139,26 +132,65 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         chosen = {cell: cell.chosen(config, cache) for cell in cells}
         execute(pool, cache, [run for runs in chosen.values() for run in runs], progress.one_more)
     progress.finish()
-    rows = [summarise(cache, cell.budget, cell.tuning(config), chosen[cell]) for cell in cells]
-    results = {
-        "recipe": config.base.recipe,
-        "environment": environment(),
-        "code": _codes(cache, [*tuning, *(run for runs in chosen.values() for run in runs)]),
-        "grid": config.grid,
-        "kappas": config.kappas or (config.base.kappa,),
-        "num_seeds": config.num_seeds,
-        "tuning_seeds": config.tuning_seeds or config.num_seeds,
-        "run_seconds_measured_in_turns": seconds,
-        "rows": rows,
-        "differences": differences(rows),
-    }
-    text = dumps(results, indent=1) + "\n"
+    found = Comparison(
+        recipe=config.base.recipe,
+        environment=environment(),
+        code=_codes(cache, [*tuning, *(run for runs in chosen.values() for run in runs)]),
+        grid=config.grid,
+        kappas=config.kappas or (config.base.kappa,),
+        num_seeds=config.num_seeds,
+        tuning_seeds=config.tuning_seeds or config.num_seeds,
+        run_seconds=seconds,
+        rows=[summarise(cache, cell.budget, cell.tuning(config), chosen[cell]) for cell in cells],
+    )
+    text = dumps(found.to_dict(), indent=1) + "\n"
     write_text(folder / "results.json", text)
-    stored: Results = json.loads(text)
-    return stored
+    return Comparison.from_dict(json.loads(text))
 
 
-def plan(config: CompareConfig) -> Results:
+@dataclass(frozen=True)
+class PlannedRow:
+    """Runs of one row at one budget.
+
+    Attributes:
+        name: Key in `ROWS`.
+        budget: steps or time.
+        steps: Of a run.
+        runs: In all.
+        to_run: Those that are not finished.
+        seconds_per_run: Training seconds of one.
+        seconds: Those of all that are to be trained.
+    """
+
+    name: str
+    budget: Budget
+    steps: int
+    runs: int
+    to_run: int
+    seconds_per_run: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison would run."""
+
+    recipe: str
+    rows: Sequence[PlannedRow]
+    workers: int
+
+    @property
+    def to_run(self) -> int:
+        """Runs that are not finished."""
+        return sum(row.to_run for row in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        """Training seconds, on all workers at once."""
+        return math.fsum(row.seconds for row in self.rows) / self.workers
+
+
+def plan(config: CompareConfig) -> Plan:
     """What `compare` would run: for every row and budget its runs, and the seconds they take.
 
     Nothing is trained or written; step times that were never measured are measured briefly.
@@ -166,38 +198,22 @@ def plan(config: CompareConfig) -> Results:
     cache = _open(config)
     with start_pool(1) as pool:
         seconds = _seconds(config, cache, pool, rounds=3, keep=False)
-    cells: list[Results] = []
+    rows = []
     for cell in _cells(config, seconds):
         tuning = cell.tuning(config)
         waiting = missing(cache, tuning)
         runs, to_run = len(tuning), len(waiting)
         rest = config.num_seeds - (config.tuning_seeds or config.num_seeds)
         if rest:
-            # Until all candidates are tried, nobody knows whose the other seeds will be.
-            tuned = not waiting
+            # The remaining seeds depend on which candidate wins.
             runs += rest
-            to_run += len(missing(cache, cell.chosen(config, cache))) if tuned else rest
+            to_run += rest if waiting else len(missing(cache, cell.chosen(config, cache)))
         each = seconds[cell.row] * cell.steps / config.base.max_steps
         trains = 0 if ROWS[cell.row].quantized_after and "float" in config.rows else to_run
-        cells.append(
-            {
-                "name": cell.row,
-                "budget": cell.budget,
-                "steps": cell.steps,
-                "runs": runs,
-                "cached": runs - to_run,
-                "to_run": to_run,
-                "seconds_a_run": each,
-                "seconds": each * trains,
-            }
+        rows.append(
+            PlannedRow(cell.row, cell.budget, cell.steps, runs, to_run, each, each * trains)
         )
-    total = math.fsum(cell["seconds"] for cell in cells)
-    return {
-        "recipe": config.base.recipe,
-        "cells": cells,
-        "workers": config.workers,
-        "seconds": total / config.workers,
-    }
+    return Plan(config.base.recipe, rows, config.workers)
 
 
 def _plain(base: TrainConfig) -> TrainConfig:

@@ -1,85 +1,98 @@
-"""What differences between seeds allow one to say.
-
-Winners are called by Student's interval of the differences, paired by seed. The percentile
-bootstrap stands beside it and calls nothing: of five seeds it misses the truth one time in six
-instead of one in twenty, because resampling so few differences shows too little of their spread.
-"""
+"""What differences between seeds allow one to say: means, spreads and Student's paired interval."""
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
+Verdict = Literal["better", "worse", "not significant"]
 
-RESAMPLES = 10_000
-_SEED = 2510_23926
+NO_NUMBER = math.nan
+"""Where there is no interval or no spread: of one seed, or where one of them diverged."""
 
 
-def paired_interval(gaps: Sequence[float]) -> dict[str, float]:
-    """The mean of differences, with 95% intervals; those of one seed, or of infinite ones, are nan.
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation over seeds.
 
-    >>> [round(x, 2) for x in paired_interval([1.0, 2.0, 3.0]).values()]
-    [2.0, -0.48, 4.48, 1.0, 3.0]
+    Attributes:
+        mean: Infinite where a seed diverged.
+        sd: NaN where a seed diverged, or there is only one.
     """
-    low, high = student_interval(gaps)
-    bootstrap_low, bootstrap_high = bootstrap_interval(gaps)
-    return {
-        "mean": mean(gaps),
-        "low": low,
-        "high": high,
-        "bootstrap_low": bootstrap_low,
-        "bootstrap_high": bootstrap_high,
-    }
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Summary":
+        """Of one value per seed, None where the seed diverged.
+
+        >>> Summary.of([1.0, 2.0, 3.0])
+        Summary(mean=2.0, sd=1.0)
+        """
+        numbers = [math.inf if value is None else value for value in values]
+        return cls(mean(numbers), statistics.stdev(numbers) if _enough(numbers) else NO_NUMBER)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and Student's 95% interval of it.
+
+    Attributes:
+        mean: Infinite where a difference is.
+        low: Lower end; NaN where there is no interval.
+        high: Upper end; NaN where there is no interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, gaps: Sequence[float]) -> "Interval":
+        """Of differences, one per seed.
+
+        >>> found = Interval.of([1.0, 2.0, 3.0])
+        >>> round(found.low, 2), round(found.high, 2)
+        (-0.48, 4.48)
+        """
+        return cls(mean(gaps), *student_interval(gaps))
+
+    @classmethod
+    def paired(cls, ours: Sequence[float | None], theirs: Sequence[float | None]) -> "Interval":
+        """Of ours minus theirs, seed by seed; None where a seed diverged."""
+        pairs = zip(ours, theirs, strict=True)
+        return cls.of([math.inf if a is None or b is None else a - b for a, b in pairs])
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an interval, and not only a mean."""
+        return not math.isnan(self.low)
+
+    def verdict(self, more_is_better: bool) -> Verdict | None:
+        """What it says of the first of the two; None where there is no interval."""
+        if not self.exists:
+            return None
+        if self.low <= 0 <= self.high:
+            return "not significant"
+        return "better" if (self.low > 0) == more_is_better else "worse"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; infinite where one is not finite, as the losses of diverged runs are."""
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95% interval of the mean."""
+    """Student's 95% interval of the mean; NaN where there is none."""
     if not _enough(values):
-        return math.nan, math.nan
+        return NO_NUMBER, NO_NUMBER
     from scipy.stats import t
 
-    quantile = float(t.ppf(0.975, len(values) - 1))
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    # Not t.interval, which has none for equal values: there it is the mean alone.
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The percentile bootstrap's 95% interval of the mean, the same at every call."""
-    if not _enough(values):
-        return math.nan, math.nan
-    numbers = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(_SEED)
-    picked = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = numbers[picked].mean(1).quantile(ends).tolist()
-    return low, high
-
-
-def mean(values: Iterable[float | None]) -> float:
-    """The mean; infinite where one is not finite or missing, as the losses of diverged runs are."""
-    numbers = [math.inf if value is None else value for value in values]
-    return math.fsum(numbers) / len(numbers) if all(map(math.isfinite, numbers)) else math.inf
-
-
-def spread(values: Sequence[float | None]) -> float:
-    """The standard deviation, nan where there is none."""
-    numbers = [value for value in values if value is not None]
-    enough = len(numbers) == len(values) and _enough(numbers)
-    return statistics.stdev(numbers) if enough else math.nan
-
-
-def verdict(interval: dict[str, Any], more_is_better: bool) -> str | None:
-    """``"better"`` or ``"worse"`` where the interval excludes zero, ``"open"`` where it does not.
-
-    None where there is no interval.
-    """
-    low, high = interval["low"], interval["high"]
-    if low is None or math.isnan(low):
-        return None
-    if low <= 0 <= high:
-        return "open"
-    return "better" if (low > 0) == more_is_better else "worse"
 
 
 def _enough(values: Sequence[float]) -> bool:

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fogzo_lab.comparison import tables
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.comparison.intervals import student_interval
+from fogzo_lab.comparison.metrics import Metric
+from fogzo_lab.comparison.results import Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
-from fogzo_lab.comparison.summary import Results
-from fogzo_lab.comparison.tables import Table
+from fogzo_lab.figures import drawing
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import write_text
+from fogzo_lab.table import Table
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.run_folder import Metrics
 
-# Told apart by line style and marker as well as by colour, for print and colour-blind readers.
+# They differ in line style and marker as well as in colour, for print and colour-blind readers.
 _STYLES: dict[str, tuple[str, Any, str]] = {
     "float": ("#555555", (0, (1, 1)), "x"),
     "ptq": ("#555555", "dotted", "1"),
@@ -44,8 +44,11 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     "fogzo-normal": ("#88CCEE", (0, (1, 2)), "p"),
     "fogzo-logistic": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
     "fogzo-rademacher": ("#44AA99", (0, (7, 2)), "X"),
+    "fogzo-one-sided": ("#332288", (0, (5, 1)), "<"),
+    "fogzo-eighth": ("#117733", (0, (3, 1, 1, 1)), ">"),
+    "fogzo-every-4": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
 }
-_ANY_STYLE = ("#777777", "solid", ".")
+"""By row: colour, line style and marker."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,30 +78,32 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
 
         plots.append(_plot("Agreement", _AGREEMENT, agreement))
     said_in_words = ("refined_steps", "fallbacks")
+    fell_back = tables.fallback_words(result.get("refined_steps", 0), result.get("fallbacks", {}))
+    said = [fell_back] if fell_back else []
     numbers = {name: f"{result[name]:.5g}" for name in result if name not in said_in_words}
     sentences = [f"After {result['steps']} steps: {tables.quality(result)}."]
     return _write(
         config.output_dir,
         title=f"{config.recipe}: one run with {config.estimator}",
-        sentences=[*sentences, *filter(None, [tables.fallback_words(result)])],
-        tables=[Table("Result", "", list(numbers), [list(numbers.values())])],
+        sentences=[*sentences, *said],
+        tables=[Table("Result", ["number", "value"], [[*pair] for pair in numbers.items()])],
         plots=plots,
         configs={"Configuration": to_json(config)},
         facts=environment(),
     )
 
 
-def write_compare_report(config: CompareConfig, results: Results) -> Path:
+def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
     """Write report.html of a comparison and return its path."""
-    rows = [row for row in results["rows"] if row["budget"] == "steps"]
-    main = tables.main_metric(results)
+    rows = [row for row in comparison.rows if row.budget == "steps"]
+    main = comparison.main_metric
     plots = [
         _plot(
-            f"Final {tables.METRICS[main].name}",
+            f"Final {main.name}",
             "Every seed is a mark; the bar is their mean and its ends Student's 95% interval of "
             "it. Rows are compared by their differences, in the table, and not by overlaps here.",
-            lambda axes: _finals(axes, results["rows"], main),
-            height=0.6 + 0.3 * len(results["rows"]),
+            lambda axes: _finals(axes, comparison.rows, main),
+            height=0.6 + 0.3 * len(comparison.rows),
         ),
         _plot(
             "Training loss against steps",
@@ -107,10 +112,10 @@ def write_compare_report(config: CompareConfig, results: Results) -> Path:
         ),
         _plot(
             "Training loss against time",
-            "With equal time: each row for as long as FOGZO took, by step times measured in turns.",
+            "With equal time: each row for as long as FOGZO took, by interleaved timing of steps.",
             lambda axes: _curves(
                 axes,
-                _at_equal_time(results["rows"]),
+                _at_equal_time(comparison.rows),
                 "seconds",
                 "loss",
                 "seconds",
@@ -124,42 +129,41 @@ def write_compare_report(config: CompareConfig, results: Results) -> Path:
             lambda axes: _learning_rates(axes, rows),
         ),
     ]
-    if any("agreement" in point for row in rows for point in row["curve"]):
+    if any("agreement" in point for row in rows for point in row.curve):
         plots.append(_plot("Agreement over training", _AGREEMENT, lambda a: _agreements(a, rows)))
-    if any("flip_rate" in point for row in rows for point in row["curve"]):
+    if any("flip_rate" in point for row in rows for point in row.curve):
         plots.append(_plot("Code flips over training", _FLIPS, lambda axes: _flips(axes, rows)))
     shown = [
-        tables.quality_table(results),
-        tables.difference_table(results),
-        tables.cost_table(results),
+        tables.quality_table(comparison),
+        tables.difference_table(comparison),
+        tables.cost_table(comparison),
     ]
     chosen = [
         dataclasses.asdict(
-            ROWS[row["name"]].change(
+            ROWS[row.name].change(
                 dataclasses.replace(
                     config.base,
-                    learning_rate=row["learning_rate"],
-                    kappa=config.base.kappa if row.get("kappa") is None else row["kappa"],
-                    max_steps=row["steps"],
+                    learning_rate=row.learning_rate,
+                    kappa=config.base.kappa if row.kappa is None else row.kappa,
+                    max_steps=row.steps,
                 )
             )
         )
-        | {"row": tables.row_label(row)}
-        for row in results["rows"]
+        | {"row": row.title}
+        for row in comparison.rows
     ]
     return _write(
         config.base.output_dir,
         title=f"{config.base.recipe}: gradient estimators compared",
-        sentences=[_QUESTION, *tables.story(results), *tables.fallbacks(results)],
-        method=_method(config, results),
+        sentences=[_QUESTION, *tables.story(comparison), *tables.fallbacks(comparison)],
+        method=_method(config, comparison),
         tables=[table for table in shown if table is not None],
         plots=plots,
         configs={
             "The comparison": to_json(config),
             "The recipe of each row, at what was chosen": json.dumps(chosen, indent=2, default=str),
         },
-        facts=results["environment"]
-        | {"code": results["code"]["version"] if "code" in results else "not recorded"},
+        facts={**comparison.environment, "code": comparison.code["version"]},
     )
 
 
@@ -172,20 +176,19 @@ _QUESTION = (
 )
 
 
-def _method(config: CompareConfig, results: Results) -> list[str]:
-    rates = ", ".join(f"{rate:g}" for rate in results["grid"])
-    seeds = f"{results.get('num_seeds', config.num_seeds)} seeds"
-    tuning = results.get("tuning_seeds", config.num_seeds)
-    kappas = results.get("kappas", [config.base.kappa])
+def _method(config: CompareConfig, comparison: Comparison) -> list[str]:
+    rates = ", ".join(f"{rate:g}" for rate in comparison.grid)
+    kappas = ", ".join(f"{kappa:g}" for kappa in comparison.kappas)
     return [
-        f"Every row tried the learning rates {rates} with {tuning} seeds, rows with a kappa each "
-        f"of them with kappa {', '.join(f'{kappa:g}' for kappa in kappas)}; the candidate of "
-        f"lowest mean validation loss was run with {seeds} and is reported on test data. All rows "
+        f"Every row tried the learning rates {rates} with {comparison.tuning_seeds} seeds, rows "
+        f"with a kappa each of them with kappa {kappas}; the candidate of lowest mean validation "
+        f"loss was run with {comparison.num_seeds} seeds and is reported on test data. All rows "
         "share initial weights, batches and seeds.",
         "The rows: "
         + "; ".join(f"{ROWS[name].label}, {ROWS[name].meaning}" for name in config.rows)
-        + '. "As long as FOGZO" gives a row as many steps as fit into FOGZO\'s seconds, by step '
-        "times measured in turns, with the learning rate tuned again and its schedule stretched.",
+        + '. "Same time as FOGZO" gives a row as many steps as fit into FOGZO\'s seconds, by '
+        "interleaved timing of steps, with the learning rate tuned again and its schedule "
+        "stretched.",
     ]
 
 
@@ -200,9 +203,11 @@ _AGREEMENT = (
 )
 
 
-def _curves(axes: Axes, rows: Sequence[Results], x: str, y: str, xlabel: str, ylabel: str) -> None:
+def _curves(
+    axes: Axes, rows: Sequence[RowResult], x: str, y: str, xlabel: str, ylabel: str
+) -> None:
     for number, row in enumerate(rows):
-        points = [p for p in row["curve"] if p.get(y) is not None]
+        points = [p for p in row.curve if p.get(y) is not None]
         if points:
             every = max(1, len(points) // 6)
             # Not all at the same steps, where marks would hide each other.
@@ -212,8 +217,8 @@ def _curves(axes: Axes, rows: Sequence[Results], x: str, y: str, xlabel: str, yl
     _legend(axes)
 
 
-def _line(axes: Axes, row: Results, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    colour, dashes, marker = _STYLES.get(row["name"], _ANY_STYLE)
+def _line(axes: Axes, row: RowResult, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    colour, dashes, marker = _STYLES[row.name]
     axes.plot(
         x,
         y,
@@ -222,7 +227,7 @@ def _line(axes: Axes, row: Results, x: Sequence[float], y: Sequence[float], **st
         marker=marker,
         markersize=4,
         linewidth=1.2,
-        label=ROWS[row["name"]].label,
+        label=row.label,
         **style,
     )
 
@@ -239,57 +244,58 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _finals(axes: Axes, rows: Sequence[Results], key: str) -> None:
-    metric = tables.METRICS[key]
-    shown = [row for row in reversed(rows) if row.get(key) and row[key]["mean"] is not None]
-    for position, row in enumerate(shown):
-        colour, _, marker = _STYLES.get(row["name"], _ANY_STYLE)
-        values = [metric.factor * seed[key] for seed in row["seeds"]]
+def _finals(axes: Axes, rows: Sequence[RowResult], metric: Metric) -> None:
+    titles: list[str] = []
+    for row in reversed(rows):
+        summary = row.summary(metric.key)
+        if summary is None or not math.isfinite(summary.mean):
+            continue
+        colour, _, marker = _STYLES[row.name]
+        values = [metric.factor * seed[metric.key] for seed in row.seeds]
         low, high = student_interval(values)
-        centre = metric.factor * row[key]["mean"]
+        centre, position = metric.factor * summary.mean, len(titles)
         axes.plot(values, [position] * len(values), marker, color=colour, markersize=4, alpha=0.6)
         width = 0.0 if math.isnan(low) else (high - low) / 2
         axes.errorbar(centre, position, xerr=width, fmt="|", color=colour, markersize=14, capsize=3)
-    axes.set_yticks(range(len(shown)), [tables.row_label(row) for row in shown])
-    unit = {"points": " (%)", "nats": " (nats)", "": ""}[metric.unit]
-    axes.set(xlabel=metric.name + unit)
+        titles.append(row.title)
+    axes.set_yticks(range(len(titles)), titles)
+    axes.set(xlabel=metric.heading)
 
 
-def _learning_rates(axes: Axes, rows: Sequence[Results]) -> None:
-    diverged: list[tuple[Results, float]] = []
+def _learning_rates(axes: Axes, rows: Sequence[RowResult]) -> None:
     for row in rows:
-        curve = [p for p in row["validation_loss_by_learning_rate"] if p[1] is not None]
-        diverged += [(row, p[0]) for p in row["validation_loss_by_learning_rate"] if p[1] is None]
-        _line(axes, row, [p[0] for p in curve], [p[1] for p in curve])
-        best = [p for p in curve if p[0] == row["learning_rate"]]
-        for rate, loss in best:
-            axes.plot(rate, loss, "o", color="black", markersize=9, fillstyle="none")
+        losses = row.loss_by_rate
+        found = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        _line(axes, row, list(found), list(found.values()))
+        if row.learning_rate in found:
+            best = (row.learning_rate, found[row.learning_rate])
+            axes.plot(*best, "o", color="black", markersize=9, fillstyle="none")
+        colour, _, marker = _STYLES[row.name]
+        for rate in losses.keys() - found.keys():
+            axes.plot(
+                rate,
+                0.99,
+                marker,
+                color=colour,
+                markersize=6,
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+            )
     axes.set(xlabel="learning rate", ylabel="validation loss (nats)", xscale="log")
-    for row, rate in diverged:
-        colour, _, marker = _STYLES.get(row["name"], _ANY_STYLE)
-        axes.plot(
-            rate,
-            0.99,
-            marker,
-            color=colour,
-            markersize=6,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-        )
     _legend(axes)
 
 
-def _flips(axes: Axes, rows: Sequence[Results]) -> None:
+def _flips(axes: Axes, rows: Sequence[RowResult]) -> None:
     _curves(axes, rows, "step", "flip_rate", "step", "share of codes that flip")
 
 
-def _agreements(axes: Axes, rows: Sequence[Results]) -> None:
+def _agreements(axes: Axes, rows: Sequence[RowResult]) -> None:
     smooth = []
     for row in rows:
-        points = [p for p in row["curve"] if p.get("agreement") is not None]
+        points = [p for p in row.curve if p.get("agreement") is not None]
         values = _smooth([p["agreement"] for p in points])
         curve = [{"step": p["step"], "agreement": v} for p, v in zip(points, values, strict=True)]
-        smooth.append({**row, "curve": curve})
+        smooth.append(dataclasses.replace(row, curve=curve))
     _curves(axes, smooth, "step", "agreement", "step", "agreement")
     _mark_one(axes)
 
@@ -305,20 +311,15 @@ def _mark_one(axes: Axes) -> None:
     axes.set(xlabel="step", ylabel="agreement")
 
 
-def _at_equal_time(rows: Sequence[Results]) -> list[Results]:
+def _at_equal_time(rows: Sequence[RowResult]) -> list[RowResult]:
     """Each name once, with its run at equal time where there is one."""
-    return list({row["name"]: row for row in rows}.values())
+    return list({row.name: row for row in rows}.values())
 
 
 def _plot(title: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
-    # Text stays text, so that it scales, wraps and can be read aloud.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": 9}):
-        figure = Figure(figsize=(4.8, height), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    text = io.StringIO()
+    with drawing(text, (4.8, height), font_size=9) as figure:
+        draw(figure.subplots())
     svg = text.getvalue()
     return Plot(title, caption, Markup(svg[svg.index("<svg") :]))
 

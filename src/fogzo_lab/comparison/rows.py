@@ -6,9 +6,9 @@ initial weights, batches and learning rates are the comparison's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, get_args
 
+from fogzo.wording import nearest
 from fogzo_lab.training.config import Perturbation, TrainConfig
 from fogzo_lab.training.model_config import QuantizerConfig
 
@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
     ),
     "fogzo-one-sided": Row(
         "FOGZO, one-sided",
-        "FOGZO with differences from the step's own loss, half the forwards",
+        "FOGZO with differences from the step's own loss, half the forward passes",
         _to(estimator="fogzo", one_sided=True),
         has_kappa=True,
     ),
@@ -145,8 +145,8 @@ def check_rows(names: Sequence[str]) -> None:
         )
     for name in names:
         if name not in ROWS:
-            close = get_close_matches(name, list(ROWS), n=1)
-            hint = f"did you mean --rows {close[0]}?" if close else "for example --rows ste fogzo"
+            close = nearest(name, ROWS)
+            hint = f"did you mean --rows {close}?" if close else "for example --rows ste fogzo"
             raise ValueError(f"no such row: {name}; {hint} Choose from {', '.join(ROWS)}")
     if len(set(names)) < len(names):
         raise ValueError(

@@ -1,312 +1,237 @@
-"""A comparison in words and tables, for the terminal, the report and docs/results.md."""
+"""One comparison in words and tables, for the terminal, the report and pages of results."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fogzo_lab.comparison.intervals import verdict
-from fogzo_lab.comparison.rows import ROWS
-from fogzo_lab.comparison.summary import MORE_IS_BETTER, Results
+from fogzo_lab.comparison.compare import Plan
+from fogzo_lab.comparison.intervals import Interval, Verdict
+from fogzo_lab.comparison.metrics import TRAIN_LOSS, Metric
+from fogzo_lab.comparison.results import Comparison, RowResult, row_title
+from fogzo_lab.table import Table
 
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of text, the first column names."""
-
-    title: str
-    caption: str
-    heading: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a number is shown."""
-
-    name: str
-    unit: str
-    factor: float
-    digits: int
-
-    def text(self, value: float | None, sign: str = "") -> str:
-        """The value without its unit; a dash where there is none."""
-        return "–" if value is None else f"{self.factor * value:{sign}.{self.digits}f}"
-
-    def spread(self, summary: Results | None) -> str:
-        """Mean and standard deviation."""
-        if summary is None or summary["mean"] is None:
-            return "diverged"
-        return f"{self.text(summary['mean'])} ± {_or_nan(self, summary['sd'])}"
-
-    def interval(self, found: Results, ends: tuple[str, str] = ("low", "high")) -> str:
-        """A difference and its interval; nothing where there is none."""
-        low, high = (found.get(end) for end in ends)
-        if low is None:
-            return ""
-        return f"{self.text(found['mean'], '+')} [{self.text(low, '+')}, {self.text(high, '+')}]"
-
-
-METRICS = {
-    "test_accuracy": Metric("test accuracy", "points", 100, 2),
-    "test_loss": Metric("test loss", "nats", 1, 4),
-    "test_perplexity": Metric("test perplexity", "", 1, 2),
-    "train_loss": Metric("train loss", "nats", 1, 4),
-}
 _BUDGETS = {
     "steps": "With equal steps",
     "time": "With equal time, each row taking as many steps as fit into FOGZO's seconds",
 }
 
 
-def row_label(row: Results) -> str:
-    """A row's name for people, with its budget where it is not the usual one."""
-    return ROWS[row["name"]].label + (", as long as FOGZO" if row["budget"] == "time" else "")
-
-
-def quality(result: Results) -> str:
-    """Test results in words, and the training loss where it was measured."""
+def quality(result: Mapping[str, Any]) -> str:
+    """Test results of one run in words, and the training loss where it was measured."""
     words = [f"test loss {result['test_loss']:.4f} nats"]
     words += [f"test accuracy {result['test_accuracy']:.2%}"]
     if "test_perplexity" in result:
         words += [f"test perplexity {result['test_perplexity']:.2f}"]
-        words += [f"{result['test_bits_per_byte']:.3f} bits a byte"]
+        words += [f"{result['test_bits_per_byte']:.3f} bits per byte"]
     if "train_loss" in result:
         words += [f"train loss {result['train_loss']:.4f}"]
     return ", ".join(words)
 
 
-def main_metric(results: Results) -> str:
-    """What rows are judged by: perplexity for text, accuracy for images."""
-    text = any("test_perplexity" in row for row in results["rows"])
-    return "test_perplexity" if text else "test_accuracy"
-
-
-def metrics_of(results: Results) -> list[str]:
-    """The metrics that were measured, the main one first."""
-    main = main_metric(results)
-    return [main, *(m for m in METRICS if m != main and any(m in r for r in results["rows"]))]
-
-
-def difference(results: Results, row: Results) -> Any:
-    """FOGZO minus the row, or None for FOGZO itself."""
-    for entry in results["differences"]:
-        if entry["name"] == row["name"] and entry["budget"] == row["budget"]:
-            return entry
-    return None
-
-
-def summary_table(results: Results) -> Table:
-    """One table of everything, as pages of results show it."""
-    main = main_metric(results)
-    keys = (main, "train_loss")
-    heading = ["row", *map(_heading, keys), "lr", "kappa", "steps", "seconds", "extra forwards"]
-    heading += [f"FOGZO minus row: {METRICS[key].name}" for key in keys]
+def page_table(comparison: Comparison) -> Table:
+    """What a page of results shows of a comparison, and where it was measured."""
+    main = comparison.main_metric
+    shown = (main, TRAIN_LOSS)
+    heading = ["gradient", "steps + extra forward passes"]
+    for metric in shown:
+        heading += [metric.heading, "FOGZO − row"]
     rows = []
-    for row in results["rows"]:
-        gap = difference(results, row) or {}
-        kappa = row.get("kappa")
-        cells = [row_label(row), *(METRICS[key].spread(row.get(key)) for key in keys), _rate(row)]
-        cells += ["" if kappa is None else f"{kappa:g}", str(row["steps"])]
-        cells += [f"{row['seconds']['mean']:.2f}", str(row["extra_forwards"])]
-        rows.append([*cells, *(METRICS[key].interval(gap.get(key, {})) for key in keys)])
-    return Table("", "", heading, rows)
+    for row in comparison.rows:
+        cells = [row.title, f"{row.steps:,} + {row.extra_forwards or 0:,g}"]
+        for metric in shown:
+            gap = metric.called(comparison.interval(row, metric))
+            cells += [metric.spread(row.summary(metric.key)), gap]
+        rows.append(cells)
+    edges = [row.title for row in comparison.rows if row.at_edge_of_grid]
+    caption = (
+        f"Mean ± standard deviation over {comparison.num_seeds} seeds; differences paired by seed, "
+        "with 95% intervals, bold where they exclude zero."
+    )
+    if edges:
+        caption += f" Best learning rate at an edge of the grid: {'; '.join(edges)}."
+    return Table("", heading, rows, f"{caption} {where(comparison.environment)}")
 
 
-def quality_table(results: Results) -> Table:
+def quality_table(comparison: Comparison) -> Table:
     """What every row reached."""
-    keys = metrics_of(results)
-    with_kappa = any(row.get("kappa") is not None for row in results["rows"])
-    main = main_metric(results)
-    heading = ["row", *map(_heading, keys), "learning rate", *(["kappa"] if with_kappa else [])]
-    heading += ["steps", "seconds", f"FOGZO minus row, {METRICS[main].unit or 'perplexity'} [95%]"]
+    metrics, main = comparison.metrics, comparison.main_metric
+    with_kappa = any(row.kappa is not None for row in comparison.rows)
+    heading = ["row", *(metric.heading for metric in metrics), "learning rate"]
+    heading += [*(["kappa"] if with_kappa else []), "steps", "seconds"]
+    heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
     rows = []
-    for row in results["rows"]:
-        gap = difference(results, row)
-        kappa = row.get("kappa")
-        cells = [row_label(row), *(METRICS[key].spread(row.get(key)) for key in keys), _rate(row)]
-        cells += ["" if kappa is None else f"{kappa:g}"] if with_kappa else []
-        cells += [str(row["steps"]), f"{row['seconds']['mean']:.2f}"]
-        rows.append([*cells, METRICS[main].interval(gap[main]) if gap and main in gap else ""])
+    for row in comparison.rows:
+        cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
+        cells += [f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")]
+        cells += ["" if row.kappa is None else f"{row.kappa:g}"] if with_kappa else []
+        seconds = row.summary("seconds")
+        cells += [str(row.steps), "–" if seconds is None else f"{seconds.mean:.2f}"]
+        rows.append([*cells, main.interval(comparison.interval(row, main))])
     caption = (
         "Mean ± standard deviation over seeds, at the learning rate and kappa of lowest mean "
         'validation loss; "(edge)" marks a rate at the end of the grid, where a better one may lie '
         "beyond."
     )
-    return Table("Final quality", caption, heading, rows)
+    return Table("Final quality", heading, rows, caption)
 
 
-def difference_table(results: Results) -> Table | None:
-    """Every difference with both of its intervals; None where there is no interval."""
-    keys = [key for key in metrics_of(results) if any(key in gap for gap in results["differences"])]
-    heading, rows = ["row"], []
-    for key in keys:
-        heading += [f"{_heading(key)}, Student", "bootstrap"]
-    for row in results["rows"]:
-        gap = difference(results, row)
-        if gap is None:
-            continue
-        cells = [row_label(row)]
-        for key in keys:
-            found = gap.get(key, {})
-            boot = METRICS[key].interval(found, ("bootstrap_low", "bootstrap_high"))
-            cells += [METRICS[key].interval(found), boot]
-        rows.append(cells)
+def difference_table(comparison: Comparison) -> Table | None:
+    """The differences in every metric; None where there is no interval."""
+    metrics = [
+        metric
+        for metric in comparison.metrics
+        if any(metric.key in gap.intervals for gap in comparison.differences)
+    ]
+    rows = [
+        [gap.row.title, *(metric.interval(gap.intervals.get(metric.key)) for metric in metrics)]
+        for gap in comparison.differences
+    ]
     if not any(any(cells[1:]) for cells in rows):
         return None
     caption = (
-        "FOGZO minus row, paired by seed, with 95% intervals. A winner is called by Student's "
-        "interval. The bootstrap (percentiles of 10,000 resamples) stands beside it and calls "
-        "nothing: of few seeds it is too narrow."
+        "FOGZO minus row, paired by seed, with Student's 95% interval. A difference is significant "
+        "where its interval excludes zero."
     )
-    return Table("FOGZO minus every other row", caption, heading, rows)
+    heading = ["row", *(metric.heading for metric in metrics)]
+    return Table("FOGZO minus every other row", heading, rows, caption)
 
 
-def cost_table(results: Results) -> Table:
+def cost_table(comparison: Comparison) -> Table:
     """What every row costs, in time and in passes that no machine changes."""
-    seconds = results["run_seconds_measured_in_turns"]
-    heading = ["row", "step time / STE's", "steps", "forwards", "backwards"]
+    seconds = comparison.run_seconds
+    heading = ["row", "step time / STE's", "steps", "forward passes", "backward passes"]
     heading += ["forward equivalents", "tuning runs"]
     rows = []
-    for row in results["rows"]:
-        ratio = seconds[row["name"]] / seconds["ste"] if "ste" in seconds else None
-        counts = [row.get(k) for k in ("forwards", "backwards", "forward_equivalents")]
-        cells = [row_label(row), "–" if ratio is None else f"{ratio:.2f}", str(row["steps"])]
+    for row in comparison.rows:
+        ratio = f"{seconds[row.name] / seconds['ste']:.2f}" if "ste" in seconds else "–"
+        counts = (row.forwards, row.steps, row.forward_equivalents)
+        cells = [row.title, ratio, str(row.steps)]
         cells += ["–" if count is None else f"{count:,}" for count in counts]
-        rows.append([*cells, str(row.get("tuning_runs", "–"))])
+        rows.append([*cells, str(row.tuning_runs)])
     caption = (
-        "Step times were measured in turns on one machine. Forwards and backwards are passes over "
-        "a whole batch in one run; a backward counts as two forwards. Rows with a kappa may have "
-        "been tuned over more candidates than the others: tuning runs says so."
+        "Step times come from interleaved timing on one machine. Passes are over a whole batch, in "
+        "one run; a backward pass counts as two forward passes. Rows with a kappa may have been "
+        "tuned over more candidates than the others: tuning runs says so."
     )
-    return Table("Cost", caption, heading, rows)
+    return Table("Cost", heading, rows, caption)
 
 
-def plan_table(plan: Results) -> Table:
+def plan_table(plan: Plan) -> Table:
     """What a comparison would run."""
-    rows = [
-        [
-            row_label(cell),
-            *(str(cell[key]) for key in ("steps", "runs", "cached", "to_run")),
-            f"{cell['seconds_a_run']:.3g}",
-            f"{cell['seconds']:.3g}",
-        ]
-        for cell in plan["cells"]
-    ]
-    heading = ("row", "steps", "runs", "cached", "to run", "seconds a run", "seconds")
-    return Table(f"{plan['recipe']}: what would run", "", heading, rows)
+    rows = []
+    for row in plan.rows:
+        counts = (row.steps, row.runs, row.runs - row.to_run, row.to_run)
+        times = (f"{row.seconds_per_run:.3g}", f"{row.seconds:.3g}")
+        rows.append([row_title(row.name, row.budget), *map(str, counts), *times])
+    heading = ("row", "steps", "runs", "cached", "to run", "seconds per run", "seconds")
+    return Table(f"{plan.recipe}: what would run", heading, rows)
 
 
-def findings(results: Results) -> list[str]:
+def findings(comparison: Comparison) -> list[str]:
     """What the intervals allow one to say about FOGZO, in sentences, wins and losses alike."""
+    begins: dict[Verdict, str] = {
+        "better": "FOGZO's {} is significantly better than that of ",
+        "worse": "FOGZO's {} is significantly worse than that of ",
+        "not significant": "No significant difference in {}: ",
+    }
     sentences = []
-    for key in METRICS:
-        verdicts = _verdicts(results, key)
-        name = METRICS[key].name
-        for kind, begin in (
-            ("better", f"FOGZO's {name} is better than that of "),
-            ("worse", f"FOGZO's {name} is worse than that of "),
-            ("open", f"These seeds do not tell FOGZO's {name} apart from that of "),
-        ):
-            labels = [row_label(row) for row, _, found in verdicts if found == kind]
+    for metric in comparison.metrics:
+        verdicts = _verdicts(comparison, metric)
+        for kind, begin in begins.items():
+            labels = [row.title for row, _, found in verdicts if found == kind]
             if labels:
-                sentences.append(f"{begin}{'; '.join(labels)}.")
+                sentences.append(f"{begin.format(metric.name)}{'; '.join(labels)}.")
     if sentences:
         return [*sentences, "Each by a 95% interval of differences paired by seed."]
-    return [_no_interval(results)] if results["differences"] else []
+    return [_no_interval(comparison)] if comparison.differences else []
 
 
-def fallback_words(numbers: Results) -> str:
+def fallback_words(refined_steps: int, counts: Mapping[str, int]) -> str:
     """How many refined steps of a run, or of a row's runs, fell back and why; empty if none."""
-    counts = numbers.get("fallbacks", {})
     if not counts:
         return ""
     reasons = sorted(counts, key=counts.__getitem__, reverse=True)
     said = [reason if len(counts) == 1 else f"{reason} ({counts[reason]:,})" for reason in reasons]
     return (
-        f"{sum(counts.values()):,} of {numbers['refined_steps']:,} refined steps kept STE's "
+        f"{sum(counts.values()):,} of {refined_steps:,} refined steps kept STE's "
         f"gradient: {'; '.join(said)}."
     )
 
 
-def fallbacks(results: Results) -> list[str]:
+def fallbacks(comparison: Comparison) -> list[str]:
     """A sentence for every row of which some steps fell back."""
-    words = [(row_label(row), fallback_words(row)) for row in results["rows"]]
-    return [f"{label}: {said}" for label, said in words if said]
+    words = [
+        (row.title, fallback_words(row.refined_steps, row.fallbacks)) for row in comparison.rows
+    ]
+    return [f"{title}: {said}" for title, said in words if said]
 
 
-def story(results: Results) -> list[str]:
+def story(comparison: Comparison) -> list[str]:
     """The findings with their numbers, for somebody who has not read the paper."""
-    main = main_metric(results)
-    metric = METRICS[main]
-    fogzo = next((row for row in results["rows"] if row["name"] == "fogzo"), None)
+    main, fogzo = comparison.main_metric, comparison.find("fogzo")
     if fogzo is None:
         return ["FOGZO is not among the rows, so nothing is compared with it."]
-    if main not in fogzo:
+    if fogzo.summary(main.key) is None:
         return ["FOGZO's loss did not stay finite: there is nothing to compare."]
-    unit = "%" if metric.unit == "points" else ""
-    lines = [f"FOGZO reached a {metric.name} of {metric.spread(fogzo[main])}{unit}."]
-    verdicts = _verdicts(results, main)
+    unit = "%" if main.unit == "points" else ""
+    lines = [f"FOGZO reached a {main.name} of {main.spread(fogzo.summary(main.key))}{unit}."]
+    verdicts = _verdicts(comparison, main)
+    begins: dict[Verdict, str] = {
+        "better": "significantly better than",
+        "worse": "significantly worse than",
+        "not significant": "not significantly different from",
+    }
     for budget, when in _BUDGETS.items():
-        here = [(row, gap, kind) for row, gap, kind in verdicts if row["budget"] == budget]
         parts = []
-        for kind, words in (
-            ("better", "better than"),
-            ("worse", "worse than"),
-            ("open", "not told apart from"),
-        ):
+        for kind, words in begins.items():
             named = [
-                f"{ROWS[row['name']].label} ({_range(metric, gap)})"
-                for row, gap, found in here
-                if found == kind
+                f"{row.label} ({_range(main, gap)})"
+                for row, gap, found in verdicts
+                if found == kind and row.budget == budget
             ]
             if named:
                 parts.append(f"{words} {', '.join(named)}")
         if parts:
             lines.append(f"{when}, FOGZO was {'; '.join(parts)}.")
     if not verdicts:
-        return [*lines, _no_interval(results)]
-    direction = "more" if MORE_IS_BETTER[main] else "less"
+        return [*lines, _no_interval(comparison)]
+    direction = "more" if main.more_is_better else "less"
     lines.append(
         "In brackets: FOGZO minus the row, and its 95% interval over seeds; "
-        f"{direction} is better. A difference is called one only where the interval excludes zero, "
+        f"{direction} is better. A difference is significant where the interval excludes zero, "
         "which chance alone makes happen about once in twenty rows."
     )
     return lines
 
 
-def _verdicts(results: Results, key: str) -> list[tuple[Results, Results, str]]:
+def where(environment: Mapping[str, Any]) -> str:
+    """Where and when something was measured, as the end of a caption."""
+    return (
+        f"{environment['processor']}, {environment['cores']} cores, torch {environment['torch']}, "
+        f"{environment['date']}."
+    )
+
+
+def _verdicts(
+    comparison: Comparison, metric: Metric
+) -> Sequence[tuple[RowResult, Interval, Verdict]]:
     """Every quantized row with its difference in a metric, and what to call it."""
     found = []
-    for row in results["rows"]:
-        gap = difference(results, row)
-        if gap is None or row["name"] == "float" or key not in gap:
+    for difference in comparison.differences:
+        gap = difference.intervals.get(metric.key)
+        if gap is None or difference.row.name == "float":
             continue
-        kind = verdict(gap[key], MORE_IS_BETTER[key])
-        if kind is not None:
-            found.append((row, gap[key], kind))
+        verdict = gap.verdict(metric.more_is_better)
+        if verdict is not None:
+            found.append((difference.row, gap, verdict))
     return found
 
 
-def _no_interval(results: Results) -> str:
-    if any(len(row["seeds"]) > 1 for row in results["rows"]):
+def _no_interval(comparison: Comparison) -> str:
+    if any(len(row.seeds) > 1 for row in comparison.rows):
         return "A run diverged in every row, so no interval exists and no winner is called."
     return "With one seed no interval exists, and no winner is called: --num-seeds 5."
 
 
-def _range(metric: Metric, gap: Results) -> str:
-    ends = f"{metric.text(gap['low'], '+')} to {metric.text(gap['high'], '+')}"
-    return f"{metric.text(gap['mean'], '+')} {metric.unit}".rstrip() + f", {ends}"
-
-
-def _heading(key: str) -> str:
-    metric = METRICS[key]
-    unit = {"points": " %", "nats": " (nats)", "": ""}[metric.unit]
-    return metric.name + unit
-
-
-def _rate(row: Results) -> str:
-    return f"{row['learning_rate']:g}" + (" (edge)" if row["at_edge_of_grid"] else "")
-
-
-def _or_nan(metric: Metric, sd: float | None) -> str:
-    return "nan" if sd is None else metric.text(sd)
+def _range(metric: Metric, gap: Interval) -> str:
+    ends = f"{metric.text(gap.low, '+')} to {metric.text(gap.high, '+')}"
+    return f"{metric.text(gap.mean, '+')} {metric.unit}".rstrip() + f", {ends}"

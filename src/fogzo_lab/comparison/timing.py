@@ -1,10 +1,10 @@
-"""What a training step of each row takes, measured so that a busy moment hits all rows alike."""
+"""What a training step of each row takes, by interleaved timing."""
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
+from fogzo_lab.interleaved import Timed, take_turns
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.loop import training_step
 from fogzo_lab.training.parallel import Ranks, join_ranks
@@ -16,12 +16,12 @@ _FEWEST_ROUNDS = 3
 def run_seconds(
     configs: Mapping[str, TrainConfig], rounds: int = 15, steps: int = 20, limit: float = 60.0
 ) -> dict[str, float]:
-    """Training seconds of a whole run of each config, from steps taken in turns.
+    """Training seconds of a whole run of each config.
 
     Args:
         configs: Runs by name, of the same number of steps.
         rounds: How often each has its turn; the median turn counts.
-        steps: Steps a turn.
+        steps: Steps per turn.
         limit: Seconds to measure for, about: slow steps get shorter turns, and fewer of them.
     """
     # A run that begins with plain STE is as long as its two parts.
@@ -39,8 +39,7 @@ def run_seconds(
         each = sum(turn(1) for turn in turns.values())
         steps = max(1, min(steps, int(limit / (_FEWEST_ROUNDS * each))))
         rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
-        measured = [{name: turn(steps) for name, turn in turns.items()} for _ in range(rounds)]
-    step = {name: statistics.median(m[name] for m in measured) / steps for name in turns}
+        step = take_turns(turns, dict.fromkeys(turns, steps), rounds).seconds()
     return {
         name: config.max_steps
         * ((1 - config.start) * step[name] + config.start * step.get(f"{name} before", 0.0))
@@ -48,7 +47,7 @@ def run_seconds(
     }
 
 
-def _turn(config: TrainConfig, ranks: Ranks) -> Callable[[int], float]:
+def _turn(config: TrainConfig, ranks: Ranks) -> Timed:
     """A function that trains on for some steps and returns the seconds they took."""
     training = Training(config, ranks)
 

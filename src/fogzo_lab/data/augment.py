@@ -1,4 +1,4 @@
-"""What happens to a batch of images between the data set and the network, on the device."""
+"""Standardisation and augmentation of a batch of images, on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ class Augmentation:
     restoring its state replays a batch.
 
     Args:
-        config: What to do to training images.
+        config: The augmentations of training images.
         images: The data set.
 
     Raises:
@@ -36,7 +36,7 @@ class Augmentation:
 
     @torch.no_grad()
     def train(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented, standardised images, and what the network should say of them.
+        """Augmented, standardised images and their targets.
 
         Returns:
             Images of shape (n, channels, size, size), and labels: unchanged, or of shape (n,
@@ -70,7 +70,7 @@ class Augmentation:
             height, width = pixels.shape[-2:]
             top, bottom = _interval(height, 1 - share)
             left, right = _interval(width, 1 - share)
-            share = 1 - (bottom - top) * (right - left) / (height * width)  # less where cut off
+            share = 1 - (bottom - top) * (right - left) / (height * width)  # less if cut off
             mixed = pixels.clone()
             mixed[..., top:bottom, left:right] = pixels.flip(0)[..., top:bottom, left:right]
         else:
@@ -79,16 +79,16 @@ class Augmentation:
 
 
 def _interval(length: int, area: float) -> tuple[int, int]:
-    """Begin and end of one side of a square of this share of the image, cut off at the edges."""
+    """Start and end of a side of a square with this fraction of the area, cut off at the edges."""
     side, centre = int(length * area**0.5), int(torch.randint(length, ()))
     return max(centre - side // 2, 0), min(centre + (side + 1) // 2, length)
 
 
 class _RandAugment:
-    """RandAugment, two operations an image, on pixels from 0 to 255.
+    """RandAugment with two operations per image, on pixels from 0 to 255.
 
-    kornia's draws two operations for a whole batch; each of its operations is applied here to
-    the images that drew it, so that a batch is as varied as one augmented image by image.
+    kornia draws two operations for a whole batch. Here each of its operations is applied to the
+    images that drew it, so that a batch is as varied as one augmented image by image.
     """
 
     def __init__(self, magnitude: int, channels: int) -> None:

@@ -25,22 +25,22 @@ class Split(Protocol[BatchT]):
 
 
 class ShuffledBatches(Iterator[list[BatchT]]):
-    """Endless windows of micro-batches: one a step, reshuffled every epoch, short ends dropped.
+    """Endless windows of micro-batches, one per step; reshuffled every epoch, short ends dropped.
 
     Every rank walks through the same order and takes its own slice of each batch, so any number
     of ranks and micro-batches sees the same batches.
 
     Args:
         split: The training examples.
-        batch_size: Examples a step, over all ranks and micro-batches.
+        batch_size: Examples per step, over all ranks and micro-batches.
         seed: Seed of the order.
-        rank: Which slice of a batch is this process's.
-        ranks: How many slices there are.
+        rank: Number of this process, which selects its slice of a batch.
+        ranks: Number of slices.
         accumulation: Micro-batches in a window.
-        workers: Processes that load ahead; 0 loads in this one.
+        workers: Processes that load ahead; 0 loads in this process.
 
     Raises:
-        ValueError: If a batch cannot be cut so, or there are fewer examples than a batch.
+        ValueError: If a batch cannot be cut equally, or there are fewer examples than a batch.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class ShuffledBatches(Iterator[list[BatchT]]):
         return [next(self._loaded) for _ in range(self._accumulation)]
 
     def state_dict(self) -> dict[str, int]:
-        """The position in the data: how many windows were taken."""
+        """The position in the data: the number of windows taken."""
         return {"step": self._step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the windows that were taken when `state_dict` was called."""
+        """Continue after the windows that had been taken when `state_dict` was called."""
         self._step, self._loaded = state["step"], None
 
     def _load(self) -> Iterator[BatchT]:
@@ -114,7 +114,7 @@ def _rank_indices(
 
 
 def load(split: Split[BatchT], indices: Iterable[Tensor], workers: int = 0) -> Iterator[BatchT]:
-    """The examples at each tensor of indices, in order; loaded ahead by workers, if there are."""
+    """The examples at each tensor of indices, in order; loaded ahead by workers, if any."""
     if not workers:
         return map(split.batch, indices)
     loader: DataLoader[Any] = DataLoader(
@@ -122,7 +122,7 @@ def load(split: Split[BatchT], indices: Iterable[Tensor], workers: int = 0) -> I
         batch_size=None,
         sampler=indices,
         num_workers=workers,
-        # Without one of its own it would draw from the global stream.
+        # Otherwise it would draw from the global stream.
         generator=torch.Generator(),
         prefetch_factor=4,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -131,22 +131,22 @@ def load(split: Split[BatchT], indices: Iterable[Tensor], workers: int = 0) -> I
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """Go on while the parent ends its step, as signals reach whole groups of processes."""
+    """Ignore signals, which reach whole process groups, while the parent ends its step."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StreamedBatches(Iterator[list[Tensor]]):
-    """Endless windows of micro-batches from a stream of text, one a step.
+    """Endless windows of micro-batches from a stream of text, one per step.
 
     Args:
         stream: This rank's blocks.
-        batch_size: Blocks a step, over all ranks and micro-batches.
-        ranks: How many ranks share a batch.
+        batch_size: Blocks per step, over all ranks and micro-batches.
+        ranks: Number of ranks that share a batch.
         accumulation: Micro-batches in a window.
 
     Raises:
-        ValueError: If a batch cannot be cut so.
+        ValueError: If a batch cannot be cut equally.
     """
 
     def __init__(
@@ -165,12 +165,12 @@ class StreamedBatches(Iterator[list[Tensor]]):
         return dict(self._stream.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the blocks that were taken when `state_dict` was called."""
+        """Continue after the blocks that had been taken when `state_dict` was called."""
         self._stream.load_state_dict(cast(StreamState, state))
 
 
 class _ByBatch(Dataset[Any]):
-    """What a DataLoader without batching asks for: an item for each tensor of indices."""
+    """A data set for a DataLoader without batching: one item per tensor of indices."""
 
     def __init__(self, split: Split[Any]) -> None:
         self._split = split

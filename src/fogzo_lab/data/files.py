@@ -1,4 +1,4 @@
-"""Which files of a local data set are meant, and which split each of them belongs to."""
+"""The files of a local data set that are data, and the split of each."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ from fogzo_lab.data.config import EMBEDDED, HUB_IDS
 
 _LOG = logging.getLogger(__name__)
 
-# What systems, editors, browsers and version control leave behind.
+# Files that systems, editors, browsers and version control leave behind.
 _LEFT_BEHIND = re.compile(
     r"\..*|__pycache__|__MACOSX|lost\+found|(eh)?thumbs\.db|desktop\.ini|~\$.*|#.*#|.*~"
     r"|.*\.(bak|crdownload|lock|orig|part|partial|rej|swo|swp|tmp)",
     re.IGNORECASE,
 )
-# What describes data or their licence, whatever is written after the first word.
+# Files that describe data or their licence, by the first word of their name.
 _DESCRIPTION = re.compile(
     r"(licen[cs]e|copying|copyright|notice|readme|changelog|authors|contributors|contributing"
     r"|citation|requirements|version|checksums?|md5sums?|sha\d+sums?|code_of_conduct)"
@@ -28,7 +28,7 @@ _DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 _PROSE = ("", ".bib", ".cff", ".htm", ".html", ".md", ".rst", ".txt")
-# What `datasets` writes beside data that it saves, and caches there.
+# Files that `datasets` writes beside data that it saves or caches.
 _BOOKKEEPING = re.compile(r"dataset_(info|infos|dict)\.json|state\.json|cache-.*\.arrow")
 # Files that hold nothing but data, so that prose or pictures beside them are no data.
 _TABLES = ("parquet", "arrow")
@@ -44,11 +44,11 @@ _SPLIT_NAME = re.compile(rf"(?<![a-z])({_WORDS})(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of a folder that are meant, all of one kind.
+    """The data files of a folder, all of one kind.
 
     Attributes:
-        kind: What `datasets` calls the format.
-        splits: The files of train, validation and test, where there are any.
+        kind: Name of the format in `datasets`.
+        splits: The files of train, validation and test, if there are any.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class DataFiles:
 
 
 def local_path(dataset: str) -> Path | None:
-    """The file or folder that a data set is, or None for an embedded one or a hub id."""
+    """The file or folder of a data set, or None for an embedded one or a hub id."""
     path = Path(dataset)
     return path if dataset not in (*EMBEDDED, *HUB_IDS) and path.exists() else None
 
@@ -69,8 +69,8 @@ def local_path(dataset: str) -> Path | None:
 def meant_files(root: Path) -> list[Path]:
     """The files of a folder that may be data, in the order of their paths; or the file itself.
 
-    Hidden files and folders, backups, caches and licences never are; a README is a part of them
-    where it says which others are.
+    Hidden files and folders, backups, caches and licences never are; a README is included if it
+    says which files are data.
     """
     if root.is_file():
         return [root]
@@ -79,17 +79,17 @@ def meant_files(root: Path) -> list[Path]:
 
 
 def find_data_files(root: Path, kinds: Mapping[str, str]) -> DataFiles | None:
-    """The files of one kind in a folder, or a file by its own path; None where there are none.
+    """The files of one kind in a folder, or a file by its own path; None if there are none.
 
-    Splits are named by folders and files. Where some are for training by name, others that name no
-    split are left out, but for prose, which is called what it likes.
+    Names of folders and files assign them to splits. If some are named as training data, files that
+    name no split are left out, except prose, which has arbitrary names.
 
     Args:
         root: The file or folder.
-        kinds: What `datasets` calls a format, by the suffix of its files.
+        kinds: Names of formats in `datasets`, by the suffix of their files.
 
     Raises:
-        ValueError: If there are several kinds and nothing says which is meant.
+        ValueError: If there are several kinds of data files.
     """
     files = meant_files(root)
     by_kind: dict[str, list[Path]] = {}
@@ -113,7 +113,7 @@ def find_data_files(root: Path, kinds: Mapping[str, str]) -> DataFiles | None:
 
 
 def declares_its_files(root: Path) -> bool:
-    """Whether the README of a folder says which files are its data, as the hub's do."""
+    """Whether the README of a folder lists its data files, as on the hub."""
     try:
         text = (root / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -123,7 +123,7 @@ def declares_its_files(root: Path) -> bool:
 
 
 def suffixes(files: Collection[Path]) -> str:
-    """How many files there are of each suffix, in words."""
+    """The number of files per suffix, in words."""
     counts = Counter(file.suffix.lower() or file.name for file in files)
     shown = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
     more = len(counts) - len(shown)
@@ -131,7 +131,7 @@ def suffixes(files: Collection[Path]) -> str:
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files but what is left behind, also through links to folders, though never in circles."""
+    """All files that may be data, following links to folders, but never in circles."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -146,7 +146,7 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a folder holds a run or comparison of ours, or what `datasets` has read before."""
+    """Whether a folder holds a run or comparison of fogzo, or the cache of `datasets`."""
     if (folder / "config.json").exists():
         return any((folder / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
     library = sys.modules.get("datasets")
@@ -171,10 +171,10 @@ def _only_kind(root: Path, by_kind: Mapping[str, list[Path]]) -> str | None:
 
 
 def _named_split(file: Path, root: Path, kind: str) -> str:
-    """The split that a path names, the first of its folders to do so or else the file; or none."""
+    """The split named by the first folder of a path that names one, or by the file; or none."""
     parts = file.relative_to(root).parts if file != root else ()
     for part in parts[:1] if kind == "text" else parts:
-        # Prose goes by how its first name begins, tables and images by any word of a name.
+        # Prose is assigned by how its first name begins, tables and images by any word of a name.
         found = (_SPLIT_NAME.match if kind == "text" else _SPLIT_NAME.search)(part)
         if found:
             word = found[1].lower()

@@ -1,4 +1,4 @@
-"""Labelled images as `datasets` reads them: hub ids, and folders of parquet or image files."""
+"""Labelled images read by `datasets`: hub ids, and folders of parquet or image files."""
 
 import io
 import logging
@@ -22,14 +22,14 @@ _GREY_MODES = ("1", "L", "LA", "La")
 
 
 class LazyPixels:
-    """A column of encoded images that is indexed like a tensor and decodes what is asked for.
+    """A column of encoded images that is indexed like a tensor and decoded on demand.
 
     Args:
         table: The split, of `datasets`.
-        what: The split in words.
+        what: Name of the split in messages.
         mode: PIL's L or RGB.
-        side: Pixels a side of the tensors.
-        resize: Whether to resize images of another size, which are refused otherwise.
+        side: Pixels per side of the tensors.
+        resize: Whether to resize images of another size, which are otherwise refused.
     """
 
     def __init__(self, table: Any, what: str, mode: str, side: int, resize: bool) -> None:
@@ -58,7 +58,7 @@ Read = tuple[Tensor | LazyPixels, Tensor, Tensor | LazyPixels, Tensor, int]
 
 
 def read_files(config: ImagesConfig) -> Read:
-    """A hub data set or folder, decoded to memory where it fits.
+    """A hub data set or folder, decoded to memory if it fits.
 
     Raises:
         ValueError: If it cannot be found or read, or is not made of labelled images.
@@ -80,7 +80,7 @@ def read_files(config: ImagesConfig) -> Read:
     num_classes = len(classes) or int(labels.max()) + 1
     if num_classes < 2:
         raise ValueError(
-            f"{names['train']} has only one class, and there is nothing to tell it from: give "
+            f"{names['train']} has only one class, and two or more are needed: give "
             "another --data.dataset cifar10"
         )
     if int(test_labels.max()) >= num_classes:
@@ -151,7 +151,7 @@ def _values(table: Any, column: str) -> Any:
 
 
 def _encoded(table: Any, what: str) -> tuple[Any, str]:
-    """Only the images of a split, as bytes or paths, and the name of their column."""
+    """The images of a split, as bytes or paths, and the name of their column."""
     import datasets
 
     column = _column(table, _IMAGE_COLUMNS, what)
@@ -166,13 +166,13 @@ def _encoded(table: Any, what: str) -> tuple[Any, str]:
 
 
 def _has_colour(table: Any, column: str, what: str) -> bool:
-    """Whether any image has more than grey levels, as its first bytes say."""
+    """Whether any image has colours, according to its first bytes."""
     from PIL import Image
 
     for row, value in enumerate(example[column] for example in table):
         try:
             mode = Image.open(io.BytesIO(_content(value))).mode
-        except Exception as error:  # PIL raises whatever its decoders do
+        except Exception as error:  # PIL raises whatever its decoders raise
             raise _undecodable(value, what, row, error) from error
         if mode not in _GREY_MODES and mode[0] not in "IF":
             return True
@@ -180,17 +180,17 @@ def _has_colour(table: Any, column: str, what: str) -> bool:
 
 
 def _decode(value: Any, what: str, row: int) -> Any:
-    """A PIL image, turned as its EXIF data says."""
+    """A PIL image, rotated according to its EXIF data."""
     import datasets
 
     try:
         image = datasets.Image().decode_example({"bytes": _content(value), "path": None})
-    except Exception as error:  # PIL raises whatever its decoders do
+    except Exception as error:  # PIL raises whatever its decoders raise
         raise _undecodable(value, what, row, error) from error
     if image.mode[0] in "IF":  # 16 or 32 bits, which conversion would cut off at 255
         raise ValueError(
             f"image {row} of {what}{_name(value)} has PIL's mode {image.mode}, but pixels must "
-            "have 8 bits a channel: convert all first, as with "
+            "have 8 bits per channel: convert all first, as with "
             'image.point(lambda level: level / 257).convert("L") from 16 bits'
         )
     return image
@@ -210,7 +210,7 @@ def _undecodable(value: Any, what: str, row: int, error: Exception) -> ValueErro
 
 
 def _name(value: Any) -> str:
-    """The file of an encoded image, where it is one."""
+    """The file name of an encoded image, if it has one."""
     return f" ({value['path']})" if value and value.get("path") else ""
 
 
@@ -229,7 +229,7 @@ def to_tensor(image: Any, mode: str, side: int) -> Tensor:
 
 
 def _in_memory(pixels: LazyPixels) -> Tensor | LazyPixels:
-    """All of it decoded, if that fits."""
+    """The pixels decoded to memory, if they fit."""
     count, channels, side, _ = pixels.shape
     if count * channels * side * side > MEMORY_LIMIT:
         return pixels
@@ -240,7 +240,7 @@ def _in_memory(pixels: LazyPixels) -> Tensor | LazyPixels:
 
 
 def stored_side(config: ImagesConfig, source: int) -> int:
-    """Pixels a side of images in memory, given those of the smaller side of an original."""
+    """Pixels per side of images in memory, given the smaller side of an original."""
     if config.image_size is None:
         return source
     if config.augmentation.crop == "resized" and source > config.image_size:

@@ -1,4 +1,4 @@
-"""Where images come from: a hub id, or the files of a folder and the classes they lie in."""
+"""Images from a hub id, or from a folder whose subfolders are the classes."""
 
 import sys
 from itertools import chain
@@ -17,15 +17,15 @@ from fogzo_lab.data.files import (
 _PICTURES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"}
 _PICTURES |= {".ppm", ".tif", ".tiff", ".webp"}
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(_PICTURES, "imagefolder")}
-# What says of pictures what they are, instead of their folders.
+# Files that label pictures, instead of their folders.
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 
 
 def load_splits(dataset: str) -> Any:
-    """The splits of a hub data set or folder, as `datasets` has them.
+    """The splits of a hub data set or folder, as `datasets` loads them.
 
     Raises:
-        ValueError: If it cannot be found or read, or its folders are no classes.
+        ValueError: If it cannot be found or read, or its folders are not classes.
     """
     try:
         import datasets
@@ -64,12 +64,12 @@ def load_splits(dataset: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _find(root: Path) -> DataFiles | None:
-    """The files of a folder; None where `datasets` must know what to make of it."""
+    """The files of a folder; None if `datasets` itself must find them."""
     if declares_its_files(root) or _METADATA & {file.name for file in meant_files(root)}:
         return None
     files = find_data_files(root, _KINDS)
@@ -79,9 +79,9 @@ def _find(root: Path) -> DataFiles | None:
 
 
 def _check_classes(root: Path, splits: dict[str, list[Path]]) -> None:
-    """Raise a `ValueError` unless all images lie in folders named after two classes or more.
+    """Raise a `ValueError` unless all images are in folders named after two classes or more.
 
-    Where they do not, `datasets` leaves their labels away.
+    Otherwise `datasets` drops their labels.
     """
     depths = {len(image.parts): image for image in chain(*splits.values())}
     if len(depths) > 1:
@@ -107,7 +107,7 @@ def _check_classes(root: Path, splits: dict[str, list[Path]]) -> None:
 
 
 def _is_broken(file: Path) -> bool:
-    """Whether a file is no parquet although it is called so."""
+    """Whether a file is not parquet despite its name."""
     if file.suffix.lower() != ".parquet":
         return False
     import pyarrow.parquet

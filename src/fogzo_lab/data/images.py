@@ -17,8 +17,8 @@ from fogzo_lab.data.image_files import (
 )
 from fogzo_lab.data.record import stamp
 
-# As ImageNet's papers have them: measuring a split that is too large for memory would mean to
-# decode all of it once more.
+# The usual values for ImageNet: to measure a split that is too large for memory, all of it would
+# have to be decoded once more.
 _IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 _IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -29,7 +29,7 @@ class ImageSplit:
     Args:
         pixels: All images, in memory or decoded when asked for; processes can share either.
         labels: All labels.
-        rows: Which of them belong to the split; by default all.
+        rows: Indices of the images in the split; by default all.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageSplit:
         """The images and labels at these indices.
 
         Raises:
-            ValueError: If an image is decoded only now and cannot be.
+            ValueError: If an image is decoded on demand and cannot be.
         """
         rows = self._rows[indices]
         return self._pixels[rows], self._labels[rows]
@@ -54,7 +54,7 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class Images:
-    """Train, validation (to choose with) and test (to report on), and what they have in common."""
+    """Train, validation (to choose with) and test (to report on), and their common properties."""
 
     train: ImageSplit
     validation: ImageSplit
@@ -62,23 +62,22 @@ class Images:
     num_classes: int
     channels: int
     image_size: int
-    """Pixels a side that the network sees; images to be cropped at random are stored larger."""
+    """Pixels per side of the network's input; images to be cropped at random are stored larger."""
     mean: tuple[float, ...]
-    """Of each channel of the training images, in pixel units from 0 to 255."""
+    """Mean of each channel of the training images, in pixel units from 0 to 255."""
     std: tuple[float, ...]
 
 
 def load_images(config: ImagesConfig) -> Images:
     """Load a data set, the same split every time.
 
-    Images of another size than config asks for are resized: their largest centre square is
+    Images of another size than the configured one are resized: their largest centre square is
     scaled. For resized crops, images larger than image_size are stored as squares of 8/7 of it
     (256 pixels for 224); crops are drawn from that square, and its centre is evaluated.
 
-    The images to choose with are always part of the training split. A set whose test split is
-    missing or has no labels is tested on its validation split. They are in grey if all of them are,
-    of every split, and else in RGB. A set whose files did not change since the last time is not
-    read again.
+    The validation images are always part of the training split. If the test split is missing or
+    has no labels, the data set's own validation split is used for testing. Images are grey if all
+    images of all splits are, and otherwise RGB. Unchanged files are not read again.
 
     Raises:
         ValueError: If the set cannot be found or read, or is not made of labelled images.
@@ -97,7 +96,7 @@ def _load(config: ImagesConfig, stamp: object) -> Images:
             f"{held_out} to validate with and {len(labels) - held_out} to train on, and neither "
             "may be 0: --data.validation-fraction 0.5"
         )
-    # Fixed whatever the run's seed is, so that every seed is chosen and judged on the same images.
+    # Independent of the run's seed, so that all seeds are validated and tested on the same images.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     mean, std = _statistics(pixels)
     return Images(
@@ -136,7 +135,7 @@ def _digits(config: ImagesConfig) -> Read:
 
 
 def _statistics(pixels: Tensor | LazyPixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and unbiased standard deviation of each channel, as single precision has them."""
+    """Mean and unbiased standard deviation of each channel, in single precision."""
     if isinstance(pixels, LazyPixels):
         if pixels.shape[1] == 3:
             return _IMAGENET_MEAN, _IMAGENET_STD
@@ -148,6 +147,6 @@ def _statistics(pixels: Tensor | LazyPixels) -> tuple[tuple[float, ...], tuple[f
         mean = (counts * levels).sum() / counts.sum()
         variance = (counts * (levels - mean).square()).sum() / (counts.sum() - 1)
         means.append(float(mean.float()))
-        # Where nothing ever changes, standardising leaves zeros rather than dividing by zero.
+        # A constant channel is standardised to zeros instead of dividing by zero.
         stds.append(float(variance.sqrt().float()) or 1.0)
     return tuple(means), tuple(stds)

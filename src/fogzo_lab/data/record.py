@@ -1,4 +1,4 @@
-"""What the local files of a run held when it began, so that no other data take their place."""
+"""Digests of the local data files of a run, so that it resumes on the same data only."""
 
 import json
 from functools import lru_cache
@@ -12,20 +12,20 @@ from fogzo_lab.system.json_files import dumps, write_text
 RECORD = "data.json"
 """The record's name in a run folder."""
 
-# Files of more in all are read in samples: the first MiB of each for certain, spread over it.
+# Files of more bytes in total are read in samples: the start, the end and parts in between.
 _READ = 2**30
 _SAMPLES = 16
-# Of more files than this, folders are recorded.
+# For more files than this, folders are recorded instead.
 _MOST_NAMES = 10_000
 
 Digests = dict[str, str]
-"""A hash of every file, by its path."""
+"""Hash of each file, by its path."""
 
 
 def digest_data(data: DataConfig) -> Digests:
-    """Digests of the local files that a config reads; none where all is on the hub.
+    """Digests of the local files that a config reads; empty if all data are on the hub.
 
-    Of a gigabyte or more, sizes and samples of the content count.
+    For a gibibyte or more, they are of the sizes and of samples of the content.
     """
     files = _files(data)
     share = _READ // max(1, len(files))
@@ -42,21 +42,21 @@ def digest_data(data: DataConfig) -> Digests:
 
 
 def stamp(data: DataConfig) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of those files: what has the same need not be read again."""
+    """Name, size and time of change of these files; unchanged ones need not be read again."""
     states = [(name, file.stat()) for name, file in _files(data).items()]
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def record_data(folder: Path, digests: Digests) -> None:
-    """Write down in a run folder what the data of its run hold."""
+    """Record the digests in a run folder."""
     write_text(folder / RECORD, dumps(digests, indent=1) + "\n")
 
 
 def check_unchanged(folder: Path, digests: Digests) -> None:
-    """Check that a run goes on with the data it began with, as far as its folder records them.
+    """Check that a run resumes on the data it started with, as far as they are recorded.
 
     Raises:
-        ValueError: If a file was changed, added or removed; it is named.
+        ValueError: If a file was changed, added or removed. It names the file.
     """
     if changes := changed_data(folder, digests):
         raise ValueError(
@@ -66,7 +66,7 @@ def check_unchanged(folder: Path, digests: Digests) -> None:
 
 
 def changed_data(folder: Path, digests: Digests) -> str:
-    """Which files are no longer those of a run, in words; empty where all are, or nobody knows.
+    """The files that differ from those of a run, in words; empty if none do, or none are recorded.
 
     Raises:
         ValueError: If the record is damaged.

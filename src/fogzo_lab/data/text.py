@@ -1,4 +1,4 @@
-"""Text to train and evaluate language models on: where it comes from and how it is split."""
+"""Text for language models: its sources and splits."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -37,27 +37,27 @@ class Text:
     """Train, validation (to choose with) and test (to report on), as blocks of tokens."""
 
     train: TextSplit | StreamedText
-    """In memory, or where to begin a stream."""
+    """In memory, or the start of a stream."""
     validation: TextSplit
     test: TextSplit
     vocab_size: int
-    """Tokens that the tokenizer knows."""
+    """Number of tokens of the tokenizer."""
     bytes_per_token: float
-    """UTF-8 bytes that a token of the test split stands for, on average: a loss in nats a token,
-    over log(2) times this, is in bits per byte, which compares across tokenizers."""
+    """Mean UTF-8 bytes per token of the test split. A loss in nats per token, divided by log(2)
+    times this, is in bits per byte, which is comparable across tokenizers."""
 
 
 def load_text(config: TextConfig) -> Text:
     """Load text and split it, the same way every time.
 
-    A source without splits of its own has its last tenth of characters as the test part, and the
-    last `validation_fraction` before that for validation. One with either a test or a validation
-    split is tested on that, and validated on the end of its training split. If it is streamed, the
-    first documents of the training split take the place of the last ones, and training passes
-    over documents equal to them.
+    Without splits of its own, the last tenth of the characters is the test part, and the last
+    `validation_fraction` before it is for validation. A source with either a test or a validation
+    split is tested on that split and validated on the end of its training split. In a stream, the
+    first documents of the training split are held out instead of the last ones, and training skips
+    documents equal to them.
 
-    The content of pydoc depends on the version of Python. Text whose files did not change since the
-    last time is not read again.
+    The content of pydoc depends on the version of Python. Unchanged files are not
+    read again.
 
     Raises:
         ValueError: If the text or the tokenizer cannot be found or read, or the text is too short.
@@ -90,7 +90,7 @@ def _load(config: TextConfig, stamp: object) -> Text:
 
 
 def check_vocabulary(vocab_size: int | None, text: Text) -> int:
-    """Rows that a model's embedding needs: as many as given or, without a number, tokens.
+    """The number of rows of a model's embedding: as given or, by default, the number of tokens.
 
     Raises:
         ValueError: If the tokenizer knows more tokens than the model.
@@ -104,18 +104,18 @@ def check_vocabulary(vocab_size: int | None, text: Text) -> int:
 
 
 def unigram_loss(text: Text) -> float:
-    """Cross entropy, in nats a token, of the test split under the training split's frequencies.
+    """Cross entropy, in nats per token, of the test split under the training split's frequencies.
 
-    Every token is counted once more than it occurs. This is what a model that ignores the context
-    can reach; one that knows nothing is at log(vocab_size). Of a stream, as many blocks are
-    counted as the test split has.
+    Every token is counted once more than it occurs. A model that ignores the context can reach
+    this loss; a uniform prediction has log(vocab_size). In a stream, as many blocks are counted as
+    the test split has.
     """
     if isinstance(text.train, TextSplit):
         seen = text.train.tokens
     else:
         seen = text.train.stream().next_blocks(len(text.test))[:, 1:].flatten()
     counts = torch.bincount(seen, minlength=text.vocab_size).double() + 1
-    # Its first token is no block's target.
+    # The first token is not a target of any block.
     targets = torch.bincount(text.test.tokens[1:], minlength=text.vocab_size).double()
     return -(targets / targets.sum() * (counts / counts.sum()).log()).sum().item()
 
@@ -127,7 +127,7 @@ def _streamed(config: TextConfig, tokenizer: Tokenizer) -> Text:
             "or give a data set of `datasets`, as in --data.dataset allenai/c4"
         )
     tables = load_tables(config)
-    # Drawn from while they are tokenised, so that the second begins where the first ended.
+    # Read lazily, so that the second split begins where the first one ended.
     train = tables.texts("train")
     held_out: list[str] = []
 
@@ -158,7 +158,7 @@ def _noting(documents: Iterator[str], noted: list[str]) -> Iterator[str]:
 def _split(
     name: str, documents: Iterable[str], config: TextConfig, tokenizer: Tokenizer
 ) -> tuple[TextSplit, float]:
-    """Blocks of documents, all of them for training, and how many bytes a token stands for."""
+    """Blocks of documents, limited in number unless for training, and the bytes per token."""
     # A separator stands between documents here, not before the first.
     begin = len(tokenizer.separator)
     limit = None if name == "train" else begin + config.max_eval_blocks * config.context + 1
@@ -174,7 +174,7 @@ def _split(
 
 
 def _cut(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Cut after a share of all characters, inside a document if need be."""
+    """Cut after a fraction of all characters, inside a document if necessary."""
     remaining = int(sum(map(len, documents)) * share)
     for index, document in enumerate(documents):
         if remaining < len(document):
@@ -185,7 +185,7 @@ def _cut(documents: list[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def _read(config: TextConfig) -> dict[str, list[str]]:
-    """The documents of every split that a source has, train among them."""
+    """The documents of every split of a source, including train."""
     if config.dataset == "pydoc":
         from pydoc_data.topics import topics
 

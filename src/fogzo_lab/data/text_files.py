@@ -1,4 +1,4 @@
-"""Text as files have it: plain, or a column of what `datasets` reads."""
+"""Text in files: plain, or a column of a table that `datasets` reads."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ _PARSERS = {
 }
 _KINDS = {".txt": "text", **_PARSERS}
 
-# How files begin that are no text, what they are and what makes text of them.
+# First bytes of files that are not text, their kind, and how to convert them.
 _SIGNATURES = (
     (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip -k {file}"),
     (b"BZh", "compressed by bzip2", "unpack it with bunzip2 -k {file}"),
@@ -45,10 +45,10 @@ _SIGNATURES = (
 
 
 def plain_text(dataset: str) -> dict[str, list[str]] | None:
-    """The documents of every split of a file or folder of plain text; None of anything else.
+    """The documents of every split of a file or folder of plain text; None for anything else.
 
     Raises:
-        ValueError: If there is no such file or folder, or it is no text.
+        ValueError: If there is no such file or folder, or it is not text.
     """
     root = _local(dataset)
     if root is None or (root.is_dir() and declares_its_files(root)):
@@ -68,8 +68,8 @@ class Tables:
 
     Attributes:
         splits: A `Dataset` or, streaming, an `IterableDataset` by name.
-        column: Where the text is.
-        files: The local files that are read, if there are any.
+        column: Name of the column of text.
+        files: The local files that are read, if any.
     """
 
     splits: dict[str, Any]
@@ -82,7 +82,7 @@ class Tables:
 
 
 def load_tables(config: TextConfig) -> Tables:
-    """A data set of `datasets`, of which only the column of text is read.
+    """The column of text of a data set of `datasets`.
 
     Raises:
         ValueError: If it cannot be found or read, or has no such column or no train split.
@@ -130,15 +130,15 @@ def load_tables(config: TextConfig) -> Tables:
 def column_texts(
     rows: Iterable[dict[str, Any]], column: str, files: Sequence[Path] = ()
 ) -> Iterator[str]:
-    """The texts of a column, empty where there is none.
+    """The texts of a column; empty strings where it has none.
 
     Args:
-        rows: Where the column is.
+        rows: Rows with the column.
         column: Its name.
-        files: What rows are read from on the way, to name one that cannot be.
+        files: The files of the rows, so that an error can name the broken one.
 
     Raises:
-        ValueError: If something else than text is found, or a row cannot be read.
+        ValueError: If a value is not text, or a row cannot be read.
     """
     for number, row in enumerate(_readable(rows, files)):
         value = row[column]
@@ -160,7 +160,7 @@ def _local(dataset: str) -> Path | None:
     """A file or folder, or None for a hub id.
 
     Raises:
-        ValueError: If this looks like a path and there is nothing.
+        ValueError: If it looks like a path and does not exist.
     """
     path = local_path(dataset)
     if path is None and (dataset.startswith((".", "/")) or Path(dataset).suffix in _KINDS):
@@ -180,7 +180,7 @@ def _find(root: Path) -> DataFiles:
         files = meant_files(root)
         unpack = "unpack them" if any(_signature(file) for file in files) else "name text so"
         raise ValueError(
-            f"could not load {str(root)!r}: of the files of a folder those are read that end in "
+            f"could not load {str(root)!r}: only files of a folder are read that end in "
             f"{', '.join(_KINDS)}, and it has {suffixes(files)}: {unpack}, or give one file by its "
             "own path as --data.dataset"
         )
@@ -188,7 +188,7 @@ def _find(root: Path) -> DataFiles:
 
 
 def _signature(file: Path) -> tuple[str, str] | None:
-    """What a file is if it is no text, and what to do about it."""
+    """The kind of a file that is not text, and how to convert it."""
     with file.open("rb") as content:
         head = content.read(16)
     for begins, kind, advice in _SIGNATURES:
@@ -210,7 +210,7 @@ def _read(file: Path) -> str:
 
 
 def _advice(row: dict[str, Any]) -> str:
-    """What to do about a data set with such rows, whose column of text was not found."""
+    """Advice for a data set with such rows, whose column of text was not found."""
     texts = [name for name, value in row.items() if isinstance(value, str)]
     if texts:
         return f"use --data.column {max(texts, key=lambda name: len(row[name]))}"
@@ -242,7 +242,7 @@ def _readable(rows: Iterable[dict[str, Any]], files: Sequence[Path]) -> Iterator
 
 
 def _unreadable(dataset: str, files: Sequence[Path], error: Exception) -> ValueError:
-    """What to say of a data set that cannot be read: of a local one, where."""
+    """The error of a data set that cannot be read, with the place in a local one."""
     what = f"could not load {dataset!r} with datasets: {_place(files, error)}; "
     if files:
         return ValueError(what + "mend or remove it, or give another --data.dataset")
@@ -253,13 +253,13 @@ def _unreadable(dataset: str, files: Sequence[Path], error: Exception) -> ValueE
 
 
 def _place(files: Sequence[Path], error: Exception) -> str:
-    """Which file and line is to blame, or what the error says."""
+    """The file and line at fault, or the message of the error."""
     jsons = [file for file in files if file.suffix.lower() in (".json", ".jsonl")]
     return next(filter(None, map(_fault, jsons)), None) or _reason(error)
 
 
 def _fault(file: Path) -> str | None:
-    """Where a file of JSON stops being that: objects, one a line, or anything as a whole."""
+    """The first fault in a file of JSON: one object per line, or a single value."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -290,7 +290,7 @@ def _not_json(text: str) -> json.JSONDecodeError | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line; `datasets` hides most of it behind an error of its own."""
+    """The cause of an error in one line; `datasets` hides most behind an error of its own."""
     hides = str(error).strip() == "An error occurred while generating the dataset"
     shown = error.__cause__ if hides and error.__cause__ is not None else error
     return " ".join(str(shown).split())[:400] or type(shown).__name__

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fogzo_lab.data.text_files import Tables, column_texts
 
-# Characters tokenised at once, and characters of one piece of a long document: tokenizers take
-# memory, and some take time, that grows faster than the text.
+# Characters tokenised at once, and characters per piece of a long document: the memory of
+# tokenizers, and the time of some, grow faster than the text.
 _BATCH = 2**20
 _PIECE = 2**16
-# Characters with which a window of a stream ends early, so that books fit into memory.
+# Number of characters at which a window of a stream ends early, so that books fit into memory.
 _WINDOW = 2**24
 
 
@@ -25,17 +25,17 @@ class Tokenizer:
     """A way to turn text into numbers."""
 
     encode: Callable[[list[str]], list[Tensor]]
-    """The tokens of every text, without special tokens, all of the dtype of `separator`."""
+    """Returns the tokens of each text, without special tokens, in the dtype of `separator`."""
     vocab_size: int
     separator: Tensor
-    """What stands between documents: the end-of-text token or, without one, an empty line."""
+    """The separator of documents: the end-of-text token or, without one, an empty line."""
     separator_bytes: int
-    """UTF-8 bytes of text that `separator` stands for: none if it is a special token."""
+    """UTF-8 bytes of text in `separator`: none if it is a special token."""
 
 
 @lru_cache(maxsize=2)
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or what transformers' AutoTokenizer finds under a hub id or in a folder.
+    """`bytes`, or the tokenizer that AutoTokenizer finds under a hub id or in a folder.
 
     Raises:
         ValueError: If there is no such tokenizer.
@@ -70,7 +70,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     end = tokenizer.eos_token_id
     separator = encode(["\n\n"])[0] if end is None else torch.tensor([end], dtype=torch.int32)
-    # Numbers may be left out of a vocabulary, so the highest counts and not how many there are.
+    # A vocabulary may skip numbers, so the highest one counts, not the number of tokens.
     size = max(tokenizer.get_vocab().values()) + 1
     return Tokenizer(encode, size, separator, 2 if end is None else 0)
 
@@ -82,17 +82,17 @@ def _encode_bytes(texts: list[str]) -> list[Tensor]:
 def encode_documents(
     documents: Iterable[str], tokenizer: Tokenizer, limit: int | None = None
 ) -> tuple[Tensor, float]:
-    """Tokens of documents, a separator before each, and how many UTF-8 bytes a token stands for.
+    """Tokens of documents, a separator before each, and the mean UTF-8 bytes per token.
 
     Args:
-        documents: Empty ones are passed over.
-        limit: Return at most so many tokens, and read little more than that takes.
+        documents: Texts; empty ones are skipped.
+        limit: Maximum number of tokens; little more text than needed is read.
     """
     parts = [tokenizer.separator[:0]]
     count = size = 0
     pieces = _pieces(documents)
     while limit is None or count < limit:
-        # A token is seldom less than a character, so this many characters are seldom too many.
+        # A token seldom has less than a character, so this many characters are seldom too many.
         batch = list(_upto(pieces, _BATCH if limit is None else min(_BATCH, limit - count)))
         if not batch:
             break
@@ -121,7 +121,7 @@ def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _upto(pieces: Iterator[tuple[str, bool]], characters: int) -> Iterator[tuple[str, bool]]:
-    """Pieces until they have so many characters, and no piece more is drawn."""
+    """Pieces up to a number of characters; no further piece is drawn."""
     while characters > 0 and (piece := next(pieces, None)):
         yield piece
         characters -= len(piece[0])
@@ -129,7 +129,7 @@ def _upto(pieces: Iterator[tuple[str, bool]], characters: int) -> Iterator[tuple
 
 @dataclass(frozen=True, eq=False)
 class TextSplit:
-    """Tokens cut into consecutive blocks; a block's last token is also the next one's first."""
+    """Tokens cut into consecutive blocks; the last token of one is also the first of the next."""
 
     tokens: Tensor
     context: int
@@ -138,42 +138,42 @@ class TextSplit:
         return max(len(self.tokens) - 1, 0) // self.context
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Blocks of shape (n, context + 1): `[:, :-1]` are inputs and `[:, 1:]` their targets."""
+        """Blocks of shape (n, context + 1): `[:, :-1]` are the inputs, `[:, 1:]` the targets."""
         offsets = torch.arange(self.context + 1, device=indices.device)
         return self.tokens[indices[:, None] * self.context + offsets].long()
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedText:
-    """Training text that is read while training: where to begin any number of streams."""
+    """Training text that is read while training, by any number of streams."""
 
     tables: Tables
-    """Of which the training split is read."""
+    """The data set, whose training split is read."""
     tokenizer: Tokenizer
     context: int
     held_out: frozenset[str] = frozenset()
-    """Documents that training passes over wherever it meets them."""
+    """Documents that training skips."""
     window: int = 1024
-    """Documents that are shuffled, tokenised and packed together."""
+    """Number of documents that are shuffled, tokenised and packed together."""
 
     def stream(self, seed: int = 0, rank: int = 0, world: int = 1) -> "TokenStream":
-        """An endless stream from the beginning, of which every rank sees its own blocks."""
+        """An endless stream from the start, of which every rank sees its own blocks."""
         return TokenStream(self, seed, rank, world)
 
 
 class StreamState(TypedDict):
-    """Where a stream stands, as JSON would keep it. It is the same on every rank."""
+    """The position of a stream, as JSON. It is the same on every rank."""
 
     epoch: int
-    """Of the window being handed out, as the next three."""
+    """Epoch of the current window, as the next three."""
     shard: int
     """Position in the epoch's order of files."""
     row: int
-    """Row of that file with which the window begins."""
+    """First row of the window in that file."""
     carry: list[int]
-    """Tokens left over from the window before."""
+    """Tokens left over from the previous window."""
     blocks: int
-    """Blocks handed out of the window, over all ranks."""
+    """Blocks taken from the window, over all ranks."""
 
 
 class TokenStream:
@@ -188,10 +188,10 @@ class TokenStream:
     all. The price is that each tokenises the whole batch.
 
     Args:
-        source: What to read.
+        source: The text.
         seed: Orders files and documents, differently in every epoch.
-        rank: Which of the ranks this is.
-        world: How many ranks there are.
+        rank: Number of this rank.
+        world: Number of ranks.
     """
 
     def __init__(self, source: StreamedText, seed: int, rank: int, world: int) -> None:
@@ -216,7 +216,7 @@ class TokenStream:
         return torch.cat(parts)[self._rank :: self._world]
 
     def state_dict(self) -> StreamState:
-        """Where the stream stands."""
+        """The position of the stream."""
         epoch, shard, row = self._begin
         return {
             "epoch": epoch,
@@ -227,10 +227,10 @@ class TokenStream:
         }
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Go on where a stream of the same source and seed stood, on however many ranks.
+        """Continue from a position in the same source with the same seed, on any number of ranks.
 
         Raises:
-            ValueError: If no stream of this source stands there.
+            ValueError: If the position is not one of this source.
         """
         self._seek(state)
         self._fill()
@@ -240,7 +240,7 @@ class TokenStream:
         self._used = state["blocks"]
 
     def _seek(self, state: StreamState) -> None:
-        """Let the next window begin where a state's window began."""
+        """Let the next window begin at the window of a state."""
         self._next = self._begin = (state["epoch"], state["shard"], state["row"])
         self._carry = carry = torch.tensor(
             state["carry"], dtype=self._source.tokenizer.separator.dtype
@@ -250,7 +250,7 @@ class TokenStream:
         self._reader = self._read(*self._next)
 
     def _fill(self) -> None:
-        """Read, shuffle, tokenise and pack the next window, which ends where an epoch ends."""
+        """Read, shuffle, tokenise and pack the next window, which does not go beyond the epoch."""
         last = self._window
         self._carry = last.tokens[len(last) * last.context :]
         self._begin = (epoch, shard, row) = self._next
@@ -278,7 +278,7 @@ class TokenStream:
         self._used = 0
 
     def _read(self, epoch: int, shard: int, row: int) -> Iterator[tuple[str, tuple[int, int, int]]]:
-        """An epoch's documents from a row on, each with the place behind it."""
+        """The documents of an epoch from a row on, each with the place after it."""
         tables = self._source.tables
         dataset = tables.splits["train"]
         order = list(range(dataset.num_shards))

@@ -1,4 +1,4 @@
-"""Where to compute: devices by their names, and which of them this machine has."""
+"""Devices by name, and those of this machine."""
 
 import os
 from typing import Annotated
@@ -20,7 +20,7 @@ def _is_named(name: str) -> bool:
 Device = Annotated[
     str, Rule(_is_named, "auto, or a device such as cpu, cuda, cuda:0 or mps"), Example("cpu")
 ]
-"""The name of a device that torch can have, here or on another machine."""
+"""The name of a device that torch knows, on this machine or another."""
 
 
 def available_devices() -> list[str]:
@@ -34,7 +34,7 @@ def available_devices() -> list[str]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: of ``auto`` a GPU where there is one, of ``cuda`` this rank's own.
+    """The device of a name: for ``auto`` a GPU if there is one, for ``cuda`` that of this rank.
 
     Nothing is allocated.
 

@@ -1,4 +1,4 @@
-"""Where a result was measured: hardware, versions, date."""
+"""The environment of a measurement: hardware, versions, date."""
 
 import datetime
 import os
@@ -11,7 +11,7 @@ import fogzo
 
 
 def environment() -> dict[str, str | int]:
-    """Facts that a published number needs beside it; nothing that names a machine or a person."""
+    """Facts to publish with a number; none names a machine or a person."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "fogzo": fogzo.__version__,

@@ -1,4 +1,4 @@
-"""One process at a time works in a folder."""
+"""A lock that lets one process at a time use a folder."""
 
 import contextlib
 import os
@@ -13,16 +13,16 @@ _NAME = ".lock"
 
 @contextmanager
 def locked(folder: Path, work: str = "training") -> Iterator[None]:
-    """Keep others out of a folder, which is made if need be; the lock ends with the process.
+    """Lock a folder, which is created if necessary; the lock ends with the process.
 
-    What was made is gone again if the block fails before it has written anything.
+    Created folders are removed again if the block fails before it has written anything.
 
     Args:
         folder: The folder.
-        work: What is done there, for the error.
+        work: Name of the work in the error.
 
     Raises:
-        ValueError: If another process is at work there.
+        ValueError: If another process uses the folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def locked(folder: Path, work: str = "training") -> Iterator[None]:
     except BaseException:
         if set(os.listdir(folder)) == before | {_NAME} and _NAME not in before:
             (folder / _NAME).unlink()
-            with contextlib.suppress(OSError):  # somebody else has written there
+            with contextlib.suppress(OSError):  # another process has written there
                 for path in made:
                     path.rmdir()
         raise

@@ -1,6 +1,6 @@
-"""JSON files: read from regular files of known size and shape, written whole or not at all.
+"""JSON files: read from regular files of bounded size, checked, written whole or not at all.
 
-A shape is a type hint, of TypedDicts and what they are made of.
+The expected structure is a type hint: a TypedDict, or a type that one consists of.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Far more than any run writes, and little enough to be read at once.
+# Far more than any run writes, and little enough to read at once.
 LARGEST = 2**28
 
-# What keys hold that a TypedDict does not name.
+# Type of the values of keys that a TypedDict does not name.
 _PLAIN = float | None
 _NAMES = {
     int: "an integer",
@@ -36,7 +36,7 @@ def read_json(path: Path, hint: Any, way_out: str) -> Any:
     Args:
         path: The file.
         hint: See `checked`.
-        way_out: What to do if the file is damaged, for the error.
+        way_out: Advice for a damaged file, for the error.
 
     Raises:
         ValueError: If there is no such file, or it holds anything else. It names the file, what
@@ -49,14 +49,14 @@ def read_json(path: Path, hint: Any, way_out: str) -> Any:
 
 
 def read_regular(path: Path, links: bool = True) -> bytes:
-    """The bytes of a file, which must be neither a device, a pipe nor beyond all bounds.
+    """The bytes of a file, which must be neither a device, a pipe nor too large.
 
     Args:
         path: The file.
         links: Whether it may be a symbolic link.
 
     Raises:
-        ValueError: If it cannot be read. It says why, without the file's name.
+        ValueError: If it cannot be read. It gives the reason, without the file's name.
     """
     try:
         check_regular(path, links)
@@ -69,7 +69,7 @@ def check_regular(path: Path, links: bool = True, largest: int | None = LARGEST)
     """The size of a regular file, found without opening it, as a pipe would wait for ever.
 
     Raises:
-        OSError: If there is none.
+        OSError: If there is no such file.
         ValueError: If it is anything else, or too large.
     """
     status = path.stat() if links else path.lstat()
@@ -83,7 +83,7 @@ def check_regular(path: Path, links: bool = True, largest: int | None = LARGEST)
 
 
 def parse_json(text: bytes, hint: Any) -> Any:
-    """The value in JSON text; names that come twice and numbers that are not finite are refused.
+    """The value in JSON text; duplicate names and numbers that are not finite are refused.
 
     Raises:
         ValueError: If it is not JSON, or not of the expected type.
@@ -212,12 +212,12 @@ def _float(text: str) -> float:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """JSON text in which what is not finite is null, as JSON has no word for it."""
+    """JSON text in which numbers that are not finite are null, as JSON has none."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
+    """Write a whole file, or leave the old one as it is."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="")

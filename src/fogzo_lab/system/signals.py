@@ -1,4 +1,4 @@
-"""The signals that ask a process to end: what they become, and when they may strike."""
+"""The signals that ask a process to end: how and when they take effect."""
 
 import os
 import signal
@@ -17,16 +17,16 @@ ENDING = [
 ]
 """Ctrl-C; a scheduler, a container or `timeout`; a terminal that closes."""
 
-# Within so many seconds a launcher passes on to its ranks the Ctrl-C that reached them already.
+# Seconds within which a launcher forwards to its ranks a Ctrl-C that has reached them already.
 _PASSED_ON = 0.5
 
 
 class Terminated(SystemExit):
     """SIGTERM or SIGHUP has arrived; ``code`` is 128 + its number, as shells have it.
 
-    What must happen before the end belongs into a ``finally``, or into an
-    ``except (KeyboardInterrupt, SystemExit)`` that raises again. A note added to the exception
-    (`add_note`) becomes a part of the line that the command prints.
+    Cleanup belongs into a ``finally``, or into an ``except (KeyboardInterrupt, SystemExit)`` that
+    raises again. A note added to the exception (`add_note`) becomes part of the line that the
+    command prints.
     """
 
     def __init__(self, number: int) -> None:
@@ -48,9 +48,9 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def ending_at_once(line: str) -> Iterator[None]:
-    """Let signals end the process where it stands, with one line on stderr.
+    """Let signals end the process immediately, with one line on stderr.
 
-    For imports: an exception out of the middle of one may be swallowed or come out as another.
+    For imports: an exception raised within one may be swallowed or turned into another.
     """
 
     def end(number: int, _: FrameType | None) -> NoReturn:
@@ -63,11 +63,12 @@ def ending_at_once(line: str) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], int]]:
-    """Let a signal take effect only at the end of the block, so that the block is done whole.
+    """Delay signals to the end of the block, so that the block is completed.
 
-    A training step, say: in the middle of one there is no state to save. What is yielded says
-    which signal waits, 0 if none does. A second Ctrl-C takes effect at once; other signals may
-    come twice by themselves, from a scheduler and from a launcher that passes its own on.
+    In the middle of a training step, for example, there is no state to save. Yields a function that
+    returns the number of the waiting signal, or 0. A second Ctrl-C takes effect at once; other
+    signals may come twice without intent, from a scheduler and from a launcher that forwards its
+    own.
     """
     arrived: list[int] = []
     since = 0.0
@@ -90,14 +91,14 @@ def held_back() -> Iterator[Callable[[], int]]:
 
 
 def ignore() -> None:
-    """Let signals do nothing from now on."""
+    """Ignore signals from now on."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _handled(handler: Handler, numbers: Iterable[int]) -> Iterator[None]:
-    """Give signals a handler for the block, but for those that this process is to ignore."""
+    """Give signals a handler within the block, except those that this process ignores."""
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers are the main thread's
         return

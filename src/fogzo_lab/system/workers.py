@@ -1,8 +1,9 @@
 """A pool of processes that outlive neither their pool nor their parent.
 
-Every worker holds the reading end of a pipe, the lifeline, whose other end the parent alone has.
-However the parent dies, the system closes that end: a thread in the worker sees it and ends the
-process. The pool ends its workers the same way.
+Every worker holds the reading end of a pipe, the lifeline, whose other end only the parent has.
+However the parent dies, even by SIGKILL, the system closes that end, and a thread in the worker
+ends the process. The pool ends its workers in the same way. Workers of joblib outlive a parent
+that is killed.
 """
 
 import logging
@@ -32,11 +33,11 @@ _PATIENCE_AFTER_ERROR = 0.5
 
 @dataclass(frozen=True)
 class Call:
-    """What a worker is to compute.
+    """A call for a worker to compute.
 
     Attributes:
-        name: What people call it.
-        function: A function that can be pickled, and so can its arguments and what it returns.
+        name: Its name in messages.
+        function: A function that can be pickled, as can its arguments and its result.
         arguments: Its arguments.
     """
 
@@ -46,14 +47,14 @@ class Call:
 
 
 class Workers:
-    """Processes that compute one call at a time each; started when there is work for them.
+    """Processes that compute one call at a time each, started when there is work for them.
 
-    Within its ``with`` block `results` may be called again and again. Where the block ends by an
-    exception, what is computing ends with it.
+    Within the ``with`` block `results` may be called repeatedly. If the block ends with an
+    exception, calls that are being computed end with it.
 
     Args:
-        count: How many processes there are at most.
-        prepare: What each calls first.
+        count: Maximum number of processes.
+        prepare: Function that each calls first.
     """
 
     def __init__(self, count: int, prepare: Callable[[], object] = object) -> None:
@@ -69,9 +70,9 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        with held_back():  # an impatient second Ctrl-C leaves nobody behind
+        with held_back():  # a second Ctrl-C leaves no process behind
             for worker in self._all:
-                worker.connection.close()  # whoever waits for a call then returns
+                worker.connection.close()  # a worker that waits for a call then returns
             if kind is None:
                 _join(self._all)
             self._hold.close()
@@ -79,14 +80,14 @@ class Workers:
             self._lifeline.close()
 
     def results(self, calls: Iterable[Call]) -> Iterator[Any]:
-        """Compute calls, and yield what they return as it comes.
+        """Compute calls, and yield their results in the order of completion.
 
         A call whose process dies (killed for memory, say) is computed again, once. After an
         exception the pool computes nothing more.
 
         Raises:
             ChildProcessError: If a process dies in a call for the second time.
-            Exception: What a call raises; a note has the worker's traceback.
+            Exception: The exception of a call, with the worker's traceback as a note.
         """
         waiting = deque(calls)
         deaths: Counter[int] = Counter()
@@ -124,7 +125,7 @@ class Workers:
                 return worker
         if len(self._all) == self._count:
             return None
-        with held_back():  # a process that was started is also one of the pool
+        with held_back():  # so that a started process is always one of the pool
             self._all.append(_Worker(self._lifeline, self._prepare))
         return self._all[-1]
 
@@ -140,12 +141,12 @@ class _Worker:
         theirs.close()
 
     def give(self, call: Call) -> None:
-        """Begin with a call; a process that has died says so when its answer is waited for."""
+        """Start a call; a process that has died is noticed when its answer is awaited."""
         with suppress(OSError):
             self.connection.send_bytes(pickle.dumps((call.function, call.arguments)))
 
     def death(self) -> str:
-        """How it ended."""
+        """How the process ended."""
         self.connection.close()
         _join([self])
         code = self.process.exitcode
@@ -155,7 +156,7 @@ class _Worker:
 
 
 def _join(workers: Iterable[_Worker], patience: float = _PATIENCE) -> None:
-    """Wait until they have ended, but not for ever."""
+    """Wait until the workers have ended, and kill those that do not in time."""
     deadline = time.monotonic() + patience
     for worker in workers:
         worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -166,9 +167,9 @@ def _join(workers: Iterable[_Worker], patience: float = _PATIENCE) -> None:
 
 @contextmanager
 def _blocked(signals: Iterable[int]) -> Iterator[None]:
-    """Start processes that these signals do not reach: Ctrl-C goes to all, and the parent decides.
+    """Block signals for processes started here: Ctrl-C reaches all, and the parent decides.
 
-    Unlike ignoring them for a moment, it loses none that the parent is sent meanwhile.
+    Unlike ignoring them, this loses no signal that is sent to the parent meanwhile.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -181,10 +182,10 @@ def _blocked(signals: Iterable[int]) -> Iterator[None]:
 
 
 def _work(calls: connection.Connection, lifeline: connection.Connection, prepare: bytes) -> None:
-    """The worker's side: compute what is sent until nothing more can come."""
+    """The worker's side: compute calls until the connection is closed."""
     threading.Thread(target=_die_with, args=(lifeline,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where signals cannot be blocked
-    pickle.loads(prepare)()  # imports what it needs, which takes time: the watch has begun
+    pickle.loads(prepare)()  # may take seconds to import modules: the watch has begun
     while True:
         try:
             sent = calls.recv_bytes()
@@ -204,7 +205,7 @@ def _work(calls: connection.Connection, lifeline: connection.Connection, prepare
         except Exception as error:
             said = "".join(traceback.format_exception(failure or error))
             answer = pickle.dumps((None, RuntimeError(f"a worker has failed:\n{said}")))
-        with suppress(OSError):  # nobody waits for it any more
+        with suppress(OSError):  # the parent no longer waits for it
             calls.send_bytes(answer)
 
 

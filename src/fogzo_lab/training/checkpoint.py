@@ -59,7 +59,7 @@ from fogzo_lab.training.checkpoint_format import (
 _LOG = logging.getLogger(__name__)
 
 STRANGE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
-"""Whatever loaders say of a state that is not their own."""
+"""The errors that loaders raise about a state that does not fit them."""
 
 
 class CheckpointError(OSError):
@@ -69,15 +69,15 @@ class CheckpointError(OSError):
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write ``checkpoints/step-N``, whole or not at all, then delete all but the newest.
 
-    Tensors are brought to the CPU one at a time. Of a DTensor every rank writes the part it holds;
-    anything else is taken from rank 0.
+    Tensors are copied to the CPU one at a time. Every rank writes its own part of each DTensor;
+    everything else is taken from rank 0.
 
     Args:
         folder: Run folder.
         step: N. A checkpoint of the same step is replaced.
         state: Nested dicts (keys str or int), lists, tuples, None, bool, int, float, str and
-            dense tensors. Of their subclasses (OrderedDict, numpy.float64) the base comes back.
-        keep: How many checkpoints up to this step stay.
+            dense tensors. Subclasses (OrderedDict, numpy.float64) come back as their base class.
+        keep: Number of checkpoints up to this step that stay.
 
     Returns:
         The checkpoint.
@@ -145,7 +145,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run folder in which every byte is as written, or None.
 
-    Others are left where they are, with a warning in the log. The ranks share the reading.
+    Damaged ones stay where they are, with a warning in the log. The ranks share the reading.
     """
     return next(whole_checkpoints(folder), None)
 
@@ -155,7 +155,7 @@ def whole_checkpoints(folder: Path, damaged: list[str] | None = None) -> Iterato
 
     Args:
         folder: Run folder.
-        damaged: Where to note what is wrong with those passed over.
+        damaged: List to which the reasons for skipped checkpoints are added.
     """
     rank, world = _rank_and_world()
     names = [path.name for path in _checkpoints(folder / "checkpoints")]
@@ -199,10 +199,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put this rank's streams back; a rank that the saved run did not have keeps its own.
+    """Restore this rank's streams; a rank that the saved run did not have keeps its own.
 
     Raises:
-        ValueError: If they are no streams.
+        ValueError: If the state is not one of random streams.
     """
     rank, _ = _rank_and_world()
     ranks = checked(_RngState, state)["ranks"]
@@ -241,13 +241,16 @@ def _streams() -> RngState:
 
 
 def clear_partial(folder: Path) -> None:
-    """Delete what a killed process had begun to write, or to delete; nobody else may write now."""
+    """Delete what a killed process left half written or half deleted.
+
+    No other process may write to the folder at the same time.
+    """
     for stale in (folder / "checkpoints").glob(".step-*.partial"):
         delete(stale)
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link (not what it leads to) or a folder."""
+    """Delete a file, a link (not its target) or a folder."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -257,7 +260,8 @@ def delete(path: Path) -> None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Every checkpoint, whole or not, newest first.
 
-    One that is being replaced by another of its step counts, lest a crash in between lose both.
+    One that is being replaced by another of the same step counts, so that a crash in between
+    cannot lose both.
     """
     found = [path for path in folder.glob("*step-*") if step_of(path) is not None]
     return sorted(found, key=lambda path: (_step(path), path.name[0] != "."), reverse=True)
@@ -270,7 +274,7 @@ def _step(path: Path) -> int:
 
 
 def _why_invalid(path: Path, rank: int, world: int) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files."""
+    """The reason why this rank's share of a checkpoint's files is invalid, or None."""
     try:
         # A link that somebody names is theirs to give; one that lies there may lead anywhere.
         if path.is_symlink():
@@ -308,7 +312,7 @@ def _delete_older(final: Path, keep: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, where the system can."""
+    """Flush the names in a folder to disk, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -324,10 +328,10 @@ def _rank_and_world() -> tuple[int, int]:
 
 
 def on_all_ranks(action: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank, wait for all, and raise on all if it failed on any.
+    """Run an action on every rank, wait for all, and raise on all if it failed on any.
 
     Returns:
-        Every rank's result, which JSON must be able to hold.
+        The results of all ranks, which must be JSON.
     """
     error: Exception | None = None
     result = None
@@ -341,7 +345,7 @@ def on_all_ranks(action: Callable[[], Any]) -> list[Any]:
     failures = [(rank, text, kinds) for rank, (_, text, kinds) in enumerate(outcomes) if text]
     if not failures:
         return [result for result, *_ in outcomes]
-    # What a caller does about an error is collective too, so its kind is the same on all ranks.
+    # Callers handle errors collectively too, so all ranks raise the same kind.
     for kind in _SHARED:
         if all(kind.__name__ in kinds for *_, kinds in failures):
             if error is not None:

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say: tensors in safetensors, their nesting in JSON.
+"""The files of a checkpoint: tensors in safetensors, their nesting in JSON.
 
 - ``tensors-RANK-of-WORLD.safetensors`` has the pieces of tensors that one rank owned. Types that
   safetensors lacks (complex numbers, say) are bytes there, in one more dimension.
@@ -56,7 +56,7 @@ _DTYPES = {
 
 
 class FileRecord(TypedDict):
-    """What a manifest says of a file."""
+    """The entry of a file in the manifest."""
 
     size: int
     sha256: str
@@ -72,7 +72,7 @@ class _TensorNode(TypedDict):
 
 
 class Layout:
-    """The state as JSON, and its tensors by name: the same on every rank."""
+    """The state as JSON and its tensors by name, identical on every rank."""
 
     def __init__(self) -> None:
         self.skeleton: Any = None
@@ -80,10 +80,10 @@ class Layout:
         self.entries: dict[str, dict[str, Any]] = {}
 
     def add(self, value: Any, path: tuple[str | int, ...]) -> Any:
-        """What `json.dumps` takes, for a value at a path in the state.
+        """The JSON form of a value at a path in the state.
 
         Raises:
-            ValueError: If it is nothing that a checkpoint can hold.
+            ValueError: If a checkpoint cannot hold the value.
         """
         if len(path) > _DEEPEST:
             raise ValueError(
@@ -136,13 +136,13 @@ class Layout:
 class Reader(contextlib.ExitStack):
     """Reads a checkpoint's files, each checked when it is first needed.
 
-    A checkpoint may come from anywhere, so nothing in it is taken at its word.
+    A checkpoint may come from anywhere, so nothing in it is trusted.
 
     Args:
         path: The checkpoint.
 
     Raises:
-        DamagedCheckpoint: As all methods do, if a file is not what it should be.
+        DamagedCheckpoint: If a file is not as it should be. All methods raise it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -303,7 +303,7 @@ class Reader(contextlib.ExitStack):
         return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride())
 
     def _read(self, node: dict[str, Any], start: list[int], shape: list[int]) -> Tensor:
-        """A box of a tensor, put together from those pieces that it overlaps."""
+        """A box of a tensor, assembled from the pieces that it overlaps."""
         dtype = _DTYPES[node["dtype"]]
         raw = [] if dtype in _NATIVE else [dtype.itemsize]
         # Copied out of the file's memory map, so that nothing depends on the file any more.
@@ -341,7 +341,7 @@ class Piece(NamedTuple):
 
 
 def own_piece(tensor: Tensor, rank: int) -> Piece | None:
-    """What this rank writes of a tensor: each element is written by exactly one rank."""
+    """The piece of a tensor that this rank writes: exactly one rank writes each element."""
     if not is_sharded(tensor):
         return Piece(tensor.detach(), [0] * tensor.ndim) if rank == 0 else None
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -358,7 +358,7 @@ def own_piece(tensor: Tensor, rank: int) -> Piece | None:
 def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[Any]:
     """The bytes of a safetensors file, one tensor at a time.
 
-    safetensors' own writer wants all tensors on the CPU at once and none to share memory.
+    The writer of safetensors needs all tensors on the CPU at once, and none may share memory.
     """
     # Readers view the bytes in place, so every tensor must begin at a multiple of its item size.
     names = sorted(tensors, key=lambda name: -_stored_itemsize(tensors[name].dtype))
@@ -493,7 +493,7 @@ def _stored_itemsize(dtype: torch.dtype) -> int:
 
 
 def _child(like: Any, key: str | int) -> Any:
-    """What stands for a child in `like`; a DTensor stands for everything below it."""
+    """The entry of `like` for a child; a DTensor stands for everything below it."""
     if isinstance(like, Tensor):
         return like
     if isinstance(like, dict):

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, every field of which is a command-line option."""
+"""The config of a run: a frozen dataclass, each field of which is a command-line option."""
 
 import dataclasses
 import json
@@ -42,55 +42,58 @@ class TrainConfig(Options):
     """One training run. It is written to config.json, which is enough to repeat it."""
 
     recipe: tyro.conf.Suppress[str]
-    """Name of the recipe this began as."""
+    """Name of the recipe that the config comes from."""
     output_dir: Path = Path("runs")
     """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the folder; begin where there is no run."""
+    """Resume from the newest intact checkpoint in the folder; start anew if there is no run."""
     overwrite: bool = False
-    """Replace a run that the folder holds already."""
+    """Replace a run that is already in the folder."""
     initial_weights: Annotated[Path | None, Example("runs/float")] = None
-    """Run folder whose weights to begin with, a float one for instance, instead of random ones."""
+    """Run folder, of a float run for instance, whose weights replace the random initial ones."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the directions."""
     max_steps: PositiveInt = 500
     """Optimizer steps."""
     batch_size: PositiveInt = 128
-    """Images or blocks of text a step, over all ranks and micro-batches."""
+    """Images or blocks of text per step, over all ranks and micro-batches."""
     accumulation: PositiveInt = 1
-    """Micro-batches that a rank's share of a batch is cut into."""
+    """Micro-batches per step on each rank (gradient accumulation)."""
 
     estimator: EstimatorName = "fogzo"
-    """Where the quantized weights' gradients come from."""
+    """Estimator of the quantized weights' gradients."""
     num_samples: PositiveInt = 1
-    """n, directions probed a step."""
+    """n, the number of directions probed per step."""
     evaluate: Literal["in_place", "stacked", "lean"] = "in_place"
-    """How probes are evaluated, with the same result: stacked takes many in one forward pass, which
-    is faster for many samples of a small network; lean copies one layer's weights at a time."""
+    """How probes are evaluated, with the same result: stacked runs many in one forward pass, faster
+    with many samples of a small network; lean perturbs one layer at a time, without a copy of all
+    weights."""
     kappa: NonNegativeFloat = 1e-3
-    """Noise-to-signal power at the end, which sets the noise share of fogzo and placebo."""
+    """Noise-to-signal power at the end of training; sets the noise share of fogzo and placebo."""
     noise_shape: Literal["isotropic", "tensor_rms"] = "tensor_rms"
-    """isotropic is the paper's; tensor_rms gives each weight noise in proportion to its gradient,
-    so that layers of small gradients do not wander under Adam."""
+    """isotropic, as in the paper, or tensor_rms: noise in proportion to the gradient's RMS in each
+    weight tensor, so that layers with small gradients do not wander under Adam."""
     agreement: Literal["shrunk", "measured"] = "shrunk"
-    """What fogzo multiplies the gradient by: the measured agreement, drawn towards 1 by its
-    standard error, or, as in the paper, as it was measured."""
+    """Factor of the gradient in fogzo: the measured agreement, shrunk towards 1 according to its
+    standard error, or exactly as measured, as in the paper."""
     start: ShareBelowOne = 0.0
-    """Fraction of steps that are plain STE before fogzo, lambda or placebo switches on."""
+    """Fraction of the steps with plain STE before fogzo, lambda or placebo starts."""
     perturbation: Perturbation = "auto"
-    """Law of the noise; auto is the one that the surrogate follows from. Others get its radius."""
+    """Distribution of the noise; auto is the one that the surrogate follows from. Others get its
+    radius."""
     radius: _Radius = 1.0
     """Radius of the perturbations, as a multiple of the surrogate's own."""
     one_sided: bool = False
-    """Take differences from the step's own loss: half the forwards, more variance."""
+    """Take differences from the step's own loss: half the forward passes, more variance."""
     probe_every: Annotated[PositiveInt, Example(4)] = 1
-    """Steps from one probed step to the next, with plain STE between them."""
+    """Probe every k-th step, with plain STE in between."""
     probe_fraction: Annotated[PositiveShare, Example(0.125)] = 1
-    """Share of the batch that probes see."""
+    """Fraction of the batch that the probes are evaluated on."""
     probe_precision: Annotated[Precision | None, Example("bf16")] = None
-    """Precision of the probes' forwards; by default that of training."""
+    """Precision of the probes' forward passes; by default that of training."""
     track_flips: bool = False
-    """Log the share of integer codes that differ between two probes; costs a rounding each."""
+    """Log the fraction of integer codes that differ between two probes; costs one rounding per
+    probe."""
 
     optimizer: str = "adamw"
     """adamw, sgd (momentum 0.9), muon, adafactor or the name of any class of torch.optim."""
@@ -99,15 +102,15 @@ class TrainConfig(Options):
     schedule: ScheduleName = "cosine"
     """Learning rate after the warm-up."""
     warmup_fraction: Share = 0.05
-    """Share of the steps in which the learning rate rises linearly."""
+    """Fraction of the steps in which the learning rate rises linearly."""
     final_fraction: Share = 0.0
-    """Learning rate at the end over the peak."""
+    """Learning rate at the end as a fraction of the peak."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled for adamw and muon; norms, biases and learned step sizes never decay."""
     clip_norm: Annotated[PositiveFloat | None, Example(1.0)] = None
-    """Largest norm of the whole gradient, clipped after it is refined."""
+    """Maximum norm of the whole gradient, which is clipped after it is refined."""
     ema_decay: Annotated[ProperShare | None, Example(0.99)] = None
-    """Evaluate an exponential moving average of the weights with this decay a step."""
+    """Evaluate an exponential moving average of the weights, with this decay per step."""
 
     model: tyro.conf.AvoidSubcommands[ModelConfig]
     """The network."""
@@ -116,34 +119,34 @@ class TrainConfig(Options):
     activations: QuantizerConfig = field(default_factory=QuantizerConfig)
     """How the inputs of quantized layers are quantized."""
     quantize_first: bool = False
-    """Quantize the first layer too: the stem, the patches' projection or the embedding."""
+    """Quantize the first layer too: the stem, the patch projection or the embedding."""
     quantize_last: bool = False
     """Quantize the output head too."""
     data: tyro.conf.AvoidSubcommands[DataConfig]
-    """What is learned."""
+    """The data set."""
 
     device: Device = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
+    """auto takes a GPU if there is one; or cpu, cuda, mps, ..."""
     precision: Precision = "fp32"
-    """bf16 and fp16 are autocast; fp16 with a gradient scaler."""
+    """bf16 and fp16 use autocast, fp16 with a gradient scaler."""
     compile: bool = False
     """Compile the network with torch.compile."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks share the work, under torchrun or accelerate launch."""
+    """How ranks share the work under torchrun or accelerate launch."""
 
     log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl; the first and the last are always written."""
+    """Steps between lines of metrics.jsonl; the first and the last step are always written."""
     checkpoint_every: _CheckpointEvery = 100
-    """Steps between checkpoints; 0 writes one at the end only, -1 none."""
+    """Steps between checkpoints; 0 writes only one at the end, -1 none."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of the newest checkpoints that stay on disk."""
     trackers: Annotated[tuple[Tracker, ...], Example(("tensorboard",))] = ()
     """Also log to these, through accelerate."""
 
     def check_together(self, prefix: str) -> None:
-        """Raise a `ValueError` where options, each of which can be meant, do not go together."""
+        """Raise a `ValueError` if options contradict each other."""
         if self.one_sided and (self.probe_fraction < 1 or self.probe_precision is not None):
             raise ValueError(
                 "one-sided differences start from the step's own loss, of the whole batch in its "

@@ -11,7 +11,7 @@ from fogzo.collectives import is_sharded, local, reshard, shard_like
 
 
 class EmaState(TypedDict):
-    """What a checkpoint holds of it."""
+    """The average in a checkpoint."""
 
     updates: int
     average: dict[str, Tensor]
@@ -20,13 +20,13 @@ class EmaState(TypedDict):
 class Ema:
     """The moving average of a model's parameters and floating-point buffers.
 
-    What is averaged of a quantized layer is its latent weight and its learned step size, so under
-    `applied` the average is rounded anew: codes are those of the averaged latent weights. Integer
-    buffers, such as BatchNorm's count of batches, stay as the model has them.
+    Latent weights and learned step sizes of quantized layers are averaged, so that within `applied`
+    the codes are those of the averaged latent weights. Integer buffers, such as BatchNorm's count
+    of batches, stay as they are in the model.
 
-    The average begins as the weights after the first update, so that neither random weights nor
-    step sizes that training has yet to measure are in it. Young averages forget faster: the decay
-    of update t, from 0, is at most (1 + t) / (10 + t).
+    The average starts from the weights at the first update, so that it includes neither random
+    weights nor step sizes that are not measured yet. Young averages forget faster: the decay of
+    update t, counted from 0, is at most (1 + t) / (10 + t).
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -42,11 +42,11 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Remember a model.
+        """Start an average of a model.
 
         Args:
             model: Quantized already and, with FSDP, sharded: each rank averages its own part.
-            decay: Share of the old average that an update keeps, in (0, 1).
+            decay: Fraction of the old average that an update keeps, in (0, 1).
 
         Raises:
             ValueError: If the decay is not in (0, 1).
@@ -56,7 +56,7 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self._model = model
-        # Held on to, as FSDP shows its gathered weights between a forward and its backward.
+        # Kept, as FSDP exposes gathered weights between a forward pass and its backward pass.
         reshard([model])
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._live = {name: t.detach() for name, t in tensors if t.is_floating_point()}
@@ -64,7 +64,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the present weights; call it after every step of the optimizer."""
+        """Add the current weights; call it after every step of the optimizer."""
         average, live = _parts(self._average), _parts(self._live)
         if self.updates == 0:
             torch._foreach_copy_(average, live)
@@ -75,7 +75,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model be its average within the block, and bit for bit itself after it."""
+        """Give the model the averaged weights within the block, then its own, bit for bit."""
         kept = [tensor.clone() for tensor in _parts(self._live)]
         try:
             self._overwrite(_parts(self._average))
@@ -84,12 +84,12 @@ class Ema:
             self._overwrite(kept)
 
     def state_dict(self) -> EmaState:
-        """The average by name, sharded where the model is, and the number of updates."""
+        """The average by name, sharded as the model is, and the number of updates."""
         return {"updates": self.updates, "average": dict(self._average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: EmaState) -> None:
-        """Load what `state_dict` gave; whole tensors are sharded as the model is.
+        """Load the result of `state_dict`; whole tensors are sharded as the model is.
 
         Raises:
             ValueError: If it is of another model.
@@ -119,5 +119,5 @@ class Ema:
 
 @torch.no_grad()
 def _parts(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """What this rank holds of the tensors, in their own memory."""
+    """This rank's parts of the tensors, in their own memory."""
     return [local(tensor) for tensor in tensors.values()]

@@ -1,4 +1,4 @@
-"""Evaluating a finished run again, as it was trained or quantized after training."""
+"""Evaluation of a finished run, as it was trained or quantized after training."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -29,13 +29,13 @@ class EvalConfig(Options):
     json: bool = False
     """Print the numbers as JSON."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto takes a GPU if there is one."""
     batch_size: PositiveInt = 256
-    """Images or blocks of text a forward."""
+    """Images or blocks of text per forward pass."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """For a float run: quantize its weights now, without training (PTQ)."""
+    """Post-training quantization of the weights of a float run."""
     activations: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """For a float run: quantize its activations now, too."""
+    """Post-training quantization of the activations of a float run."""
 
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` unless weights and activations can be quantized so together."""
@@ -50,7 +50,7 @@ def evaluate_run(config: EvalConfig) -> Metrics:
         network, with averaged weights if the run averaged them; and the run and its step.
 
     Raises:
-        ValueError: If there is no such run, or it is quantized already and is to be again.
+        ValueError: If there is no such run, or it is quantized already and should be again.
     """
     run = read_config(config.run)
     if config.quantizer.preset != "none":

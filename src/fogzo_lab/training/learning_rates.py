@@ -6,16 +6,17 @@ from collections.abc import Callable
 from fogzo_lab.training.config import TrainConfig
 
 ONECYCLE_START = 0.01
-"""Learning rate over the peak with which onecycle begins."""
+"""Initial learning rate of onecycle as a fraction of the peak."""
 
 WSD_DECAY = 0.2
-"""Share of the steps in which wsd (warm-up, stable, decay) comes down."""
+"""Fraction of the steps in which wsd (warm-up, stable, decay) decays."""
 
 
 def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
-    """The learning rate at a step, counted from 0, over the peak.
+    """The learning rate at a step, counted from 0, as a fraction of the peak.
 
-    The warm-up is linear and takes ``warmup_fraction`` of the steps, one at least. Then follows
+    The warm-up is linear and takes ``warmup_fraction`` of the steps, at least one.
+    After it come
 
     - cosine: half a cosine,
     - linear: a straight line,
@@ -27,7 +28,7 @@ def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
     the learning rate of the last step.
 
     Args:
-        config: ``schedule``, ``max_steps``, ``warmup_fraction`` and ``final_fraction`` count.
+        config: Its ``schedule``, ``max_steps``, ``warmup_fraction`` and ``final_fraction`` matter.
 
     Returns:
         A pure function of the step, for LambdaLR or for a parameter group.

@@ -23,12 +23,12 @@ from fogzo_lab.training.trackers import check_trackers, tracking
 OnStep = Callable[[Metrics], None]
 
 
-# So many steps in a row with a loss beyond all sense end a run.
+# This many consecutive steps with a loss far beyond the first end a run.
 _IN_A_ROW = 3
 
 
 class DivergedError(RuntimeError):
-    """The training loss makes no sense any more. Metrics and good checkpoints are on disk."""
+    """The training loss has diverged. Metrics and good checkpoints are on disk."""
 
 
 def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
@@ -43,14 +43,14 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
     Returns:
         The final numbers, as in result.json: for train, validation and test the loss in nats and
         the accuracy of the hard-quantized network, and the perplexity where it is one of text;
-        steps, training seconds, forwards beyond STE's one a step, steps that were refined, and
-        by reason how many of them fell back to the gradient of backward, if any did.
+        steps, training seconds, forward passes beyond the one per step of STE, refined steps,
+        and, by reason, the number of those that fell back to the gradient of backward, if any.
 
     Raises:
-        DivergedError: If a loss is not finite or, for some steps, beyond all sense; result.json
-            then has ``diverged`` and no losses.
+        DivergedError: If a loss is not finite or, for several steps, far beyond the first one;
+            result.json then has ``diverged`` and no losses.
         ValueError: If the config cannot be run, the folder holds another run, or another process
-            is at work there.
+            is using it.
         OSError: If a checkpoint cannot be written.
     """
     with join_ranks(config.device) as ranks, own_random_streams(config.seed + ranks.rank):
@@ -58,7 +58,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
 
 
 def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
-    # In a function of its own, so that what it trained is gone before the ranks part.
+    # In a separate function, so that the model is freed before the process group is destroyed.
     check_trackers(config)
     digests = digest_data(config.data)
     with RunFolder(config, writes=ranks.rank == 0) as folder:
@@ -106,7 +106,7 @@ def _take_steps(
                 training.watch(loss)
                 last = training.step == config.max_steps
                 finite = math.isfinite(loss)
-                diverged = training.senseless >= (1 if last or not finite else _IN_A_ROW)
+                diverged = training.diverged_steps >= (1 if last or not finite else _IN_A_ROW)
                 metrics = _metrics(training, loss, stats)
                 log_now = training.step == 1 or not training.step % config.log_every
                 if last or diverged or log_now:
@@ -115,9 +115,9 @@ def _take_steps(
                 if diverged:
                     first = f", and was {training.first_loss:.4g} at first" if finite else ""
                     why = f"the training loss is {loss:.4g}{first}"
-                    _end_diverged(training, folder, why, training.senseless)
-                # All ranks end after the same step, whichever of them a signal has reached.
-                ending = ranks.most(waiting())
+                    _end_diverged(training, folder, why, training.diverged_steps)
+                # All ranks end after the same step, no matter which of them received a signal.
+                ending = ranks.maximum(waiting())
                 if _is_due(config, training.step, bool(ending)):
                     if not training.all_finite():
                         _end_diverged(training, folder, "the weights are not finite", 0)
@@ -137,7 +137,7 @@ def _take_steps(
 
 
 def _is_due(config: TrainConfig, step: int, ending: bool) -> bool:
-    """Whether a checkpoint is to be written after a step."""
+    """Whether a checkpoint is due after a step."""
     every = config.checkpoint_every
     if every < 0:
         return False
@@ -145,7 +145,7 @@ def _is_due(config: TrainConfig, step: int, ending: bool) -> bool:
 
 
 def _end_diverged(training: Training, folder: RunFolder, why: str, steps: int) -> NoReturn:
-    """Say so in result.json, and set aside the checkpoints of this many steps before the last."""
+    """Record it in result.json and set aside the checkpoints of the last so many steps."""
     folder.set_aside_checkpoints(training.step - steps)
     folder.write_result(
         {
@@ -167,7 +167,7 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
 
     Returns:
         The loss in nats, averaged over micro-batches and ranks, and the estimator's statistics.
-        Where the loss is not finite, the weights are left as they were.
+        If the loss is not finite, the weights stay as they were.
     """
     optimizer, scaler, estimator = training.optimizer, training.scaler, training.estimator
     config = training.config

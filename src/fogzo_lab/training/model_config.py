@@ -1,10 +1,11 @@
-"""What is trained, as frozen dataclasses: networks, and how their layers are quantized."""
+"""Configs of networks and of the quantization of their layers, as frozen dataclasses."""
 
 import math
 import typing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 
 from fogzo import quantizers
@@ -26,12 +27,12 @@ _Surrogate = Annotated[str, OneOf(SURROGATE_NAMES)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizerConfig(Options):
-    """How weights, or a layer's inputs, are quantized."""
+    """How weights, or the inputs of layers, are quantized."""
 
     PREFIX: ClassVar[str] = "quantizer."
 
     preset: Literal["none", "fixed", "lsq", "quest", "ternary", "sign", "abs_max"] = "none"
-    """none stays in float."""
+    """none keeps floating point."""
     bits: Annotated[_Bits | None, Example(2)] = None
     """Bits of fixed, lsq, quest (by default 2) and abs_max (8)."""
     surrogate: Annotated[_Surrogate | None, Example("identity")] = None
@@ -39,12 +40,17 @@ class QuantizerConfig(Options):
     granularity: Annotated[
         Literal["tensor", "channel", "token"] | PositiveInt | None, Example("channel")
     ] = None
-    """What shares a step size: tensor, channel (of weights), token (of inputs) or a group size; by
-    default the preset's own."""
+    """Values that share a step size: tensor, channel (of weights), token (of inputs) or a group
+    size; by default the preset's own."""
     init: Annotated[Literal["mse", "rms", "abs_mean", "lsq", "max"] | None, Example("mse")] = None
     """How fixed and lsq find their first step size; by default the preset's own."""
+    levels: Annotated[Literal["half", "integer", "unsigned"] | None, Example("integer")] = None
+    """Levels of fixed and lsq: half (±1/2, ±3/2, ...), integer or, for inputs that cannot be
+    negative, unsigned; by default half up to 2 bits, integer above."""
+    scale_dtype: Annotated[Literal["float16", "bfloat16"] | None, Example("float16")] = None
+    """Round step sizes to this dtype in training, as the file to be exported holds them."""
     stochastic: bool = False
-    """In training, round up or down at random, the nearer level the more often."""
+    """In training, round up or down at random, more often to the nearer level."""
 
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` if the preset does not take an option that is given."""
@@ -55,8 +61,14 @@ class QuantizerConfig(Options):
             )
         if self.preset not in ("none", "fixed", "lsq") and self.init is not None:
             raise ValueError(
-                f"{self.preset} measures its step size at every forward and takes no init, got "
-                f"{self.init}: --{prefix}init None, or --{prefix}preset fixed"
+                f"{self.preset} measures its step size in every forward pass and takes no init, "
+                f"got {self.init}: --{prefix}init None, or --{prefix}preset fixed"
+            )
+
+        if self.preset not in ("none", "fixed", "lsq") and self.levels is not None:
+            raise ValueError(
+                f"{self.preset} has levels of its own and takes none, got {self.levels}: "
+                f"--{prefix}levels None, or --{prefix}preset lsq"
             )
 
     def build(self) -> Quantizer | None:
@@ -68,6 +80,8 @@ class QuantizerConfig(Options):
             "granularity": self.granularity,
             "init": self.init,
             "bits": self.bits,
+            "levels": self.levels,
+            "scale_dtype": self.scale_dtype and getattr(torch, self.scale_dtype),
         }
         given = {name: value for name, value in options.items() if value is not None}
         if self.preset in ("fixed", "lsq", "quest"):
@@ -77,11 +91,15 @@ class QuantizerConfig(Options):
 
 
 def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:
-    """Raise a `ValueError` unless weights and inputs of layers can be quantized so together."""
+    """Raise a `ValueError` unless weights and inputs can be quantized together in this way."""
     if activations.preset != "none" and weights.preset == "none":
         raise ValueError(
             "activations are quantized only where weights are: add --quantizer.preset lsq, or "
             "--activations.preset none"
+        )
+    if weights.levels == "unsigned":
+        raise ValueError(
+            "weights have both signs and unsigned levels only one: --quantizer.levels integer"
         )
     if weights.granularity == "token":
         raise ValueError(
@@ -109,7 +127,7 @@ class MlpConfig(Options):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResNetConfig(Options):
-    """A residual network of transformers."""
+    """A residual network, as in transformers."""
 
     PREFIX: ClassVar[str] = "model."
 
@@ -151,7 +169,7 @@ class DeitConfig(Options):
     heads: PositiveInt = 3
     """Attention heads."""
     patch_size: PositiveInt = 16
-    """Pixels a side of a patch."""
+    """Pixels per side of a patch."""
     dropout: ShareBelowOne = 0.0
     """Probability of dropping a hidden unit."""
 
@@ -185,7 +203,7 @@ ModelConfig = MlpConfig | ResNetConfig | DeitConfig | LlamaConfig
 
 
 def _check_heads(width: int, heads: int, multiple: int, prefix: str) -> None:
-    """Raise a `ValueError` unless every head gets as much of the width, some multiple."""
+    """Raise a `ValueError` unless every head gets the same multiple of channels."""
     if width % (heads * multiple):
         pairs = " in pairs" if multiple == 2 else ""
         fitting = math.gcd(width, heads * multiple) // multiple

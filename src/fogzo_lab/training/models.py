@@ -14,35 +14,41 @@ from torch.utils.checkpoint import checkpoint
 from fogzo import calibrate_, quantize_
 from fogzo.layers.selection import output_dim
 from fogzo_lab.training.config import TrainConfig
-from fogzo_lab.training.model_config import DeitConfig, LlamaConfig, MlpConfig, ResNetConfig
+from fogzo_lab.training.model_config import (
+    DeitConfig,
+    LlamaConfig,
+    MlpConfig,
+    ModelConfig,
+    ResNetConfig,
+)
 
-# By name, as importing them all would cost seconds.
+# By name, as importing the classes would take seconds.
 _BLOCKS = {"LlamaDecoderLayer", "ViTLayer", "ResNetBasicLayer", "ResNetBottleNeckLayer"}
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a network must know of its data."""
+    """The shapes of the data that a network depends on."""
 
     num_outputs: int
     """Classes, or tokens of the vocabulary."""
     channels: int = 1
     image_size: int = 0
-    """Pixels a side."""
+    """Pixels per side."""
     context: int = 0
-    """Tokens a block of text."""
+    """Tokens per block of text."""
 
 
 def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
-    """The network of a run, quantized, with initial weights that depend on the seed alone.
+    """The quantized network of a run, with initial weights that depend only on the seed.
 
     Raises:
-        ValueError: If the data do not fit the network, or nothing is left to quantize.
+        ValueError: If the data do not fit the network, or there is nothing to quantize.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # noqa: TID251 -- initial weights only, and given back
         try:
-            model = _float_model(config, shapes)
+            model = float_model(config.model, shapes)
         except (RuntimeError, MemoryError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -71,7 +77,7 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What the network says, whether it returns a tensor or transformers' output object."""
+    """The logits of a network that returns them as a tensor or as a transformers output."""
     outputs = model(inputs)
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
@@ -82,10 +88,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks_(model: nn.Module) -> None:
-    """Keep only the inputs of the blocks for the backward pass, and compute the rest again.
+    """Store only the inputs of the blocks for the backward pass and recompute the rest.
 
-    transformers can do so for LLaMA and ViT; this also does for ResNets, whose batch norms must
-    not count a batch twice.
+    Unlike the gradient checkpointing of transformers it also works for ResNets, whose batch norms
+    must not count a batch twice.
     """
     for block in blocks(model):
         contexts = partial(_recompute_contexts, block)
@@ -102,7 +108,7 @@ def _recompute_contexts(
 def _spare_buffers(block: nn.Module) -> Iterator[None]:
     """Let the block update copies of its buffers.
 
-    Copying values back instead would count as an edit of what autograd has kept.
+    Copying values back instead would count as an in-place edit of tensors saved by autograd.
     """
     owned = [
         (module, name, buffer)
@@ -131,16 +137,21 @@ def calibrate(model: nn.Module, inputs: Tensor, seed: int) -> None:
         model(inputs)
 
 
-def _float_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
-    match config.model:
+def float_model(config: ModelConfig, shapes: Shapes) -> nn.Module:
+    """The network itself, with weights from torch's global generator.
+
+    Raises:
+        ValueError: If patches do not tile the images.
+    """
+    match config:
         case MlpConfig():
-            return _mlp(config.model, shapes)
+            return _mlp(config, shapes)
         case ResNetConfig():
-            return _resnet(config.model, shapes)
+            return _resnet(config, shapes)
         case DeitConfig():
-            return _deit(config.model, shapes)
+            return _deit(config, shapes)
         case LlamaConfig():
-            return _llama(config.model, shapes)
+            return _llama(config, shapes)
 
 
 def _mlp(config: MlpConfig, shapes: Shapes) -> nn.Module:
@@ -155,11 +166,6 @@ def _resnet(config: ResNetConfig, shapes: Shapes) -> nn.Module:
     from transformers import ResNetConfig as HubConfig
     from transformers import ResNetForImageClassification
 
-    if len(config.widths) != len(config.depths):
-        raise ValueError(
-            f"a ResNet needs as many widths as depths, got {len(config.widths)} and "
-            f"{len(config.depths)}: --model.widths 64 128 --model.depths 2 2"
-        )
     stem = config.widths[0] // (4 if config.bottleneck else 1)
     model = ResNetForImageClassification(
         HubConfig(
@@ -184,7 +190,6 @@ def _resnet(config: ResNetConfig, shapes: Shapes) -> nn.Module:
 def _deit(config: DeitConfig, shapes: Shapes) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    _check_heads(config.width, config.heads)
     if shapes.image_size % config.patch_size:
         fitting = config.patch_size * max(1, shapes.image_size // config.patch_size)
         raise ValueError(
@@ -213,7 +218,6 @@ def _llama(config: LlamaConfig, shapes: Shapes) -> nn.Module:
     from transformers import LlamaConfig as HubConfig
     from transformers import LlamaForCausalLM
 
-    _check_heads(config.width, config.heads)
     model = LlamaForCausalLM(
         HubConfig(
             vocab_size=shapes.num_outputs,
@@ -227,8 +231,8 @@ def _llama(config: LlamaConfig, shapes: Shapes) -> nn.Module:
             use_cache=False,
         )
     )
-    # As GPT-2 and QuEST do: what is added to the residual stream starts smaller, the more
-    # there is to add.
+    # As in GPT-2 and QuEST: the more blocks add to the residual stream, the smaller their initial
+    # output weights.
     for name, param in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.normal_(param, std=0.02 / math.sqrt(2 * config.depth))
@@ -239,18 +243,11 @@ def _labels(shapes: Shapes) -> dict[int, str]:
     return {number: str(number) for number in range(shapes.num_outputs)}
 
 
-def _check_heads(width: int, heads: int) -> None:
-    if width % heads:
-        raise ValueError(
-            f"{heads} heads cannot share a width of {width}: --model.heads {math.gcd(width, heads)}"
-        )
-
-
 def _quantizable(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if output_dim(module) is not None]
 
 
 def _first_and_last(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The layer that meets the data (stem, patches' projection, embedding), and the head."""
+    """The first layer (stem, patch projection or embedding) and the output head."""
     layers = _quantizable(model)
     return layers[0], [layer for layer in layers if isinstance(layer, nn.Linear)][-1]

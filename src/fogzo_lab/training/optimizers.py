@@ -1,9 +1,8 @@
-"""The optimizer of a run by its name, and which parameters weight decay spares."""
+"""The optimizer of a run by its name, and the parameters without weight decay."""
 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import islice
 from typing import Any, TypedDict, overload
 
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo.collectives import reshard
+from fogzo.wording import nearest
 from fogzo_lab.training.config import TrainConfig
 
 _UNUSABLE = {
-    "lbfgs": "evaluates the loss anew within a step, where no estimator can refine the gradient",
-    "sparseadam": "takes sparse gradients, which no rounding passes on",
+    "lbfgs": "evaluates the loss again within a step, where no estimator can refine the gradient",
+    "sparseadam": "needs sparse gradients, which quantized weights do not have",
 }
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer that a config names, over the parameters of a model that are trained.
+    """The configured optimizer over the trained parameters of a model.
 
     Weights of layers decay: matrices and kernels, embeddings among them. Norms, biases, learned
     step sizes, class tokens and tables of positions do not. Tied parameters count once. With FSDP,
@@ -32,17 +32,17 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
             takes betas of (0.9, 0.95) for language models, sgd a momentum of 0.9, and muon the
             matrices of hidden layers while AdamW takes the rest at the same learning rate;
             everything else is torch's default. ``learning_rate`` and ``weight_decay`` go with it.
-        model: Quantized already, so that its learned step sizes are there.
+        model: The quantized model, which has its learned step sizes already.
 
     Returns:
-        One optimizer, ready for a scheduler and a gradient scaler, whichever the name.
+        One optimizer that works with a scheduler and a gradient scaler.
 
     Raises:
         ValueError: If the name is unknown, or names an optimizer that cannot do what is asked.
     """
     name = config.optimizer.lower()
     cls = optimizer_class(config.optimizer)
-    reshard([model])  # else FSDP may show weights that it has gathered for a forward
+    reshard([model])  # else FSDP may expose weights that it has gathered for a forward pass
     decays = _trained_parameters(model)
     if name == "muon":
         return _muon(config, cls, model, decays)
@@ -59,8 +59,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
 class JointOptimizer(Optimizer):
     """Several optimizers as one, with one list of parameter groups and one state between them.
 
-    A gradient scaler sees all gradients together and skips either every optimizer or none. Were
-    each asked by itself, clipping would carry the NaN of one into the gradients of the others.
+    A gradient scaler sees all gradients together and skips either every optimizer or none. With
+    separate scalers, clipping would carry the NaN of one optimizer into the gradients of others.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -86,12 +86,12 @@ class JointOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
+        """Load the result of `state_dict`."""
         super().load_state_dict(state_dict)
         self._share()
 
     def _share(self) -> None:
-        """Let each work on this optimizer's own groups and state, not on copies."""
+        """Let each work on the groups and state of this optimizer, not on copies."""
         groups = iter(self.param_groups)
         for each in self.optimizers:
             each.param_groups = list(islice(groups, len(each.param_groups)))
@@ -114,10 +114,9 @@ def optimizer_class(given: str) -> type[Optimizer]:
         raise ValueError(f"{given} {_UNUSABLE[name]}: --optimizer adamw")
     if name not in classes:
         names = sorted(set(classes) - set(_UNUSABLE))
-        nearest = [*get_close_matches(name, names, n=1), "adamw"][0]
         raise ValueError(
             f"torch {torch.__version__} has no optimizer {given!r}, only {', '.join(names)}: "
-            f"--optimizer {nearest}"
+            f"--optimizer {nearest(name, names) or 'adamw'}"
         )
     return classes[name]
 
@@ -177,7 +176,7 @@ def _muon(
 
 
 class OptimizerState(TypedDict):
-    """What a checkpoint holds of an optimizer."""
+    """An optimizer in a checkpoint."""
 
     state: dict[int, dict[str, Any]]
     param_groups: list[dict[str, Any]]
@@ -187,7 +186,7 @@ def load_optimizer(optimizer: Optimizer, given: OptimizerState) -> None:
     """Load the state of an optimizer of the same config, which is where its options come from.
 
     Raises:
-        ValueError: If it is not what this optimizer would have after a step.
+        ValueError: If this optimizer cannot have such a state.
     """
     own = optimizer.state_dict()["param_groups"]
     if [group.get("params") for group in given["param_groups"]] != [g["params"] for g in own]:
@@ -208,7 +207,7 @@ def load_optimizer(optimizer: Optimizer, given: OptimizerState) -> None:
 def _state_of_small(
     optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
 ) -> dict[str, Any]:
-    """What an optimizer keeps of a small parameter of the same kind, after a step."""
+    """The state that an optimizer has after a step of a small parameter of the same kind."""
     small = torch.zeros([2] * parameter.ndim, dtype=parameter.dtype, device=parameter.device)
     small.grad = torch.zeros_like(small)
     twin = copy.copy(optimizer)

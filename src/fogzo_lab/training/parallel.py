@@ -1,7 +1,8 @@
-"""Where a run computes: one process, or ranks that torchrun or accelerate launch started."""
+"""One process, or the ranks that torchrun or accelerate launch started."""
 
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fogzo_lab.system.devices import find_device
@@ -20,12 +20,12 @@ from fogzo_lab.training.models import blocks
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
+    """This process and the others of a run.
 
     Attributes:
-        device: Where it computes.
+        device: Its device.
         rank: Its number, from 0; rank 0 alone writes and prints.
-        count: How many there are.
+        count: Number of ranks.
     """
 
     device: torch.device
@@ -33,7 +33,7 @@ class Ranks:
     count: int = 1
 
     def turns(self, count: int) -> range:
-        """This rank's share of so many turns, rounded up so that all ranks have equally many."""
+        """This rank's share of a number of turns, rounded up so that all ranks have the same."""
         return range(self.rank, -(-count // self.count) * self.count, self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class Ranks:
         dist.all_reduce(total)
         return total.cpu()
 
-    def most(self, value: int) -> int:
-        """The largest of a number over ranks."""
+    def maximum(self, value: int) -> int:
+        """The maximum of a number over ranks."""
         if self.count == 1:
             return value
         largest = torch.tensor(value, device=self.device)
@@ -59,7 +59,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that a launcher prepared, or be the only process.
+    """Join the process group that a launcher prepared, or be a single process.
 
     Raises:
         ValueError: If there is no such device.
@@ -77,9 +77,9 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(chosen, dist.get_rank(), count)
         gc.collect()
-        dist.barrier()  # nobody leaves while others still talk to it
+        dist.barrier()  # no rank leaves while others still communicate with it
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold what was trained
+        traceback.clear_frames(error.__traceback__)  # which hold the model
         raise
     finally:
         leave_ranks()
@@ -88,8 +88,8 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
 def leave_ranks() -> None:
     """Destroy the process group, after everything that still refers to it.
 
-    A DDP wrapper that outlived its group would destroy it while holding the interpreter's lock, for
-    which the group's own thread may be waiting: both wait for ever.
+    A DDP wrapper that outlives its group destroys it while holding the GIL, for which the thread of
+    the group may be waiting: a deadlock.
     """
     gc.collect()
     dist.destroy_process_group()
@@ -104,22 +104,24 @@ def parallelize(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module:
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+
     for block in blocks(model):
         fully_shard(block)
     return cast(nn.Module, fully_shard(model))
 
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[Any]:
-    """A context whose backward leaves the averaging of gradients to a later one, if asked."""
+    """A context whose backward pass does not average gradients over ranks, if ``skip``."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if skip else nullcontext()
-    if isinstance(model, FSDPModule):
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) and isinstance(model, fsdp.FSDPModule):
         model.set_requires_gradient_sync(not skip)
     return nullcontext()
 
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the buffers of rank 0, as DDP does before its forwards.
+    """Give every rank the buffers of rank 0, as DDP does before forward passes.
 
     FSDP leaves the running statistics of batch norms to each rank.
     """

@@ -26,27 +26,27 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-# What a resumed run may be asked for differently: none of it changes what is trained.
-_FREE = {"output_dir", "resume", "overwrite", "log_every", "checkpoint_every", "keep_checkpoints"}
-_FREE |= {"trackers", "device", "parallel"}
+# Options that may differ when a run is resumed: none of them changes what is trained.
+_MAY_DIFFER = {"output_dir", "resume", "overwrite", "device", "parallel"}
+_MAY_DIFFER |= {"log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
 _FILES = ("config.json", "metrics.jsonl", "result.json")
 
 
 class LogPosition(TypedDict):
-    """How much of metrics.jsonl was written when a checkpoint was, which keeps it."""
+    """Size and hash of metrics.jsonl when a checkpoint was written, which records them."""
 
     size: int
     sha256: str
 
 
 class RunFolder(ExitStack):
-    """Finds what a folder holds, and writes a run into it. All ranks use it together.
+    """Reads what is in a folder and writes a run into it. All ranks use it together.
 
-    As a context it keeps other processes out of the folder. It changes nothing before `open`.
+    As a context it locks the folder. It changes nothing before `open`.
 
     Args:
         config: The run.
-        writes: Whether this process is the one that writes; checkpoints are written by all.
+        writes: Whether this process writes; all processes write checkpoints.
     """
 
     def __init__(self, config: TrainConfig, writes: bool = True) -> None:
@@ -62,8 +62,8 @@ class RunFolder(ExitStack):
         """Lock the folder.
 
         Raises:
-            ValueError: If another process is at work there, or the folder holds a run that this
-                one would replace or, with ``resume``, one of another config.
+            ValueError: If another process uses the folder, or it holds a run that this one would
+                replace or, with ``resume``, a run of another config.
         """
         super().__enter__()
         try:
@@ -89,13 +89,13 @@ class RunFolder(ExitStack):
             self.push(stack.pop_all())
 
     def begin(self, build: Callable[[Path | None], T]) -> T:
-        """What is built of the newest checkpoint that it can be built of, or of none.
+        """Build from the newest usable checkpoint, or from none.
 
         Args:
-            build: Called with a checkpoint, or with None to begin anew.
+            build: Called with a checkpoint, or with None to start anew.
 
         Raises:
-            ValueError: If a run was to be resumed, and there is one, but no checkpoint is good.
+            ValueError: If there is a run to resume, but no usable checkpoint.
         """
         damaged: list[str] = []
         if self._config.resume:
@@ -129,10 +129,10 @@ class RunFolder(ExitStack):
 
     @contextmanager
     def open(self, step: int, position: LogPosition | None = None) -> Iterator[None]:
-        """Let `log` write after what was logged up to a step.
+        """Let `log` append to what was logged up to a step.
 
         Args:
-            step: The one of the checkpoint; a new run replaces what is there.
+            step: Step of the checkpoint; a new run replaces what is there.
             position: From the checkpoint.
         """
         if not self._writes:
@@ -156,7 +156,7 @@ class RunFolder(ExitStack):
             yield
 
     def log(self, metrics: Metrics) -> None:
-        """Append one line; a killed process does not lose it."""
+        """Append one line, which survives a killed process."""
         if self._writes:
             assert self._log is not None, "log() before open()"
             line = (dumps(metrics) + "\n").encode()
@@ -165,7 +165,7 @@ class RunFolder(ExitStack):
             self._written.update(line)
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Write checkpoints/step-N, whole or not at all, and drop the oldest."""
+        """Write checkpoints/step-N, whole or not at all, and delete the oldest ones."""
         position: LogPosition = {"size": 0, "sha256": ""}
         if self._log is not None:
             os.fsync(self._log.fileno())
@@ -174,7 +174,7 @@ class RunFolder(ExitStack):
         return save_checkpoint(self.path, state["step"], state, self._config.keep_checkpoints)
 
     def set_aside_checkpoints(self, first: int) -> None:
-        """Rename the checkpoints from a step on, whose weights turned out to give no loss."""
+        """Rename the checkpoints from a step on, whose weights have diverged."""
         if not self._writes:
             return
         for path in (self.path / "checkpoints").glob("step-*"):
@@ -192,7 +192,7 @@ class RunFolder(ExitStack):
 
 
 class _Line(TypedDict):
-    """A line of metrics.jsonl; the rest are numbers."""
+    """A line of metrics.jsonl; all other values are numbers."""
 
     step: int
     loss: float | None
@@ -204,7 +204,7 @@ class _Line(TypedDict):
 
 
 class _Result(TypedDict):
-    """What result.json holds; the rest are numbers."""
+    """The content of result.json; all other values are numbers."""
 
     steps: int
     seconds: float
@@ -231,7 +231,7 @@ def read_config(folder: Path) -> TrainConfig:
         config: TrainConfig = from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used ({error}): {way_out}") from error
-    missing = sorted(_flat(dataclasses.asdict(config)).keys() - _flat(values).keys())
+    missing = sorted(flat(dataclasses.asdict(config)).keys() - flat(values).keys())
     if missing:
         _LOG.warning(
             "%s has no %s, as where an earlier version wrote it: the defaults are taken",
@@ -255,10 +255,10 @@ def read_result(folder: Path) -> Metrics:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics.jsonl; none where there is no file, or no end to the last line.
+    """The lines of a metrics.jsonl, empty if there is no file; an unfinished last line is left out.
 
     Raises:
-        ValueError: If a line is none of a training's, or steps do not rise.
+        ValueError: If a line is not of a training, or steps do not increase.
     """
     lines, bad = _parsed(_read_log(path))
     for number, why in bad:
@@ -267,7 +267,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 def _read_log(path: Path) -> bytes:
-    """The bytes of a metrics.jsonl, none where there is no file."""
+    """The bytes of a metrics.jsonl, empty if there is no file."""
     if not path.exists():
         return b""
     try:
@@ -278,7 +278,7 @@ def _read_log(path: Path) -> bytes:
 
 
 def _parsed(data: bytes) -> tuple[list[tuple[Metrics, bytes]], list[tuple[int, str]]]:
-    """The good lines, each with its bytes, and number and fault of the others."""
+    """The valid lines, each with its bytes, and number and fault of the others."""
     good: list[tuple[Metrics, bytes]] = []
     bad: list[tuple[int, str]] = []
     last = 0
@@ -298,10 +298,10 @@ def _parsed(data: bytes) -> tuple[list[tuple[Metrics, bytes]], list[tuple[int, s
 
 
 def _recovered(path: Path, step: int, position: LogPosition | None) -> bytes:
-    """What was logged up to a step.
+    """The lines that were logged up to a step.
 
-    A log that is no longer what it was at the checkpoint is set aside, and what can be read of it
-    is kept: it is the history of the run, and not what the run goes on from.
+    A log that has changed since the checkpoint is set aside, and its readable lines are kept: it is
+    the history of the run, which does not depend on it.
     """
     data = _read_log(path)
     if position is not None:
@@ -330,11 +330,11 @@ def _recovered(path: Path, step: int, position: LogPosition | None) -> bytes:
 
 def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
     """Raise a `ValueError` that names what differs, unless a run can go on under this config."""
-    given, kept = (_flat(dataclasses.asdict(c)) for c in (config, stored))
+    given, kept = (flat(dataclasses.asdict(c)) for c in (config, stored))
     differing = [
         f"{name.replace('_', '-')} ({kept.get(name)} there, {given.get(name)} here)"
         for name in sorted({*given, *kept})
-        if name not in _FREE and given.get(name) != kept.get(name)
+        if name not in _MAY_DIFFER and given.get(name) != kept.get(name)
     ]
     if differing:
         raise ValueError(
@@ -343,9 +343,10 @@ def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found

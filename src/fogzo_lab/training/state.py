@@ -49,7 +49,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Weights(TypedDict):
-    """What is read of it to evaluate."""
+    """The part of a checkpoint that is read to evaluate."""
 
     step: int
     model: dict[str, Tensor]
@@ -57,7 +57,7 @@ class _Weights(TypedDict):
 
 
 class TrainingState(TypedDict):
-    """What a training's checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     seconds: float
@@ -76,34 +76,34 @@ class TrainingState(TypedDict):
 
 
 class Training:
-    """Everything that a run trains with.
+    """All objects of a training run.
 
     Args:
         config: The run.
         ranks: This process among those of the run.
-        checkpoint: Where to go on, or None to begin.
+        checkpoint: Checkpoint to resume from, or None to start anew.
 
     Raises:
-        DamagedCheckpoint: If the checkpoint is not one of this training.
+        DamagedCheckpoint: If the checkpoint is not of this training.
 
     Attributes:
         task: Data and loss.
         windows: The training batches of this rank.
-        model: The network, to look into and to evaluate.
-        parallel: The same network, to train: wrapped where several ranks share the work.
+        model: The network itself, which is evaluated.
+        parallel: The same network for training: wrapped if several ranks share the work.
         estimator: None for plain backward.
         optimizer: Any optimizer of torch.
         scaler: Does nothing unless the precision is fp16.
         ema: None unless asked for.
         step: Optimizer steps taken.
-        seconds: Time they took.
-        extra_forwards: Forwards of the probes, in whole batches.
-        refined_steps: Steps in which the estimator was to measure.
-        fallbacks: How many of them kept the gradient of backward, by reason.
+        seconds: Their duration.
+        extra_forwards: Forward passes of the probes, in whole batches.
+        refined_steps: Steps in which the estimator was asked to measure.
+        fallbacks: Number of them that kept the gradient of backward, by reason.
         first_loss: The loss of the first step, once it is taken.
-        senseless: For how many steps until now the loss has been beyond all sense.
-        flip_rate: Share of codes that differ between this step's first two probes, if tracked.
-        log_position: What was logged when the checkpoint was written.
+        diverged_steps: Number of consecutive steps, up to now, with a loss far beyond the first.
+        flip_rate: Fraction of codes that differ between this step's first two probes, if tracked.
+        log_position: The state of the log when the checkpoint was written.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> None:
@@ -129,7 +129,7 @@ class Training:
         self.extra_forwards: float = 0
         self.refined_steps, self.fallbacks = 0, Counter[str]()
         self.first_loss: float | None = None
-        self.senseless = 0
+        self.diverged_steps = 0
         self.flip_rate: float | None = None
         self.log_position: LogPosition | None = None
         if checkpoint is not None:
@@ -141,7 +141,7 @@ class Training:
         return [self.task.prepare(raw, self.ranks.device) for raw in next(self.windows)]
 
     def autocast(self, probing: bool = False) -> AbstractContextManager[Any]:
-        """The context of a forward in the precision that was asked for."""
+        """The context of a forward pass in the configured precision."""
         own = self.config.precision
         precision = (self.config.probe_precision or own) if probing else own
         if precision == "fp32":
@@ -149,23 +149,24 @@ class Training:
         return torch.autocast(self.ranks.device.type, _DTYPES[precision])
 
     def set_learning_rate(self) -> None:
-        """Set the rate of the coming step, which follows from the step alone."""
+        """Set the learning rate of the coming step, which depends only on the step."""
         rate = self.config.learning_rate * self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def watch(self, loss: float) -> None:
-        """Take in a step's loss: one beyond a thousand times the first, and nats, has no sense.
+        """Count consecutive losses above 1000 times the first one, and above 1000 nats.
 
-        To know nothing costs a few nats, and whoever is wrong with certainty pays tens.
+        A uniform prediction costs a few nats and a confidently wrong one tens of nats, so that
+        only a diverged network gets there.
         """
         if self.first_loss is None:
             self.first_loss = loss
         sensible = loss <= 1000 * max(self.first_loss, 1.0)  # false for what is not a number
-        self.senseless = 0 if sensible else self.senseless + 1
+        self.diverged_steps = 0 if sensible else self.diverged_steps + 1
 
     def evaluate(self) -> Metrics:
-        """The numbers of each split, under the averaged weights where there is an average."""
+        """The numbers of each split, with the averaged weights if there is an average."""
         found: Metrics = {}
         with self.ema.applied() if self.ema else nullcontext():
             share_buffers(self.model, self.ranks)
@@ -181,7 +182,7 @@ class Training:
         return not self.ranks.sum(bad)
 
     def count(self, stats: RefineStats) -> None:
-        """Keep count of what the estimator has done in a step."""
+        """Count the forward passes, refinements and fallbacks of a step."""
         self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
         if stats.probe_losses or stats.fallback is not None:
             self.refined_steps += 1
@@ -189,12 +190,12 @@ class Training:
             self.fallbacks[stats.fallback] += 1
 
     def refinements(self) -> Metrics:
-        """For result.json: the steps that were refined, and by reason those that fell back."""
+        """For result.json: the number of refined steps, and of fallbacks by reason."""
         found: Metrics = {"refined_steps": self.refined_steps} if self.refined_steps else {}
         return found | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run needs to go on as if nothing had happened."""
+        """Everything that a resumed run needs to continue bit for bit."""
         share_buffers(self.model, self.ranks)
         return {
             "step": self.step,
@@ -292,7 +293,7 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
 
 
 def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> QuantizedWeight:
-    """The record with the config's law and radius; its backward rule stays the quantizer's."""
+    """The record with the config's noise law and radius; the backward rule stays as it is."""
     surrogate = weight.surrogate
     if config.perturbation == "auto" and config.radius == 1:
         return weight
@@ -302,12 +303,12 @@ def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> Quantiz
 
 
 def find_weights(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run, or the checkpoint itself where one is given.
 
     Raises:
         ValueError: If there is none.
     """
-    checkpoint = newest_checkpoint(run)
+    checkpoint = run if step_of(run) is not None else newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(
             f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
@@ -316,9 +317,9 @@ def find_weights(run: Path) -> Path:
 
 
 def load_weights(model: nn.Module, run: Path) -> int:
-    """Load the weights of another run, averaged where it averaged; returns its step.
+    """Load the weights of another run, averaged if it averaged them; returns its step.
 
-    Those of a float run are quantized anew: its checkpoint has no step sizes.
+    Weights of a float run are quantized anew, as its checkpoint has no step sizes.
 
     Raises:
         ValueError: If there is no checkpoint, or one of another network.
@@ -345,7 +346,7 @@ def load_weights(model: nn.Module, run: Path) -> int:
 def check_same_tensors(
     own: dict[str, Tensor], given: dict[str, Tensor], all_of_them: bool = True
 ) -> None:
-    """Raise a `ValueError` unless tensors are of the names, shapes and types that are there."""
+    """Raise a `ValueError` unless names, shapes and dtypes of two states agree."""
     if all_of_them and own.keys() != given.keys():
         differing = ", ".join(sorted(own.keys() ^ given.keys())[:5])
         raise ValueError(f"another network, which differs in {differing}")
@@ -371,9 +372,9 @@ def calibrate_activations(
 
 @contextmanager
 def own_random_streams(seed: int) -> Iterator[None]:
-    """Give the block torch's global streams seeded so, for dropout and augmentation.
+    """Seed torch's global random streams within the block, for dropout and augmentation.
 
-    The streams of the caller are put back.
+    The streams of the caller are restored afterwards.
     """
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     caller = RngState(devices)

@@ -1,4 +1,4 @@
-"""What is learned: images or text, each with its batches, its loss and its evaluation."""
+"""The tasks, images and text: their batches, loss and evaluation."""
 
 import math
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Windows(Protocol):
-    """Endless windows of raw micro-batches, one a step, with a position to resume from."""
+    """Endless windows of raw micro-batches, one per step, with a position to resume from."""
 
     def __next__(self) -> list[Any]: ...
 
@@ -40,9 +40,9 @@ class Task(ABC):
     """Data and loss of a run.
 
     Attributes:
-        shapes: What the network must know of the data.
-        splits: What can be evaluated, by name.
-        most_evaluated: How many examples of a split are evaluated at most.
+        shapes: The shapes of the data that the network depends on.
+        splits: The splits that can be evaluated, by name.
+        most_evaluated: Maximum number of evaluated examples of a split.
         workers: Processes that load ahead.
     """
 
@@ -57,7 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, raw: Any, device: torch.device, training: bool = True) -> Batch:
-        """A raw batch on the device, augmented in training: what closures see again and again."""
+        """A raw batch on the device, augmented in training, as all probes of a step see it."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -69,10 +69,10 @@ class Task(ABC):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str, batch_size: int, ranks: Ranks) -> Metrics:
-        """Evaluate the network as it would be deployed, on a split that the ranks share."""
+        """Evaluate the hard-quantized network on a split that the ranks share."""
         examples = self.splits[split]
         batches = torch.arange(min(len(examples), self.most_evaluated)).split(batch_size)
-        # Sharded networks need every rank in every forward, also in those past the end.
+        # Sharded networks need every rank in every forward pass, also past the end.
         mine = [batches[i] if i < len(batches) else batches[0] for i in ranks.turns(len(batches))]
         total = torch.zeros(3, dtype=torch.float64)
         was_training = model.training
@@ -152,7 +152,7 @@ class TextTask(Task):
         return cross_entropy(logits(model, inputs).flatten(0, 1).float(), targets.flatten())
 
     def describe(self, loss: float, accuracy: float) -> Metrics:
-        """With perplexity, and bits a byte, which tokenizers cannot change."""
+        """With the perplexity and the bits per byte, which do not depend on the tokenizer."""
         bits = loss / math.log(2) / self._text.bytes_per_token
         perplexity = math.exp(min(loss, 700.0))
         return {

@@ -1,13 +1,12 @@
-"""Logging to TensorBoard, W&B or trackio, through accelerate, when asked."""
+"""Optional logging to TensorBoard, W&B or trackio, through accelerate."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.parallel import Ranks
-from fogzo_lab.training.run_folder import Metrics
+from fogzo_lab.training.run_folder import Metrics, flat
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -33,7 +32,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 @contextmanager
 def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], None]]:
-    """A function that logs a step's metrics to the trackers of the config, if there are any.
+    """A function that logs the metrics of a step to the configured trackers, if any.
 
     Raises:
         ValueError: If accelerate or a tracker is not installed.
@@ -47,8 +46,11 @@ def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], 
     accelerator = Accelerator(
         cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=config.output_dir
     )
-    project = config.recipe
-    accelerator.init_trackers(project, config=_flat(dataclasses.asdict(config)))
+    settings = {
+        name: value if isinstance(value, int | float | str) else str(value)  # what trackers take
+        for name, value in flat(dataclasses.asdict(config)).items()
+    }
+    accelerator.init_trackers(config.recipe, config=settings)
 
     def track(metrics: Metrics) -> None:
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
@@ -58,14 +60,3 @@ def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], 
         yield track
     finally:
         accelerator.end_training()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names, of the types that trackers take."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, int | float | str) else str(value)
-    return flat

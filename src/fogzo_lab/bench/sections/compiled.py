@@ -1,4 +1,4 @@
-"""What `torch.compile` gains: the same steps with the network compiled and as it is."""
+"""The gain of `torch.compile`: the same steps with the network compiled and as it is."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ from fogzo_lab.bench.timing import time_in_turns
 
 NAMES: dict[Suite, tuple[str, ...]] = {
     "tiny": ("small MLP",),
-    "quick": (),  # to compile one takes longer than all else
+    "quick": (),  # to compile one takes longer than everything else
     "full": ("wide MLP", "LLaMA", "ResNet"),
 }
 """The networks that are compiled."""
 _FIRST_STEPS = 3
-"""In which the compiler sees the network with gradient and without, and gradients that exist."""
+"""Steps in which the compiler sees the network with and without gradients."""
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a network."""
+    """One case per network."""
     for name in NAMES[config.suite]:
         torch.compiler.reset()  # earlier networks would count towards its limit of compilations
         make = NETWORKS[config.suite][name]
@@ -32,7 +32,7 @@ def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
 
 
 def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
-    """STE and FOGZO steps, eager and compiled, in turns."""
+    """STE and FOGZO steps, eager and compiled, interleaved."""
     eager, compiled = Steps(make(device)), Steps(make(device))
     alternatives: dict[str, Callable[[], None]] = {}
     with warnings.catch_warnings():
@@ -45,7 +45,7 @@ def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
         for step in alternatives.values():
             for _ in range(_FIRST_STEPS):
                 step()
-    # From here on a step that compiled anew would fail, and its row would say so.
+    # From here on a step that recompiles fails, which its row reports.
     with torch.compiler.set_stance("fail_on_recompile"):
         turns = time_in_turns(alternatives, config.limits, device)
     return timed(

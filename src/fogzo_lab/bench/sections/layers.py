@@ -1,4 +1,4 @@
-"""What quantizing a layer's weight costs: forward and backward over those of the float layer."""
+"""The cost of quantizing a layer's weight: forward and backward pass over the float layer's."""
 
 import copy
 import itertools
@@ -45,7 +45,7 @@ SHAPES: dict[Suite, tuple[Shape, ...]] = {
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a shape, mode and way to quantize; the full suite compiles the layers too."""
+    """One case per shape, mode and way to quantize; the full suite compiles the layers too."""
     modes = ("eager", "compiled") if config.suite == "full" else ("eager",)
     for shape, mode in itertools.product(SHAPES[config.suite], modes):
         if mode == "compiled":

@@ -1,4 +1,4 @@
-"""What a FOGZO step needs of memory beyond an STE step, in units of the quantized weights."""
+"""The memory of a FOGZO step beyond an STE step, in units of the quantized weights."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,25 +9,25 @@ from fogzo import FogzoEstimator
 from fogzo.probing.measure import Evaluate
 from fogzo_lab.bench.cases import Case, attempt
 from fogzo_lab.bench.config import BenchConfig, Suite
-from fogzo_lab.bench.memory import peak_bytes
+from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.sections.steps import NETWORKS, Make
 from fogzo_lab.bench.stepping import Steps
 
 _LEFT_OUT = {"wide MLP, large batch"}
-"""The batch does not change what the estimator holds."""
+"""The memory of the estimator does not depend on the batch."""
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a network, the same as those whose steps are timed."""
+    """One case per network, the same as those whose steps are timed."""
     for name, make in _networks(config.suite).items():
         yield attempt(name, {}, partial(measure, make, device))
 
 
 def measure(make: Make, device: torch.device) -> Case:
-    """Peaks of steps of each kind, and how many copies of the weights FOGZO's are higher."""
+    """Peaks of each kind of step, and the excess of FOGZO's in copies of the weights."""
     network = make(device)
     steps = Steps(network)
-    steps.ste()  # the optimizer's own state is none of the difference
+    steps.ste()  # so that the optimizer's state is not part of the difference
     plain = _peak(steps, steps.ste, device)
     copies = {}
     kinds: dict[str, Evaluate] = {"default": "in_place", "lean": "lean"}

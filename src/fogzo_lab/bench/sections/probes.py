@@ -56,7 +56,7 @@ def at_once(network: Network, n: int, config: BenchConfig, device: torch.device)
 
 
 def _products(network: Network, forwards: int) -> Callable[[], None]:
-    """The matrix products of so many forwards, as many at once as stacked probes.
+    """The matrix products of so many forward passes, as many at once as stacked probes take.
 
     They bound what any way to evaluate probes in the network's own precision can cost. The first
     layer's input is the same for all, so that its weights, side by side, are one matrix.
@@ -104,7 +104,7 @@ def cheaper(network: Network, config: BenchConfig, device: torch.device) -> Iter
     repeated = {name: lambda make=make: _several(make()) for name, make in makers.items()}
     facts: Facts = {"kind": "cheaper", "num_samples": 1}
     title, base = f"{network.name}, n = 1", "default FOGZO step"
-    return compare(title, repeated, base, facts, config.limits, device, steps_a_call=_INTERVAL)
+    return compare(title, repeated, base, facts, config.limits, device, steps_per_call=_INTERVAL)
 
 
 def in_place(network: Network, n: int, config: BenchConfig, device: torch.device) -> Iterator[Case]:

@@ -13,7 +13,8 @@ from fogzo_lab.bench.networks import Network, mlp
 from fogzo_lab.bench.ranks import RankSettings, time_on_ranks
 from fogzo_lab.bench.sections import memory
 from fogzo_lab.bench.stepping import Steps
-from fogzo_lab.bench.timing import Turns, time_in_turns
+from fogzo_lab.bench.timing import time_in_turns
+from fogzo_lab.interleaved import Turns
 
 INPUTS, CLASSES = 784, 10
 

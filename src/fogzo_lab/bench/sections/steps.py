@@ -1,8 +1,8 @@
-"""What a FOGZO step costs beyond an STE step, in units of the forwards that it must make.
+"""What a FOGZO step costs beyond an STE step, in units of the forward passes it must make.
 
-The overhead ratio is (FOGZO step - STE step) / (2n forwards without gradient): 1 where nothing but
-the forwards costs time. A step whose probes cost nothing tells the estimator's own work from what
-forwards cost among other things than forwards.
+The overhead ratio is (FOGZO step - STE step) / (2n forward passes without gradients): 1 where
+nothing else costs time. A step whose probes cost nothing measures the estimator's own work apart
+from what forward passes cost when they alternate with it.
 """
 
 import warnings
@@ -47,13 +47,13 @@ def target(num_weights: int) -> float:
 
 
 def run(config: BenchConfig, device: torch.device) -> Iterator[Case]:
-    """One case a network."""
+    """One case per network."""
     for name, make in NETWORKS[config.suite].items():
         yield attempt(name, {}, partial(measure, make, config, device))
 
 
 def measure(make: Make, config: BenchConfig, device: torch.device) -> Case:
-    """The step, its floor and its parts, in turns."""
+    """The step, its floor and its parts, interleaved."""
     network = make(device)
     steps = Steps(network)
     estimator = FogzoEstimator(network.weights)

@@ -1,0 +1,179 @@
+"""Many comparisons in one table: what the intervals say of FOGZO beside its rivals."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from fogzo_lab.comparison.intervals import Interval, Verdict
+from fogzo_lab.comparison.results import Budget, Comparison, RowResult
+from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.table import Table
+
+RIVALS = ("ste", "ste-unmasked", "placebo")
+"""Rows that every gradient should be compared with, none of which needs extra forward passes."""
+
+SIGNS: Mapping[Verdict | None, str] = {
+    "better": "+",
+    "worse": "−",
+    "not significant": "=",
+    None: "·",
+}
+_BUDGETS: tuple[Budget, ...] = ("steps", "time")
+
+
+def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """A row per comparison, a sign per rival and budget.
+
+    Args:
+        comparisons: By what was trained, and how it was quantized.
+    """
+    rows, calls = [], Counter[Verdict]()
+    for label, comparison in comparisons.items():
+        cells = []
+        for name in RIVALS:
+            verdicts = [_verdict(comparison, name, budget) for budget in _BUDGETS]
+            calls.update(verdict for verdict in verdicts if verdict)
+            cells.append(" / ".join(SIGNS[verdict] for verdict in verdicts))
+        rows.append([label, *cells, _beside_the_best(comparison)])
+    count = calls.total()
+    tuned = [row for comparison in comparisons.values() for row in comparison.rows]
+    caption = (
+        f"{count} signs in the first three columns: {calls['better']} are +, {calls['worse']} "
+        f"are − and {calls['not significant']} are =; "
+        f"chance alone would make about {count / 20:.0f} significant. Best learning rate at an "
+        f"edge of the grid: {sum(row.at_edge_of_grid for row in tuned)} of {len(tuned)} tuned rows."
+    )
+    heading = ["network: quantizer", *(ROWS[name].label for name in RIVALS)]
+    return Table("Verdicts", [*heading, "best free rival"], rows, caption)
+
+
+def differences_table(comparisons: Mapping[str, Comparison], varied: str = "quantizer") -> Table:
+    """What FOGZO reached in every comparison, and its differences from the rivals.
+
+    Args:
+        comparisons: By what was varied; all of one main metric.
+        varied: What that is.
+
+    Raises:
+        ValueError: If one lacks FOGZO or is judged by another metric.
+    """
+    rows, seeds = [], set()
+    main = next(iter(comparisons.values())).main_metric
+    for label, comparison in comparisons.items():
+        seeds.add(comparison.num_seeds)
+        fogzo = comparison.find("fogzo")
+        if fogzo is None or comparison.main_metric != main:
+            raise ValueError(
+                f"{label} has rows {', '.join(row.name for row in comparison.rows)} and is judged "
+                f"by {comparison.main_metric.name}: expected fogzo among the rows, and {main.name}"
+            )
+        for budget, gaps in _gaps(comparison):
+            cells = [main.called(gap) for gap in gaps]
+            reached = main.spread(fogzo.summary(main.key))
+            rows.append([label, budget, reached, *cells])
+    direction = "more" if main.more_is_better else "less"
+    caption = (
+        f"{main.heading[0].upper()}{main.heading[1:]}, {direction} is better: mean ± standard "
+        f"deviation over {' or '.join(map(str, sorted(seeds)))} seeds; differences paired by seed, "
+        "with 95% intervals, bold where they exclude zero."
+    )
+    heading = [varied, "at equal", "FOGZO", *(f"FOGZO − {ROWS[name].label}" for name in RIVALS)]
+    return Table("FOGZO beside its rivals", heading, rows, caption)
+
+
+def rivals_table(comparison: Comparison, name: str) -> Table:
+    """One row beside the rivals at equal time.
+
+    Args:
+        comparison: It has the row and all rivals.
+        name: The row that is compared with them.
+
+    Raises:
+        ValueError: If it lacks one of them.
+    """
+    main = comparison.main_metric
+    own, *rivals = (comparison.find(row, "time") for row in (name, *RIVALS))
+    rows = []
+    for rival in rivals:
+        if own is None or rival is None:
+            raise ValueError(
+                f"{comparison.recipe} lacks a row: expected {name}, {', '.join(RIVALS)}"
+            )
+        gap = Interval.paired(own.values(main.key), rival.values(main.key))
+        cells = [main.spread(row.summary(main.key)) for row in (rival, own)]
+        rows.append([rival.label, *cells, main.called(gap)])
+    label = ROWS[name].label
+    heading = ["rival", f"{main.name} of the rival", f"of {label}", "difference"]
+    caption = "All rows take the seconds of a whole run of FOGZO. Differences are paired by seed."
+    return Table(label, heading, rows, caption)
+
+
+def tuning_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """What tuning chose for every row at equal steps, and what it reached with that.
+
+    Args:
+        comparisons: By what distinguishes them.
+
+    Raises:
+        ValueError: If one lacks FOGZO or a rival.
+    """
+    rows = []
+    for label, comparison in comparisons.items():
+        main = comparison.main_metric
+        for name in (*RIVALS, "fogzo"):
+            row = comparison.find(name)
+            if row is None:
+                raise ValueError(
+                    f"{label} lacks the row {name}: expected {', '.join(RIVALS)} and fogzo"
+                )
+            gap = main.called(comparison.interval(row, main))
+            edge = " (edge)" if row.at_edge_of_grid else ""
+            kappa = "" if row.kappa is None else f"{row.kappa:g}"
+            reached = main.spread(row.summary(main.key))
+            rows.append([label, row.label, f"{row.learning_rate:g}{edge}", kappa, reached, gap])
+    heading = ["comparison", "gradient", "learning rate", "kappa", "test metric", "FOGZO − row"]
+    caption = (
+        "Chosen by validation loss, at equal steps. Test accuracy in % (more is better), or "
+        'perplexity for text (less is better); "(edge)" marks an end of the grid.'
+    )
+    return Table("Tuning", heading, rows, caption)
+
+
+def best_free_rival(comparison: Comparison, budget: Budget) -> RowResult | None:
+    """The quantized row of lowest validation loss that needs no extra forward passes."""
+    names = [
+        row.name
+        for row in comparison.rows
+        if row.extra_forwards == 0 and row.name != "float" and not ROWS[row.name].quantized_after
+    ]
+    found = [row for name in names if (row := comparison.find(name, budget)) is not None]
+    return min(found, key=lambda row: row.best_loss, default=None)
+
+
+def _beside_the_best(comparison: Comparison) -> str:
+    """The signs beside the best free rival at both budgets, and what that is."""
+    signs, names = [], []
+    for budget in _BUDGETS:
+        rival = best_free_rival(comparison, budget)
+        verdict = None if rival is None else _verdict(comparison, rival.name, budget)
+        signs.append(SIGNS[verdict])
+        if rival is not None and verdict is not None:
+            names.append(rival.label)
+    return f"{' / '.join(signs)} ({' / '.join(dict.fromkeys(names))})"
+
+
+def _verdict(comparison: Comparison, name: str, budget: Budget) -> Verdict | None:
+    if budget == "time" and not comparison.has_equal_time:
+        return None
+    gap = _gap(comparison, name, budget)
+    return None if gap is None else gap.verdict(comparison.main_metric.more_is_better)
+
+
+def _gaps(comparison: Comparison) -> Iterator[tuple[Budget, Sequence[Interval | None]]]:
+    """FOGZO minus each rival, at each budget."""
+    for budget in _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]:
+        yield budget, [_gap(comparison, name, budget) for name in RIVALS]
+
+
+def _gap(comparison: Comparison, name: str, budget: Budget) -> Interval | None:
+    row = comparison.find(name, budget)
+    return None if row is None else comparison.interval(row, comparison.main_metric)

@@ -1,0 +1,30 @@
+"""Figures as SVG in which text stays text, and the same numbers give the same bytes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+@contextmanager
+def drawing(
+    target: Path | IO[str], size: tuple[float, float], font_size: float = 8
+) -> Iterator[Figure]:
+    """A figure to draw into; it is written when the context ends without an error.
+
+    Args:
+        target: A file, by path or open for text.
+        size: Width and height in inches.
+        font_size: In points.
+    """
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": font_size}
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(target, format="svg", metadata={"Date": None})

@@ -1,0 +1,157 @@
+"""Two real processes against one: the same training, half a batch each.
+
+This file is also the program that each rank runs: ``python test_ranks.py RANK FOLDER``.
+"""
+
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+import fogzo
+from toolbox import joined, run_ranks
+
+RANKS = 2
+STEPS = 3
+SCENARIOS = {
+    "n=1": {"num_samples": 1, "preset": "lsq", "views": False},
+    "n=2": {"num_samples": 2, "preset": "lsq", "views": False},
+    "n=2, gradients in buckets": {"num_samples": 2, "preset": "lsq", "views": True},
+    "rotated, lean": {"num_samples": 1, "evaluate": "lean", "preset": "quest", "views": False},
+    "one-sided": {"num_samples": 2, "one_sided": True, "preset": "lsq", "views": False},
+}
+
+
+def network(preset):
+    # Double precision, so that the order of the sums flips no code.
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    model.double()
+    stream = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=stream, dtype=torch.float64))
+    return fogzo.quantize_(model, fogzo.lsq(2) if preset == "lsq" else fogzo.quest(2))
+
+
+def batch(step):
+    stream = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(32, 8, generator=stream, dtype=torch.float64)
+    return x, torch.randn(32, 3, generator=stream, dtype=torch.float64)
+
+
+def train(part, preset, views, wrap=lambda model, views: model, **options):
+    """Train on ``part`` of every batch; the weights, the probe losses and the agreements."""
+    model = network(preset)
+    estimator = fogzo.FogzoEstimator(
+        fogzo.quantized_weights(model), noise_share=0.02, seed=5, **options
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    parallel = wrap(model, views)
+    losses, agreements = [], []
+    for step in range(STEPS):
+        x, y = (t[part] for t in batch(step))
+        optimizer.zero_grad()
+        loss = mse_loss(parallel(x), y)
+        loss.backward()
+        stats = estimator.refine_grads_(
+            lambda x=x, y=y: mse_loss(parallel(x), y), expected_loss=loss
+        )
+        losses += stats.probe_losses
+        agreements.append(stats.agreement)
+        optimizer.step()
+    weights = [p.detach().clone() for p in model.parameters()]
+    return {"weights": weights, "losses": losses, "agreements": agreements}
+
+
+def one_rank_returns_nan(rank):
+    """Gradients before and after a step in which only rank 1 sees a NaN."""
+    model = network("lsq")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    parallel = data_parallel(model, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    mse_loss(parallel(x), y).backward()
+    given = [p.grad.clone() for p in model.parameters()]
+    factor = math.nan if rank == 1 else 1.0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        stats = estimator.refine_grads_(lambda: factor * mse_loss(parallel(x), y))
+    refined = [p.grad.clone() for p in model.parameters()]
+    said = sum(issubclass(w.category, RuntimeWarning) for w in told)
+    return {"given": given, "refined": refined, "fallback": stats.fallback, "warnings": said}
+
+
+def one_rank_has_another_batch(rank):
+    """What each rank is told where only rank 1's closure evaluates another batch."""
+    model = network("lsq")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    parallel = data_parallel(model, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    other = batch(rank)[0][rank::RANKS]  # of rank 0 the same
+    loss = mse_loss(parallel(x), y)
+    loss.backward()
+    try:
+        estimator.refine_grads_(lambda: mse_loss(parallel(other), y), expected_loss=loss)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def data_parallel(model, views):
+    return DistributedDataParallel(model, gradient_as_bucket_view=views)
+
+
+def rank_program(rank, folder):
+    with joined(rank, folder):
+        part = slice(rank, None, RANKS)
+        results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
+        results["nan"] = one_rank_returns_nan(rank)
+        results["another batch"] = one_rank_has_another_batch(rank)
+        torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_on_half_batches_equal_one_process_on_the_whole_batch(ranks, name):
+    expected = train(slice(None), **SCENARIOS[name])
+    for result in (ranks[0][name], ranks[1][name]):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-10)
+        assert result["agreements"] == pytest.approx(expected["agreements"], rel=1e-6)
+        for a, b in zip(result["weights"], expected["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_ranks_stay_bitwise_identical(ranks, name):
+    first, second = ranks[0][name], ranks[1][name]
+    assert first["losses"] == second["losses"]
+    assert first["agreements"] == second["agreements"]
+    for a, b in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_nan_on_one_rank_makes_all_ranks_keep_the_first_order_gradient(ranks):
+    for result in (ranks[0]["nan"], ranks[1]["nan"]):
+        assert "not finite" in result["fallback"]
+        assert result["warnings"] == 1
+        for given, refined in zip(result["given"], result["refined"], strict=True):
+            assert torch.equal(given, refined)
+
+
+def test_a_mistake_on_one_rank_is_told_on_all_and_none_waits(ranks):
+    first, second = ranks[0]["another batch"], ranks[1]["another batch"]
+    assert first.startswith("on another rank the closure does not return expected_loss")
+    assert "rebound to the next batch" in second
+
+
+if __name__ == "__main__":
+    rank_program(int(sys.argv[1]), Path(sys.argv[2]))

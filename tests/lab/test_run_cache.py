@@ -1,0 +1,60 @@
+"""A finished run is used again exactly while the code that made it is the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fogzo_lab
+from fogzo_lab.comparison import run_cache
+
+SOURCE = Path(fogzo_lab.__file__).parents[1]
+# They choose devices' names, read options and write files; what they hand on is in the config.
+CHANGE_NO_NUMBER = ("fogzo_lab", "fogzo_lab.options", "fogzo_lab.system")
+
+
+def hashed(monkeypatch):
+    """The modules that go into the version of the code."""
+    paths = []
+    monkeypatch.setattr(run_cache, "_statements", lambda path: str(paths.append(path)))
+    run_cache.code_version.__wrapped__()
+    parts = [path.relative_to(SOURCE).with_suffix("").parts for path in paths]
+    return {".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts}
+
+
+def test_comments_docstrings_and_layout_are_no_other_version(tmp_path):
+    code = 'def f(x):\n    """Twice."""\n    # two\n    return 2 * x\n'
+    same = 'def f(x):\n    """Two times."""\n    return (\n        2 * x\n    )\n'
+    other = code.replace("2 *", "3 *")
+    found = []
+    for number, text in enumerate((code, same, other)):
+        path = tmp_path / f"{number}.py"
+        path.write_text(text)
+        found.append(run_cache._statements(path))
+    assert found[0] == found[1] != found[2]
+
+
+def test_every_module_that_a_run_executes_is_part_of_the_version(monkeypatch):
+    program = (
+        "import sys, fogzo, fogzo_lab.comparison.runs; fogzo.lsq;"
+        "print(*[m for m in sys.modules if m.partition('.')[0] in ('fogzo', 'fogzo_lab')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    names = hashed(monkeypatch)
+    missing = {
+        module
+        for module in done.stdout.split()
+        if module not in names
+        and not (module in CHANGE_NO_NUMBER or module.startswith("fogzo_lab.system."))
+        and not module.startswith("fogzo_lab.comparison")  # chooses runs and reads them
+    }
+    assert missing == set()
+
+
+def test_reports_commands_and_benchmarks_are_not(monkeypatch):
+    names = hashed(monkeypatch)
+    assert {"fogzo.estimators.base", "fogzo_lab.training.loop", "fogzo_lab.data.images"} <= names
+    rooms = {".".join(name.split(".")[:2]) for name in names}
+    assert not rooms & {"fogzo_lab.bench", "fogzo_lab.cli"}
+    assert "fogzo_lab.comparison.report" not in names

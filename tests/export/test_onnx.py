@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from networks import inputs_of, llama, logits, quantized, vit
+from networks import inputs_of, llama, logits, quantized, relative, vit
 from torch import nn
 
 import fogzo
@@ -78,11 +78,14 @@ def test_linear_layers_are_matmul_nbits(quantizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["int2-channel", "int4-g16", "int8"])
 def test_the_standard_operator(name, tmp_path):
-    report = exported(
-        quantized(mlp(), WEIGHTS[name], filter_fn=every_layer), tmp_path, variant="qdq"
-    )
+    model = quantized(mlp(), WEIGHTS[name], filter_fn=every_layer)
+    report = exported(model, tmp_path, variant="qdq")
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
+    # Also in a session without the option that keeps inputs in float32.
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE))
+    found = session.run(None, {session.get_inputs()[0].name: inputs_of(model).numpy()})[0]
+    assert relative(torch.from_numpy(found), logits(model)) < 2e-6
     assert operators(tmp_path)["DequantizeLinear"] == 3
     assert not operators(tmp_path)["MatMulNBits"]
 

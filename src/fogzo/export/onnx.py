@@ -32,11 +32,15 @@ def write(source: Source, folder: Path) -> None:
     """Write model.onnx, and its tensors beside it where they exceed what one file may hold.
 
     Raises:
-        ValueError: If there is no example to trace the model with, or it is not in float32.
+        ValueError: If there is no example to trace the model with.
     """
     import onnx_ir as ir
 
-    _check(source)
+    if source.example is None:
+        raise ValueError(
+            f"onnx traces the model, and nothing says what a {type(source.model).__name__} takes: "
+            'fogzo.export.export(model, folder, "onnx", example=x)'
+        )
     program = _traced(source)
     model = program.model
     for node in model.graph:
@@ -73,20 +77,6 @@ def read_back(source: Source, folder: Path) -> ReadBack:
         return torch.from_numpy(session.run(None, fed)[0])
 
     return ReadBack(f"onnxruntime {onnxruntime.__version__}", weights, call)
-
-
-def _check(source: Source) -> None:
-    if source.example is None:
-        raise ValueError(
-            f"onnx traces the model, and nothing says what a {type(source.model).__name__} takes: "
-            'fogzo.export.export(model, folder, "onnx", example=x)'
-        )
-    for name, layer in source.layers.items():
-        if layer.weight.dtype != torch.float32:
-            raise ValueError(
-                f"cannot write {name!r} as onnx: its weights are {layer.weight.dtype}, and onnx is "
-                "written in float32: model.float(), then export"
-            )
 
 
 def _traced(source: Source) -> Any:

@@ -37,7 +37,7 @@ LEVELS = {
 }
 # What export writes with and reads back with, imported where it is needed.
 EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
-EXPORTERS |= {"accelerate", "onnx", "onnxscript", "onnxruntime", "torchao"}
+EXPORTERS |= {"accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torchao"}
 HEAVY = {
     "accelerate",
     "brevitas",

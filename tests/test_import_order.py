@@ -19,6 +19,7 @@ LEVELS = {
     "fogzo.quantizers": 0,
     "fogzo.layers": 1,
     "fogzo.methods": 2,
+    "fogzo.export": 2,
     "fogzo.probing": 2,
     "fogzo.estimators": 3,
     "fogzo": 4,
@@ -35,6 +36,9 @@ LEVELS = {
     "fogzo_lab.bench": 9,
     "fogzo_lab.cli": 10,
 }
+# What export writes with and reads back with, imported where it is needed.
+EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
+EXPORTERS |= {"accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torchao"}
 HEAVY = {
     "accelerate",
     "brevitas",
@@ -119,6 +123,7 @@ def test_a_module_imports_only_its_own_floor_and_those_below(name):
 @pytest.mark.parametrize("name", LIBRARY)
 def test_the_library_imports_torch_and_the_standard_library_only(name):
     allowed = sys.stdlib_module_names | {"torch", "fogzo"}
+    allowed |= EXPORTERS if room(name) == "fogzo.export" else set()
     others = {dotted.partition(".")[0] for dotted in imports(name)} - allowed
     assert not others, f"{name} imports {', '.join(sorted(others))}"
 
@@ -152,6 +157,17 @@ def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight():
     loaded = set(result.stdout.split())
     assert {"fogzo", "torch"} <= loaded
     assert not loaded & HEAVY
+
+
+def test_export_loads_torch_alone():
+    program = (
+        "import sys, torch; before = set(sys.modules); import fogzo.export;"
+        "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert set(result.stdout.split()) - set(sys.stdlib_module_names) <= {"fogzo", "torch"}
 
 
 def test_using_the_package_adds_only_its_own_modules_to_torchs():

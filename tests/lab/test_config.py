@@ -3,7 +3,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import fogzo
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
 from fogzo_lab.recipes import RECIPES
@@ -14,6 +16,7 @@ from fogzo_lab.training.model_config import (
     MlpConfig,
     QuantizerConfig,
     ResNetConfig,
+    check_quantizers,
 )
 
 
@@ -83,6 +86,9 @@ def test_options_that_cannot_work_name_the_option(changes, message):
         (QuantizerConfig, {"preset": "lsq", "bits": 9}, "from 1 to 8, got 9: --quantizer.bits 2"),
         (QuantizerConfig, {"preset": "quest", "init": "mse"}, "--quantizer.init None"),
         (QuantizerConfig, {"preset": "ternary", "bits": 2}, "--quantizer.bits None"),
+        (QuantizerConfig, {"preset": "sign", "levels": "half"}, "--quantizer.levels None"),
+        (QuantizerConfig, {"levels": "whole"}, "--quantizer.levels"),
+        (QuantizerConfig, {"scale_dtype": "float8"}, "--quantizer.scale-dtype"),
         (QuantizerConfig, {"surrogate": "identiy"}, "--quantizer.surrogate identity"),
         (QuantizerConfig, {"granularity": 0}, "--quantizer.granularity channel"),
         (MlpConfig, {"hidden": (8, -5)}, "got -5: --model.hidden 32"),
@@ -115,3 +121,17 @@ def test_every_preset_can_be_asked_for(preset):
     assert QuantizerConfig(preset=preset).build() is not None
     assert QuantizerConfig(preset=preset, granularity="channel").build().granularity == "channel"
     assert QuantizerConfig(preset="none").build() is None
+
+
+def test_levels_and_the_dtype_of_steps_are_those_of_the_file_to_come():
+    config = QuantizerConfig(preset="lsq", levels="integer", scale_dtype="float16")
+    assert config.build() == fogzo.lsq(2, levels="integer", scale_dtype=torch.float16)
+    config = QuantizerConfig(preset="ternary", scale_dtype="bfloat16")
+    assert config.build() == fogzo.ternary(scale_dtype=torch.bfloat16)
+
+
+def test_unsigned_levels_are_for_inputs():
+    unsigned = QuantizerConfig(preset="lsq", levels="unsigned")
+    check_quantizers(QuantizerConfig(preset="lsq"), unsigned)
+    with pytest.raises(ValueError, match=r"--quantizer\.levels integer"):
+        check_quantizers(unsigned, QuantizerConfig())

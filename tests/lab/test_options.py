@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.cli.export import ExportConfig
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
@@ -31,6 +32,7 @@ CONFIGS = [
     DIGITS,
     CompareConfig(base=DIGITS),
     EvalConfig(run=Path("run")),
+    ExportConfig(run=Path("run")),
     BenchConfig(),
     AugmentationConfig(),
     ImagesConfig(),
@@ -67,6 +69,7 @@ ANY_NAME = {
     "column": "known to the data set alone",
     "optimizer": "looked for in torch before training, as versions differ",
     "output_dir": "a new folder",
+    "output": "a new folder",
     "initial_weights": "looked for before training",
     "run": "looked for before evaluation",
 }
@@ -81,6 +84,10 @@ NONE_HAS_A_MEANING = {
     "surrogate": "the preset's",
     "granularity": "the preset's",
     "init": "the preset's",
+    "levels": "the preset's",
+    "scale_dtype": "that of the weights",
+    "output": "in the run's folder",
+    "variant": "the format's own",
     "vocab_size": "the tokenizer's",
     "learning_rates": "around the recipe's",
     "kappas": "the recipe's",
@@ -202,7 +209,7 @@ def test_what_means_the_same_is_converted():
     assert config.model.hidden == (4, 5) and config.trackers == ("wandb",)
 
 
-PATHS = ("output_dir", "initial_weights", "run")
+PATHS = ("output_dir", "initial_weights", "run", "output")
 
 
 @pytest.mark.parametrize("name", [*PATHS, "dataset", "tokenizer"])

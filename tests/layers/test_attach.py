@@ -559,6 +559,60 @@ def test_a_baked_model_can_be_quantized_again():
     assert _quantized_names(fogzo.quantize_(model, fogzo.lsq(4))) == ["0", "2"]
 
 
+def _with_quantized_inputs(activations=None):
+    model = fogzo.quantize_(_mlp(), fogzo.lsq(2), activations=activations or fogzo.lsq(4))
+    with torch.no_grad(), fogzo.calibrate_(model):
+        model(draw(5, 8))
+    return model.eval()
+
+
+def test_dequantize_says_that_it_drops_quantized_inputs(caplog):
+    model = _with_quantized_inputs()
+    x = draw(5, 8)
+    before = model(x)
+    fogzo.dequantize_(model)
+    assert "the inputs of '0', '2' are no longer quantized" in caplog.text
+    assert [type(layer) for layer in model] == [type(layer) for layer in _mlp()]
+    assert not torch.equal(model(x), before)
+
+
+def test_dequantize_drops_quantized_inputs_in_silence_where_that_is_meant(caplog):
+    fogzo.dequantize_(_with_quantized_inputs(), activations="drop")
+    fogzo.dequantize_(fogzo.quantize_(_mlp(), fogzo.lsq(2)))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "activations", [fogzo.lsq(4), fogzo.abs_max(8, granularity="token"), fogzo.quest(4)]
+)
+def test_dequantize_can_keep_quantized_inputs(activations, caplog):
+    model = _with_quantized_inputs(activations)
+    x = draw(5, 8)
+    before, weights = model(x), [model[i].quantized_weight() for i in (0, 2)]
+    assert fogzo.dequantize_(model, activations="keep") is model
+    assert caplog.text == ""
+    assert not any(isinstance(layer, QuantizedLayer) for layer in model)
+    assert all(torch.equal(model[i].weight, w) for i, w in zip((0, 2), weights, strict=True))
+    for baked in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(baked(x), before)
+    steps = [name for name in model.state_dict() if "input_step" in name]
+    assert bool(steps) == activations.scale.has_state
+    with fogzo.calibrate_(model):  # they are still quantized inputs
+        model(x)
+    with pytest.raises(ValueError, match="nothing in this model is quantized"):
+        fogzo.dequantize_(model)
+
+
+def test_dequantize_keeps_layers_without_quantized_inputs_plain():
+    model = fogzo.dequantize_(fogzo.quantize_(_mlp(), fogzo.lsq(2)), activations="keep")
+    assert [type(layer) for layer in model] == [type(layer) for layer in _mlp()]
+
+
+def test_dequantize_explains_what_it_can_do_with_inputs():
+    with pytest.raises(ValueError, match='activations must be "drop" or "keep", got True'):
+        fogzo.dequantize_(_with_quantized_inputs(), activations=True)
+
+
 def test_dequantizing_a_float_model_is_refused():
     model = _mlp()
     before = _snapshot(model)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -293,6 +294,26 @@ class QuantizedInput(nn.Module):
             state_dict[knee] = loaded_knee(full(loaded), self.input_step_knee)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._was_measured = has_a_value(self.input_state) and bool(round(self.input_state.item()))
+
+
+@cache
+def quantized_input_class(plain: Any) -> Any:
+    """The class of layers of a class that quantize their inputs alone, the same one each time."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on a quantized input."""
+        return plain.forward(self, *self.with_quantized_input(args), **kwargs)
+
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _new_quantized_input, (plain,), self.__getstate__()
+
+    members = {"__module__": __name__, "forward": forward, "__reduce_ex__": reduce_ex}
+    return type(f"QuantizedInput{plain.__name__}", (QuantizedInput, plain), members)
+
+
+def _new_quantized_input(plain: type) -> Any:
+    cls = quantized_input_class(plain)
+    return cls.__new__(cls)
 
 
 @contextmanager

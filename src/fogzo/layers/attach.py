@@ -4,13 +4,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded, reshard, sharded_dims
-from fogzo.layers.activations import Activations, activation_quantizers
+from fogzo.layers.activations import (
+    Activations,
+    activation_quantizers,
+    quantized_input_class,
+)
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.quantizable import check_quantizable, warn_of_own_quantization
 from fogzo.layers.quantized_layer import (
@@ -30,6 +34,7 @@ from fogzo.layers.selection import (
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.steps import knee_of
+from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -148,16 +153,27 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
 
 
-def dequantize_(model: ModelT) -> ModelT:
+def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = None) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
-    Activation quantizers are dropped: the plain layers take their inputs in float. Warns of layers
-    that never ran although others did: something else may have read their weights in float.
+    Warns of layers that never ran although others did: something else may have read their weights
+    in float.
+
+    Args:
+        model: Quantized.
+        activations: Whether layers that quantize their inputs go on doing so (``"keep"``; they
+            keep a class of their own) or take them in float (``"drop"``). By default they take
+            them in float, and the ``fogzo`` logger says so.
 
     Raises:
         ValueError: If nothing in the model is quantized, FSDP has sharded it, weights are offloaded
             or a parametrization was put on one after `quantize_`. The model is then untouched.
     """
+    if activations not in ("drop", "keep", None):
+        raise ValueError(
+            f'activations must be "drop" or "keep", got {activations!r}: '
+            'fogzo.dequantize_(model, activations="keep")'
+        )
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     if not layers:
         raise ValueError(
@@ -185,8 +201,17 @@ def dequantize_(model: ModelT) -> ModelT:
                 "quantize_from after each optimizer step, to the end of the run"
             )
     warn_of_bypassed_layers(model)
+    with_input = [layer._name for layer in layers if layer.activation_quantizer is not None]
+    if with_input and activations is None:
+        logger.warning(
+            "the inputs of %s are no longer quantized, and the outputs differ from those that were "
+            'trained: activations="keep" keeps them quantized, activations="drop" says that this '
+            "is meant",
+            listed(with_input),
+        )
     baked: set[int] = set()
     for layer in layers:
+        keeps_input = activations == "keep" and layer.activation_quantizer is not None
         with torch.no_grad():
             if id(layer.weight) not in baked:
                 baked.add(id(layer.weight))
@@ -195,6 +220,9 @@ def dequantize_(model: ModelT) -> ModelT:
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
         for name in ("_forward_dtype", "_versions", "_float_phase"):
             layer.__dict__.pop(name, None)
+        if keeps_input:
+            cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))
+            continue
         layer.detach_input()
         cast(nn.Module, layer).__class__ = plain_class(layer)
     return model

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from fogzo.export import formats
 from fogzo.wording import nearest
-from fogzo_lab.cli import display
+from fogzo_lab.cli import display, export
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
@@ -29,6 +30,8 @@ commands:
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report;
                     --plan lists the runs without running them
+  export RUN        write a run's network in the format of a program that serves it:
+                    --format {", ".join(formats())}
   bench             measure the cost of FOGZO on this machine, without a recipe;
                     --suite quick takes about a minute
 
@@ -112,6 +115,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "export": export.run,
     "bench": _bench,
 }
 

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 
 from fogzo import quantizers
@@ -43,6 +44,11 @@ class QuantizerConfig(Options):
     size; by default the preset's own."""
     init: Annotated[Literal["mse", "rms", "abs_mean", "lsq", "max"] | None, Example("mse")] = None
     """How fixed and lsq find their first step size; by default the preset's own."""
+    levels: Annotated[Literal["half", "integer", "unsigned"] | None, Example("integer")] = None
+    """Levels of fixed and lsq: half (±1/2, ±3/2, ...), integer or, for inputs that cannot be
+    negative, unsigned; by default half up to 2 bits, integer above."""
+    scale_dtype: Annotated[Literal["float16", "bfloat16"] | None, Example("float16")] = None
+    """Round step sizes to this dtype in training, as the file to be exported holds them."""
     stochastic: bool = False
     """In training, round up or down at random, more often to the nearer level."""
 
@@ -59,6 +65,12 @@ class QuantizerConfig(Options):
                 f"got {self.init}: --{prefix}init None, or --{prefix}preset fixed"
             )
 
+        if self.preset not in ("none", "fixed", "lsq") and self.levels is not None:
+            raise ValueError(
+                f"{self.preset} has levels of its own and takes none, got {self.levels}: "
+                f"--{prefix}levels None, or --{prefix}preset lsq"
+            )
+
     def build(self) -> Quantizer | None:
         """The quantizer, or None for float."""
         if self.preset == "none":
@@ -68,6 +80,8 @@ class QuantizerConfig(Options):
             "granularity": self.granularity,
             "init": self.init,
             "bits": self.bits,
+            "levels": self.levels,
+            "scale_dtype": self.scale_dtype and getattr(torch, self.scale_dtype),
         }
         given = {name: value for name, value in options.items() if value is not None}
         if self.preset in ("fixed", "lsq", "quest"):
@@ -82,6 +96,10 @@ def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> 
         raise ValueError(
             "activations are quantized only where weights are: add --quantizer.preset lsq, or "
             "--activations.preset none"
+        )
+    if weights.levels == "unsigned":
+        raise ValueError(
+            "weights have both signs and unsigned levels only one: --quantizer.levels integer"
         )
     if weights.granularity == "token":
         raise ValueError(

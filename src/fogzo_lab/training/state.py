@@ -303,12 +303,12 @@ def _perturbed_as_asked(weight: QuantizedWeight, config: TrainConfig) -> Quantiz
 
 
 def find_weights(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run, or the checkpoint itself where one is given.
 
     Raises:
         ValueError: If there is none.
     """
-    checkpoint = newest_checkpoint(run)
+    checkpoint = run if step_of(run) is not None else newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(
             f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"

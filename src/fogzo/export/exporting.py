@@ -1,0 +1,308 @@
+"""Exporting: check, write beside, read back, compare, rename."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.export import holds
+from fogzo.export.source import ActivationChoice, Options, Source
+from fogzo.export.verify import ReadBack, answer, difference, example_of
+from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.wording import nearest
+
+logger = logging.getLogger(__name__)
+
+# The module of each format.
+MODULES: Mapping[str, str] = {
+    "packed": "packed",
+    "float": "float_folder",
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf",
+    "onnx": "onnx",
+    "mlx": "mlx",
+    "bitnet": "bitnet",
+}
+REPORT = "export.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer was written.
+
+    Attributes:
+        name: In the model.
+        stored: The type in the file.
+        bits: Per weight, with the scales.
+        exact: Whether the reader's weight is the trained one, bit for bit; None if unverified.
+        step_rounding: The largest relative change of a step size, 0 without ``round_steps``.
+    """
+
+    name: str
+    stored: str
+    bits: float
+    exact: bool | None
+    step_rounding: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what its reader makes of it.
+
+    Attributes:
+        format: Its name.
+        folder: Where it is.
+        layers: The quantized layers.
+        bytes: Size of the files, this report apart.
+        float_bytes: Size of the tensors of the model in float.
+        reader: With which it was read back; None if it was not.
+        logits_difference: The largest difference between what the reader and the trained model
+            answer to the example, relative to the largest logit; None if nothing was run.
+        note: What was not verified, and why.
+    """
+
+    format: str
+    folder: str
+    layers: tuple[LayerReport, ...]
+    bytes: int
+    float_bytes: int
+    reader: str | None
+    logits_difference: float | None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def check(
+    model: nn.Module,
+    format: str,
+    *,
+    round_steps: bool = False,
+    activations: ActivationChoice = "keep",
+    allow_wider: bool = False,
+    variant: str | None = None,
+) -> list[str]:
+    """What keeps a model from being exported so; an empty list if nothing does.
+
+    It writes nothing and needs no trained weights: ask before training starts.
+
+    >>> import fogzo
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> model = fogzo.quantize_(model, fogzo.lsq(2), lambda module, name: name == "0")
+    >>> check(model, "packed")
+    []
+    >>> check(model, "gguf")[0]
+    'gguf is written for LlamaForCausalLM only, got Sequential: --format packed or onnx'
+    """
+    _check_format(format, holds.FORMATS)
+    options = Options(round_steps, activations, allow_wider, variant)
+    return holds.problems(Source.of(model, options), format)
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "packed",
+    *,
+    example: Any = None,
+    round_steps: bool = False,
+    activations: ActivationChoice = "keep",
+    allow_wider: bool = False,
+    variant: str | None = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a quantized model for a program that serves it, with the weights that were trained.
+
+    The files appear all at once, and a folder of an earlier export is replaced. The model stays as
+    it is.
+
+    Args:
+        model: Quantized, with its inputs calibrated if they are quantized.
+        folder: To write into.
+        format: One of `formats`.
+        example: An input (a tensor, a tuple of arguments or a dict of keywords), on which what was
+            written is compared with the model. By default one is made up for models of
+            transformers; onnx needs one of other models.
+        round_steps: Round step sizes to what the format holds: codes stay, weights move a little.
+        activations: ``"drop"`` exports the weights alone where the format holds no quantized
+            inputs.
+        allow_wider: Use more bits than the quantizer where the format has no narrower type.
+        variant: Of a format that has several: a type of gguf (``"tq1_0"``), or ``"qdq"`` of onnx.
+        verify: Read the files back and compare.
+
+    Returns:
+        What was written, also in ``export.json`` beside it.
+
+    Raises:
+        ValueError: If the format cannot hold the model (see `check`), an input was never measured,
+            or the folder holds something else. Nothing is written then.
+        RuntimeError: If the files read back are not what was to be written. Nothing is kept.
+    """
+    _check_format(format, MODULES)
+    source = Source.of(model, Options(round_steps, activations, allow_wider, variant))
+    problems = holds.problems(source, format)
+    if problems:
+        more = f" (and {len(problems) - 1} more: fogzo.export.check)" if problems[1:] else ""
+        raise ValueError(f"{problems[0]}{more}")
+    _check_measured(source)
+    warn_of_bypassed_layers(source.model)
+    final = Path(os.path.abspath(folder))
+    _check_replaceable(final)
+    trained = {name: layer.weight for name, layer in source.layers.items()}
+    source, rounding = _rounded(source, format)
+    writer = import_module(f"fogzo.export.{MODULES[format]}")
+    example = example_of(source.model) if example is None else example
+    source = dataclasses.replace(source, example=example)
+    partial = final.with_name(f"{final.name}.partial")
+    _delete(partial)
+    partial.mkdir(parents=True)
+    try:
+        writer.write(source, partial)
+        reading, note = _read_back(writer, source, partial) if verify else (None, "not verified")
+        if reading is not None:
+            _check_weights(source, reading, format)
+        layers = [
+            LayerReport(
+                name,
+                chosen.name,
+                chosen.bits_per_weight(source.layers[name].weight),
+                None
+                if reading is None
+                else torch.equal(_cpu(reading.weights[name]), _cpu(trained[name].dequantize())),
+                rounding[name],
+            )
+            for name in source.layers
+            for chosen in [holds.stored(source, name, format)]
+        ]
+        report = ExportReport(
+            format,
+            str(folder),
+            tuple(layers),
+            sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
+            _float_bytes(source),
+            None if reading is None else reading.reader,
+            _compare_logits(source.model, example, reading),
+            note,
+        )
+        text = json.dumps(report.to_dict(), indent=2) + "\n"
+        (partial / REPORT).write_text(text, encoding="utf-8")
+        _replace(partial, final)
+    except BaseException:
+        _delete(partial)
+        raise
+    return report
+
+
+def formats() -> tuple[str, ...]:
+    """The names of the formats that `export` writes."""
+    return tuple(MODULES)
+
+
+def _check_format(format: str, known: Mapping[str, object]) -> None:
+    if format not in known:
+        close = nearest(format, known)
+        hint = f"did you mean {close!r}?" if close else f"choose from {', '.join(known)}"
+        raise ValueError(f"no format {format!r}: {hint}")
+
+
+def _check_measured(source: Source) -> None:
+    for name, layer in source.layers.items():
+        if layer.input is not None and not layer.input.measured:
+            raise ValueError(
+                f"the input of {name!r} has no step size yet: measure it first, with "
+                "fogzo.calibrate_(model): model(x)"
+            )
+
+
+def _rounded(source: Source, format: str) -> tuple[Source, dict[str, float]]:
+    """The source with steps that the format holds, and the largest relative change of each."""
+    errors = {n: holds.step_error(layer.weight, format) for n, layer in source.layers.items()}
+    if not any(errors.values()):
+        return source, errors
+    dtype = holds.FORMATS[format].step_dtypes[0]
+    rounded = {
+        id(layer.weight): layer.weight.round_steps(dtype) if errors[name] else layer.weight
+        for name, layer in source.layers.items()
+    }
+    weights = {name: rounded[id(layer.weight)] for name, layer in source.layers.items()}
+    return source.with_weights(weights), errors
+
+
+def _read_back(
+    writer: ModuleType, source: Source, folder: Path
+) -> tuple[ReadBack | None, str | None]:
+    try:
+        reading = writer.read_back(source, folder)
+        return (
+            reading,
+            "not verified, as no reader in Python knows the type" if reading is None else None,
+        )
+    except ImportError as error:
+        note = f"not verified, as its reader is not installed: pip install {error.name}"
+        logger.warning("%s", note)
+        return None, note
+
+
+def _check_weights(source: Source, reading: ReadBack, format: str) -> None:
+    for name, layer in source.layers.items():
+        found, written = _cpu(reading.weights[name]), _cpu(layer.weight.dequantize())
+        if not torch.equal(found, written):
+            off = difference(found, written)
+            raise RuntimeError(
+                f"{reading.reader} reads {name!r} from the {format} files as other weights than "
+                f"were written ({off:.1e} off, relative to the largest): nothing was kept. Please "
+                "report it with the versions of the reader and of fogzo"
+            )
+
+
+def _compare_logits(model: nn.Module, example: Any, reading: ReadBack | None) -> float | None:
+    if reading is None or reading.call is None or example is None:
+        return None
+    return difference(reading.call(example), answer(model, example))
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def _float_bytes(source: Source) -> int:
+    others = {id(tensor): tensor.nbytes for tensor in source.other_tensors().values()}
+    weights = {id(layer.weight): layer.module.weight.nbytes for layer in source.layers.values()}
+    return sum((others | weights).values())
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists() or (folder / REPORT).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds something that no export wrote, and is left as it is: choose another "
+            "folder"
+        )
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Put the new folder in the place of the old one, which is there until the last moment."""
+    old = final.with_name(f"{final.name}.old")
+    _delete(old)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,97 @@
+"""The files that several formats share: transformers' config.json and model.safetensors."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_config(
+    model: nn.Module,
+    folder: Path,
+    quantization: Mapping[str, Any] | None = None,
+    /,
+    **changes: Any,
+) -> None:
+    """Write config.json: transformers' own where the model has one, and how it is quantized.
+
+    Args:
+        model: Whose config it is.
+        folder: Where to write.
+        quantization: The entry ``quantization_config``.
+        changes: Other entries, instead of the config's own.
+    """
+    entries = dict(changes)
+    if quantization is not None:
+        entries["quantization_config"] = dict(quantization)
+    own: Any = getattr(model, "config", None)
+    if not hasattr(own, "save_pretrained"):
+        (folder / CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        return
+    config = copy.deepcopy(own)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(next(p for p in model.parameters()).dtype).removeprefix("torch.")
+    for name, value in entries.items():
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The entries of config.json.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no config.json and is no exported folder: "
+            "fogzo.export.export(model, folder) writes one"
+        )
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, framework: str = "pt"
+) -> dict[str, str]:
+    """Write model.safetensors; a tensor with two names is written under the first.
+
+    Returns:
+        The names that are left out, each with the one that its tensor is written under.
+    """
+    from safetensors.torch import save_file
+
+    owners: dict[int, str] = {}
+    ties = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    written = {
+        name: tensor.detach().cpu().clone().contiguous()  # parts of one memory are refused
+        for name, tensor in tensors.items()
+        if ties[name] == name
+    }
+    path = folder / WEIGHTS
+    save_file(written, path, metadata={"format": framework})
+    path.chmod(folder.stat().st_mode & 0o666)  # it is written for its owner alone
+    return {name: owner for name, owner in ties.items() if name != owner}
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote, on the CPU.
+
+    Raises:
+        ValueError: If there is no model.safetensors.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: export the model again")
+    return load_file(path)

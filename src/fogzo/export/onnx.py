@@ -1,0 +1,329 @@
+"""The ONNX file: torch's own graph, with the quantized weights as integers.
+
+Linear layers become the MatMulNBits of onnxruntime and OpenVINO, whose zero points may lie between
+two integers; everything else, or with the variant ``"qdq"`` all of it, the DequantizeLinear of the
+standard. Quantized inputs become QuantizeLinear and DequantizeLinear where they are integers with a
+step of their own, and plain arithmetic otherwise.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.export import holds
+from fogzo.export.integers import IntegerWeight
+from fogzo.export.packing import pack_digits, unpack_digits
+from fogzo.export.source import InputForm, Source
+from fogzo.export.verify import ReadBack
+from fogzo.quantizers.granularity import from_rows
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FILE = "model.onnx"
+_OPSET = 21  # the first with integers of 4 bits and with groups
+_BLOCKS = (16, 32, 64, 128, 256)
+
+
+def write(source: Source, folder: Path) -> None:
+    """Write model.onnx, and its tensors beside it where they exceed what one file may hold.
+
+    Raises:
+        ValueError: If there is no example to trace the model with.
+    """
+    import onnx_ir as ir
+
+    if source.example is None:
+        raise ValueError(
+            f"onnx traces the model, and nothing says what a {type(source.model).__name__} takes: "
+            'fogzo.export.export(model, folder, "onnx", example=x)'
+        )
+    program = _traced(source)
+    model = program.model
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces of torch, a quarter of a small file
+    owners = {id(layer.weight): name for name, layer in source.layers.items()}
+    for name in dict.fromkeys(owners.values()):
+        _replace(model.graph, source, name)
+    if any(node.domain == "com.microsoft" for node in model.graph):
+        model.opset_imports["com.microsoft"] = 1
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    beside = None if size < 2**30 else f"{FILE}.data"  # a protobuf ends at 2 GiB
+    ir.save(model, folder / FILE, external_data=beside)
+
+
+def read_back(source: Source, folder: Path) -> ReadBack:
+    """What onnxruntime makes of it at full accuracy, and the weights that its operators define."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(
+        str(folder / FILE), options, providers=["CPUExecutionProvider"]
+    )
+    graph = ir.load(folder / FILE).graph
+    weights = {name: _decoded(graph, source, name) for name in source.layers}
+
+    def call(example: Any) -> Tensor:
+        values = _arguments(source, example)
+        fed = {
+            declared.name: value.numpy()
+            for declared, value in zip(session.get_inputs(), values, strict=True)
+        }
+        return torch.from_numpy(session.run(None, fed)[0])
+
+    return ReadBack(f"onnxruntime {onnxruntime.__version__}", weights, call)
+
+
+def _traced(source: Source) -> Any:
+    model: Any = source.baked().cpu()
+    layers = dict(model.named_modules())
+    for name, layer in source.layers.items():
+        if layer.input is not None:
+            layers[name].register_forward_pre_hook(_input_hook(layer.input, layers[name]))
+    if hasattr(model, "config"):
+        model.config.use_cache = False
+    example = _example(source)
+    args, named = ((), example) if isinstance(example, dict) else (example, {})
+    shapes = [_dynamic(value) for value in args], {n: _dynamic(v) for n, v in named.items()}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own exporter
+        return torch.onnx.export(
+            model,
+            args,
+            kwargs=named,
+            dynamo=True,
+            # It would rename weights, and fold a batch norm into those of a convolution.
+            optimize=False,
+            verbose=False,
+            opset_version=_OPSET,
+            dynamic_shapes=shapes[1] or tuple(shapes[0]),
+        )
+
+
+def _example(source: Source) -> Any:
+    """The example, of two inputs at least: torch takes a dimension of one for a constant."""
+    example = source.example
+    if isinstance(example, dict):
+        return {name: _twice(value) for name, value in example.items()}
+    values = example if isinstance(example, tuple | list) else (example,)
+    return tuple(_twice(value) for value in values)
+
+
+def _twice(value: Any) -> Any:
+    alone = isinstance(value, Tensor) and value.dim() and len(value) == 1
+    return torch.cat([value, value]).cpu() if alone else value
+
+
+def _dynamic(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    # Of token ids also the length.
+    dims = range(min(value.dim(), 1 if value.is_floating_point() else 2))
+    return dict.fromkeys(dims, torch.export.Dim.AUTO)
+
+
+def _input_hook(form: InputForm, layer: nn.Module) -> Any:
+    """Quantizes a layer's first input as in training."""
+    quantizer, grid = form.quantizer, form.quantizer.grid
+    feature_dim = 1 - cast(Tensor, layer.weight).dim()
+    whole = grid.offset == 0 and quantizer.rotation is None and form.step is not None
+    if not whole:
+        return lambda _, args: (
+            quantizer.quantize_input(args[0], form.step, feature_dim),
+            *args[1:],
+        )
+    import torch.ao.quantization.fx._decomposed  # registers the operators
+
+    ops = torch.ops.quantized_decomposed
+    scale = float(cast(Tensor, form.step)) * grid.spacing
+    dtype, low, high = (torch.int8, -128, 127) if grid.low_code else (torch.uint8, 0, 255)
+    full = (grid.low_code, grid.high_code) == (low, high)
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0] if full else args[0].clamp(grid.low_code * scale, grid.high_code * scale)
+        codes = ops.quantize_per_tensor(x, scale, 0, low, high, dtype)
+        return ops.dequantize_per_tensor(codes, scale, 0, low, high, dtype), *args[1:]
+
+    return hook
+
+
+def _replace(graph: "ir.Graph", source: Source, name: str) -> None:
+    """Write a weight as integers, and let what used it use those."""
+    import onnx_ir as ir
+
+    key = f"{name}.weight".lstrip(".")
+    weight = source.layers[name].weight
+    value = graph.initializers.get(key)
+    if value is None:
+        raise RuntimeError(f"torch's graph has no weight {key!r}: please report it")
+    if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
+        packed = _matmul_inputs(weight)
+        tensors = [_add_initializer(graph, f"{key}_{part}", t) for part, t in packed.items()]
+        for node, _ in list(value.uses()):
+            _replace_matmul(graph, node, weight, tensors)
+    if value.uses():
+        ir.convenience.replace_all_uses_with(value, _dequantized(graph, key, source, name))
+    del graph.initializers[key]
+
+
+def _block(weight: IntegerWeight) -> int:
+    """How many inputs share a scale in the file; the last block of a row may be filled up."""
+    inputs = weight.integers.shape[1]
+    if weight.group_size is not None:
+        return max(block for block in _BLOCKS if weight.group_size % block == 0)
+    return next((block for block in _BLOCKS if inputs <= block), _BLOCKS[-1])
+
+
+def _bits(weight: IntegerWeight) -> int:
+    return next(bits for bits in (2, 4, 8) if weight.num_levels <= 2**bits)
+
+
+def _matmul_inputs(weight: IntegerWeight) -> dict[str, Tensor]:
+    """Packed integers, scales and, where it is not the middle, the integer that stands for zero."""
+    outputs, inputs = weight.integers.shape
+    block, bits = _block(weight), _bits(weight)
+    blocks = -(-inputs // block)
+    # Operators of 8 bits know no zero but 128.
+    u = weight.integers.int() + 128 if bits == 8 else weight.unsigned()
+    scale = weight.scale if bits == 8 else weight.step
+    zero = 128 if bits == 8 else weight.zero
+    u = torch.nn.functional.pad(u, (0, blocks * block - inputs))
+    scales = scale.expand(outputs, -1)
+    scales = scales.repeat_interleave(blocks // scales.shape[1], 1).contiguous()
+    packed = {
+        "codes": pack_digits(u, 2**bits).reshape(outputs, blocks, block * bits // 8),
+        "scales": scales,
+    }
+    if zero != 2 ** (bits - 1):
+        packed["zeros"] = torch.full_like(scales, zero)
+    return packed
+
+
+def _replace_matmul(
+    graph: "ir.Graph", node: "ir.Node", weight: IntegerWeight, tensors: "list[ir.Value]"
+) -> None:
+    """Replace a Gemm, or the products with a transposed weight, where it is one."""
+    import onnx_ir as ir
+
+    outputs, inputs = weight.integers.shape
+    attributes = {
+        **{"K": inputs, "N": outputs, "bits": _bits(weight), "block_size": _block(weight)},
+        "accuracy_level": 0,  # as it is written: no rounding of inputs to 8 bits
+    }
+    if node.op_type == "Gemm":
+        products = [node]
+    elif node.op_type == "Transpose":
+        products = [user for user, _ in node.outputs[0].uses()]
+    else:
+        return
+    for product in products:
+        x, result = product.inputs[0], product.outputs[0]
+        added = [
+            ir.node("MatMulNBits", [x, *tensors], attributes, domain="com.microsoft"),
+        ]
+        if len(product.inputs) > 2:
+            added.append(ir.node("Add", [added[0].outputs[0], product.inputs[2]]))
+        last = added[-1].outputs[0]
+        last.shape, last.type = result.shape, result.type
+        graph.insert_before(product, added)
+        ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
+        graph.remove(product, safe=True)
+    if node not in products:
+        graph.remove(node, safe=True)
+
+
+def _dequantized(graph: "ir.Graph", key: str, source: Source, name: str) -> "ir.Value":
+    """The weight as DequantizeLinear computes it, once, before the first node."""
+    import onnx_ir as ir
+
+    layer = source.layers[name].weight
+    bits = 4 if holds.stored(source, name, "onnx").name.endswith("int4") else 8
+    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    attributes: dict[str, Any] = {}
+    integers, scale = layer.integers.to(torch.int8), layer.scale
+    grouped = layer.group_size is not None
+    if grouped:
+        attributes = {"axis": 1, "block_size": layer.group_size}
+    else:
+        integers = from_rows(integers, layer.shape, layer.output_dim).contiguous()
+        attributes = {} if scale.numel() == 1 else {"axis": layer.output_dim}
+        scale = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+    inputs = [
+        _add_initializer(graph, f"{key}_codes", integers, dtype),
+        _add_initializer(graph, f"{key}_scales", scale.contiguous()),
+    ]
+    added = [ir.node("DequantizeLinear", inputs, attributes)]
+    if grouped and len(layer.shape) > 2:
+        rest = [size for dim, size in enumerate(layer.shape) if dim != layer.output_dim]
+        shape = torch.tensor([len(integers), *rest])
+        rows = _add_initializer(graph, f"{key}_shape", shape)
+        added.append(ir.node("Reshape", [added[-1].outputs[0], rows]))
+        if layer.output_dim:
+            order = list(range(1, len(layer.shape)))
+            order.insert(layer.output_dim, 0)
+            added.append(ir.node("Transpose", [added[-1].outputs[0]], {"perm": order}))
+    graph.insert_before(graph[0], added)
+    return added[-1].outputs[0]
+
+
+def _add_initializer(
+    graph: "ir.Graph", name: str, tensor: Tensor, dtype: "ir.DataType | None" = None
+) -> "ir.Value":
+    import onnx_ir as ir
+
+    array = tensor.detach().cpu().numpy()
+    if dtype is not None:
+        array = array.astype(dtype.numpy())
+    held = ir.tensor(array, dtype=dtype, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(held.dtype), const_value=held
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _arguments(source: Source, example: Any) -> list[Tensor]:
+    """The values of an example in the order of the graph's inputs."""
+    if isinstance(example, dict):
+        return [value for value in example.values() if isinstance(value, Tensor)]
+    return list(example) if isinstance(example, tuple | list) else [example]
+
+
+def _decoded(graph: "ir.Graph", source: Source, name: str) -> Tensor:
+    """A weight from the tensors in the file, as its operator is defined."""
+    weight = source.layers[name].weight
+    key = next(
+        f"{other}.weight".lstrip(".")
+        for other, layer in source.layers.items()
+        if layer.weight is weight
+    )
+    parts = {
+        part: _tensor(graph, f"{key}_{part}")
+        for part in ("codes", "scales", "zeros")
+        if f"{key}_{part}" in graph.initializers
+    }
+    codes, scales = parts["codes"], parts["scales"]
+    outputs, inputs = weight.integers.shape
+    if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
+        bits = _bits(weight)
+        u = unpack_digits(codes.flatten(1), 2**bits, 8 // bits * codes.flatten(1).shape[1])
+        zeros = parts.get("zeros", torch.full_like(scales, 2 ** (bits - 1)))
+        levels = u.unflatten(1, (scales.shape[1], -1)) - zeros.unsqueeze(-1)
+        return (levels * scales.unsqueeze(-1)).flatten(1)[:, :inputs]
+    if weight.group_size is not None:
+        groups = codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)
+        return from_rows(groups.flatten(1), weight.shape, weight.output_dim)
+    shape = [1] * len(weight.shape)
+    if scales.numel() > 1:
+        shape[weight.output_dim] = outputs
+    return codes * scales.reshape(shape)
+
+
+def _tensor(graph: "ir.Graph", name: str) -> Tensor:
+    array = cast(Any, graph.initializers[name].const_value).numpy()
+    return torch.from_numpy(array.astype("int8" if array.dtype.name == "int4" else array.dtype))

@@ -1,0 +1,290 @@
+"""The packed format: every grid, rotation and quantized input, in a folder of safetensors.
+
+``config.json`` says how each layer is quantized. ``NAME.codes`` in ``model.safetensors`` holds its
+levels, numbered from 0, as many to a byte as fit (2 bits for four levels, 1.6 for three);
+``NAME.scales`` the distances between levels, of shape (1, 1), (outputs, 1) or (outputs, groups);
+``NAME.input_step`` the step of an input that keeps one. The weight is ``(level - zero) * scale``,
+rotated where it was. Everything else has its own name; tied tensors are there once.
+"""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from fogzo.export.folder import read_config, read_tensors, write_config, write_tensors
+from fogzo.export.integers import IntegerWeight, rounding_error
+from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
+from fogzo.export.source import InputForm, Source
+from fogzo.export.verify import ReadBack, answer
+from fogzo.layers import QuantizedLayer
+from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
+from fogzo.quantizers.granularity import from_rows
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+METHOD, VERSION = "fogzo", 1
+
+
+def write(source: Source, folder: Path) -> None:
+    """Write a model."""
+    tensors = source.other_tensors()
+    modules: dict[str, Any] = {}
+    ties = source.ties()
+    for name, layer in source.layers.items():
+        modules[name] = _describe(layer.weight, layer.input)
+        own: dict[str, Tensor] = {}
+        if name in ties:
+            modules[name]["tied_to"] = ties[name]
+        else:
+            own["codes"] = pack_digits(layer.weight.unsigned(), layer.weight.num_levels)
+            own["scales"] = _scales(layer.weight)
+        if layer.input is not None and layer.input.step is not None:
+            own["input_step"] = layer.input.step
+        for alias in source.names_of(name):
+            tensors |= {f"{alias}.{kind}".lstrip("."): tensor for kind, tensor in own.items()}
+    config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION}
+    config["ties"] = write_tensors(tensors, folder)
+    config["modules"] = modules
+    # Of packed layers the readers' own tying knows nothing; `ties` and `tied_to` do.
+    untied = {"tie_word_embeddings": False} if ties else {}
+    write_config(source.model, folder, config, **untied)
+
+
+def read_back(source: Source, folder: Path) -> ReadBack:
+    """What `load_` makes of it."""
+    model = load_(source.baked(), folder).eval()
+    layers = dict(model.named_modules())
+    weights = {name: cast(Tensor, layers[name].weight) for name in source.layers}
+    return ReadBack("fogzo.export.load_", weights, lambda example: answer(model, example))
+
+
+def load_(model: ModelT, folder: str | Path) -> ModelT:
+    """Load a packed folder into a plain model of the same architecture, in place.
+
+    The layers keep packed weights in memory and unpack them in every forward pass: the model takes
+    the memory of its codes, and answers exactly as it did when it was exported. Casting it
+    (``model.bfloat16()``) leaves codes and scales as they are.
+
+    Args:
+        model: As it was before ``fogzo.quantize_``, with any weights, or on the meta device.
+        folder: Which `export` wrote in the packed format.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the folder is of another format or another network. The model may then be
+            loaded in part.
+    """
+    folder = Path(folder)
+    config = read_config(folder).get("quantization_config", {})
+    if config.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{folder} is of the method {config.get('quant_method')!r}, expected {METHOD!r}: "
+            'fogzo.export.export(model, folder, format="packed") writes one'
+        )
+    check_version(config, folder)
+    tensors = read_tensors(folder)
+    tensors |= {alias: tensors[owner] for alias, owner in config["ties"].items()}
+    pack_layers_(model, config["modules"])
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        model.load_state_dict(tensors, assign=on_meta)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} is of another network ({first:.300}): build the one that was exported"
+        ) from None
+    tie_layers_(model, config["modules"])
+    return model
+
+
+def check_version(config: dict[str, Any], folder: Path | str) -> None:
+    """Raise a `ValueError` unless this version can read the folder."""
+    if config.get("format_version") != VERSION:
+        raise ValueError(
+            f"{folder} has packed format version {config.get('format_version')!r}, and this fogzo "
+            f"reads {VERSION}: pip install --upgrade fogzo, or export the model again"
+        )
+
+
+def pack_layers_(model: nn.Module, modules: dict[str, Any]) -> None:
+    """Make the layers that are described take packed weights, which are still to be loaded."""
+    for name, description in modules.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the network has no layer {name!r}: build the one that was exported"
+            ) from None
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, PackedLayer | QuantizedLayer) or weight is None:
+            raise ValueError(
+                f"{name!r} has no float weight to replace: load into the plain model, as it was "
+                "before fogzo.quantize_"
+            )
+        if list(weight.shape) != description["shape"]:
+            raise ValueError(
+                f"the weight of {name!r} has shape {list(weight.shape)}, and "
+                f"{description['shape']} was exported: build the network that was exported"
+            )
+        del layer._parameters["weight"]
+        cls: Any = type(layer)
+        layer.__class__ = _packed_class(cls)
+        cast(PackedLayer, layer)._prepare(description, weight)
+
+
+def tie_layers_(model: nn.Module, modules: dict[str, Any]) -> None:
+    """Let layers that share a weight share its codes."""
+    for name, description in modules.items():
+        if "tied_to" in description:
+            layer = cast(PackedLayer, model.get_submodule(name))
+            owner = cast(PackedLayer, model.get_submodule(description["tied_to"]))
+            layer.codes, layer.scales = owner.codes, owner.scales
+
+
+class PackedLayer(nn.Module):
+    """Mixed into a layer's class by `load_`: ``layer.weight`` is unpacked whenever it is read.
+
+    Attributes:
+        codes: Levels from 0, packed into bytes, of shape (outputs, bytes).
+        scales: Distances between levels, of shape (1, 1), (outputs, 1) or (outputs, groups).
+        input_step: Step size of the input, or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    input_step: Tensor | None
+    _like: Tensor  # without elements; its dtype is the weight's, whatever casts the model
+    _packing: dict[str, Any]
+    _input_quantizer: Quantizer | None
+
+    def _prepare(self, description: dict[str, Any], like: Tensor) -> None:
+        self._packing = description
+        shape, dim = description["shape"], description["output_dim"]
+        outputs, size = shape[dim], torch.Size(shape).numel() // shape[dim]
+        device, tied = like.device, "tied_to" in description
+        width = -(-size // digits_per_byte(description["levels"]))
+        codes = torch.empty(outputs, width, dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes, persistent=not tied)
+        rows, groups = description["scale_shape"]
+        scale_dtype = getattr(torch, description["scale_dtype"])
+        scales = torch.empty(rows, groups, dtype=scale_dtype, device=device)
+        self.register_buffer("scales", scales, persistent=not tied)
+        empty = torch.empty(0, dtype=like.dtype, device=device)
+        self.register_buffer("_like", empty, persistent=False)
+        form = description["input"]
+        self._input_quantizer = None if form is None else _input_quantizer(form)
+        step = None
+        if form is not None and form["scale"]["kind"] != "dynamic":
+            step = torch.empty(1, 1, dtype=getattr(torch, form["step_dtype"]), device=device)
+        self.register_buffer("input_step", step)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, of the dtype that the model has been cast to."""
+        packing, scales = self._packing, self.scales
+        shape, dim = torch.Size(packing["shape"]), packing["output_dim"]
+        size = shape.numel() // shape[dim]
+        wide = torch.promote_types(self._like.dtype, torch.float32)
+        table = digit_table(packing["levels"], scales.device).to(wide) - packing["zero"]
+        rows = embedding(self.codes.int(), table).flatten(1)[:, :size]
+        groups = rows.unflatten(1, (scales.shape[1], -1))
+        rows = groups.mul_(scales.to(wide).unsqueeze(-1)).flatten(1).to(self._like.dtype)
+        if packing["rotation"]:
+            rows = Hadamard(packing["rotation"])(rows)
+        return from_rows(rows, shape, dim).contiguous()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on its input as it was quantized in training."""
+        quantizer = self._input_quantizer
+        if quantizer is not None and args and args[0].numel():
+            feature_dim = 1 - len(self._packing["shape"])
+            args = (quantizer.quantize_input(args[0], self.input_step, feature_dim), *args[1:])
+        return super().forward(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A cast of the model is one of the weights, not of the scales that they are made from.
+        exact = self.scales, self.input_step
+        super()._apply(fn, recurse)
+        for name, before in zip(("scales", "input_step"), exact, strict=True):
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The layer's own, and how it is packed."""
+        packing = self._packing
+        return ", ".join(
+            filter(None, (super().extra_repr(), f"packed, {packing['levels']} levels"))
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        mro = type(self).__mro__
+        plain = mro[mro.index(PackedLayer) + 1]
+        return _new_layer, (plain,), self.__getstate__()
+
+
+@cache
+def _packed_class(plain: Any) -> Any:
+    return type(f"Packed{plain.__name__}", (PackedLayer, plain), {"__module__": __name__})
+
+
+def _new_layer(plain: type) -> nn.Module:
+    cls = _packed_class(plain)
+    return cast(nn.Module, cls.__new__(cls))
+
+
+def _scales(weight: IntegerWeight) -> Tensor:
+    """Distances between levels, in the narrowest dtype that holds them exactly."""
+    for dtype in (weight.quantizer.scale_dtype, weight.dtype):
+        if dtype in (torch.float16, torch.bfloat16) and not rounding_error(weight.step, dtype):
+            return weight.step.to(dtype)
+    return weight.step
+
+
+def _describe(weight: IntegerWeight, form: InputForm | None) -> dict[str, Any]:
+    return {
+        "levels": weight.num_levels,
+        "zero": weight.zero,
+        "scale_shape": list(weight.scale.shape),
+        "scale_dtype": _name_of(_scales(weight).dtype),
+        "rotation": weight.rotation_block,
+        "shape": list(weight.shape),
+        "output_dim": weight.output_dim,
+        "input": None if form is None else _describe_input(form),
+    }
+
+
+def _describe_input(form: InputForm) -> dict[str, Any]:
+    quantizer = form.quantizer
+    grid, rotation, scale_dtype = quantizer.grid, quantizer.rotation, quantizer.scale_dtype
+    return {
+        "grid": dataclasses.asdict(grid),
+        "scale": dataclasses.asdict(quantizer.scale),
+        "granularity": quantizer.granularity,
+        "rotation": 0 if rotation is None else rotation.block,
+        "scale_dtype": None if scale_dtype is None else _name_of(scale_dtype),
+        "step_dtype": None if form.step is None else _name_of(form.step.dtype),
+    }
+
+
+def _input_quantizer(form: dict[str, Any]) -> Quantizer:
+    dtype = form["scale_dtype"]
+    return Quantizer(
+        Grid(**form["grid"]),
+        Scale(**form["scale"]),
+        rotation=Hadamard(form["rotation"]) if form["rotation"] else None,
+        granularity=form["granularity"],
+        scale_dtype=None if dtype is None else getattr(torch, dtype),
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

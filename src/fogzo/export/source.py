@@ -1,0 +1,235 @@
+"""What is exported: a quantized model, seen as integers, quantizers of inputs and the rest."""
+
+import copy
+import warnings
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import is_sharded
+from fogzo.export.integers import IntegerWeight, integer_weight
+from fogzo.layers import QuantizedLayer, dequantize_
+from fogzo.layers.quantized_layer import plain_class
+from fogzo.quantizers import Quantizer
+from fogzo.quantizers.checks import require_type
+from fogzo.quantizers.steps import positive_step
+
+ActivationChoice = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write.
+
+    Attributes:
+        round_steps: Round step sizes to what the format holds; codes stay, weights move.
+        activations: Whether quantized inputs are kept, or the weights are exported alone.
+        allow_wider: Allow a stored type of more bits than the grid needs.
+        variant: Of a format that has several: its stored type, or its style.
+    """
+
+    round_steps: bool = False
+    activations: ActivationChoice = "keep"
+    allow_wider: bool = False
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations not in get_args(ActivationChoice):
+            raise ValueError(
+                f"activations must be 'keep' or 'drop', got {self.activations!r}: "
+                "fogzo.export.export(model, folder, activations='drop') exports the weights alone"
+            )
+        example = "fogzo.export.export(model, folder, round_steps=True)"
+        require_type("round_steps", self.round_steps, bool, example)
+        require_type("allow_wider", self.allow_wider, bool, example)
+
+
+@dataclass(frozen=True, eq=False)
+class InputForm:
+    """How a layer's input is quantized.
+
+    Attributes:
+        quantizer: The one in use, with unsigned levels where no input was negative.
+        step: Of shape (1, 1), as the forward pass uses it; None where every input is measured,
+            or where no input has been measured yet.
+        measured: Whether the layer can run: its step is known, or every input is measured.
+    """
+
+    quantizer: Quantizer
+    step: Tensor | None
+    measured: bool
+
+
+@dataclass(frozen=True, eq=False)
+class SourceLayer:
+    """A quantized layer.
+
+    Attributes:
+        name: In the model, without the prefixes of wrappers.
+        module: The layer itself. Its latent weight is not what is exported.
+        plain: Its class before `quantize_`.
+        weight: The same object for all layers that share a weight.
+        input: None where inputs stay in float.
+    """
+
+    name: str
+    module: QuantizedLayer
+    plain: type[nn.Module]
+    weight: IntegerWeight
+    input: InputForm | None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model to export; nothing here changes it.
+
+    Attributes:
+        model: Quantized, without wrappers (DDP, a compiled model).
+        layers: Its quantized layers, in the order of its modules.
+        options: How to write.
+        example: An input, for formats that trace the model; see `answer`.
+    """
+
+    model: nn.Module
+    layers: dict[str, SourceLayer]
+    options: Options
+    example: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Options) -> "Source":
+        """Look into a model.
+
+        Raises:
+            ValueError: If nothing in it is quantized, FSDP has sharded it, its weights are
+                offloaded, or a grid has no integer form.
+        """
+        model = _unwrapped(model)
+        layers: dict[str, SourceLayer] = {}
+        weights: dict[int, IntegerWeight] = {}
+        for name, layer in _quantized_layers(model):
+            key = id(layer.weight)
+            if key not in weights:
+                _check(name, layer)
+                weights[key] = integer_weight(layer)
+            found = None if options.activations == "drop" else _input_form(layer)
+            layers[name] = SourceLayer(name, layer, plain_class(layer), weights[key], found)
+        if not layers:
+            raise ValueError(
+                "nothing in this model is quantized, so there is nothing to export: train it "
+                "after fogzo.quantize_(model, fogzo.lsq(bits=2)), and export it before "
+                "fogzo.dequantize_"
+            )
+        return cls(model, layers, options)
+
+    def with_weights(self, weights: dict[str, IntegerWeight]) -> "Source":
+        """The same with other weights."""
+        layers = {n: replace(layer, weight=weights[n]) for n, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """The state of everything but the quantized layers' weights and step sizes.
+
+        Tensors that are the same under two names are the same object here.
+        """
+        replaced = {
+            f"{name}.{tensor}".lstrip(".")
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, QuantizedLayer)
+            for tensor in _OF_QUANTIZERS
+        }
+        seen: dict[Hashable, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for key, value in self.model.state_dict(keep_vars=True).items():
+            if key not in replaced:
+                tensor = value.detach()
+                same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                # Tensors without elements have no address of their own.
+                found[plain_name(key)] = seen.setdefault(same if tensor.numel() else key, tensor)
+        return found
+
+    def ties(self) -> dict[str, str]:
+        """Quantized layers whose weight is that of an earlier one, by name."""
+        owners: dict[int, str] = {}
+        found = {n: owners.setdefault(id(layer.weight), n) for n, layer in self.layers.items()}
+        return {name: owner for name, owner in found.items() if name != owner}
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of a layer: more than one where a module is used in several places."""
+        module = self.layers[name].module
+        named = self.model.named_modules(remove_duplicate=False)
+        return [plain_name(other) for other, found in named if found is module]
+
+    def baked(self) -> nn.Module:
+        """A plain copy, in eval mode, with the weights as they are to be exported."""
+        with warnings.catch_warnings():
+            # Of layers that never ran. What a forward pass has seen is another question.
+            warnings.simplefilter("ignore")
+            model = dequantize_(copy.deepcopy(self.model), activations="drop")
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if plain_name(name) in self.layers:
+                    weight = cast(Tensor, module.weight)
+                    weight.copy_(self.layers[plain_name(name)].weight.dequantize())
+        return model.eval()
+
+
+_OF_QUANTIZERS = (
+    "weight",
+    "weight_step",
+    "weight_step_knee",
+    "input_step",
+    "input_step_knee",
+    "input_state",
+)
+
+
+def plain_name(name: str) -> str:
+    """A name without what `torch.compile` adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield plain_name(name), module
+
+
+def _check(name: str, layer: QuantizedLayer) -> None:
+    layer._check_own_weight()
+    if is_sharded(layer.weight):
+        raise ValueError(
+            "this model is sharded: load its full state_dict into a model that is not, quantized "
+            "alike, and export that one"
+        )
+    if layer.weight.is_meta:
+        raise ValueError(
+            f"the weight of {name!r} is on the meta device, offloaded: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
+        )
+    layer._check_step_shape()
+
+
+def _input_form(layer: QuantizedLayer) -> InputForm | None:
+    quantizer = layer.activation_quantizer
+    if quantizer is None or layer.input_step is None:
+        return None if quantizer is None else InputForm(quantizer, None, True)
+    assert layer.input_state is not None
+    if not round(layer.input_state.item()):
+        return InputForm(quantizer, None, False)
+    step, knee = layer.input_step.detach(), layer.input_step_knee
+    if knee is not None:
+        step = positive_step(step, knee)
+    return InputForm(quantizer, quantizer.current_step(layer.weight.detach(), step), True)

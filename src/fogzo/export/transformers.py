@@ -1,0 +1,63 @@
+"""Packed folders in transformers: import this module, then ``AutoModel.from_pretrained(folder)``.
+
+import fogzo.export.transformers
+model = AutoModelForCausalLM.from_pretrained("out")
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fogzo.export.packed import METHOD, check_version, pack_layers_, tie_layers_
+
+
+class FogzoConfig(QuantizationConfigMixin):
+    """What ``quantization_config`` of a packed folder says."""
+
+    def __init__(
+        self,
+        modules: dict[str, Any],
+        ties: dict[str, str],
+        format_version: int,
+        **unused: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD  # transformers lists its own alone
+        self.format_version = format_version
+        self.modules = modules
+        self.ties = ties
+
+
+class FogzoQuantizer(HfQuantizer):
+    """Makes the layers of a model that is being loaded take packed weights."""
+
+    requires_calibration = True
+    quantization_config: FogzoConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **unused: Any) -> None:
+        config = self.quantization_config
+        check_version(vars(config), getattr(model, "name_or_path", "the folder"))
+        pack_layers_(model, config.modules)
+
+    def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:
+        tie_layers_(model, self.quantization_config.modules)
+        return model
+
+    def is_serializable(self, *unused: Any) -> bool:
+        """Not by ``save_pretrained``: the folder is there already."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights are no parameters."""
+        return False
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # imported a second time, as notebooks do
+    register_quantization_config(METHOD)(FogzoConfig)
+    register_quantizer(METHOD)(FogzoQuantizer)

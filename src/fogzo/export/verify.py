@@ -1,0 +1,78 @@
+"""What a format's reader makes of the files, compared with the model that was exported."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """An exported model, as its reader sees it.
+
+    Attributes:
+        reader: Which one, as the report calls it.
+        weights: The quantized layers' weights by name, in float and in their own shapes.
+        call: What the read model answers to an example; None where the reader runs no model.
+    """
+
+    reader: str
+    weights: Mapping[str, Tensor]
+    call: Callable[[Any], Tensor] | None = None
+
+
+def answer(model: nn.Module, example: Any) -> Tensor:
+    """The output of a model in eval mode, or its logits where it has several.
+
+    Args:
+        model: Its modes are left as they were.
+        example: A tensor, a tuple of positional arguments or a dict of keywords.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                output = model(**example)
+            else:
+                output = model(*example) if isinstance(example, tuple | list) else model(example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    output = getattr(output, "logits", output)
+    if isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model answers with {type(output).__name__}, expected a tensor or an object with "
+            "logits: wrap it in a module that returns them"
+        )
+    return output
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value; 0 only where all are equal."""
+    if found.shape != expected.shape:
+        return torch.inf
+    wide = expected.detach().double().cpu()
+    gap = (found.detach().double().cpu() - wide).abs().max().item()
+    return gap / max(wide.abs().max().item(), torch.finfo(torch.float64).tiny)
+
+
+def example_of(model: nn.Module) -> Tensor | None:
+    """An input that a model of transformers takes; None where nothing tells what it would be."""
+    config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(model.parameters())
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        length = min(16, getattr(config, "max_position_embeddings", 16))
+        tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+        return tokens.to(parameter.device)
+    if main == "pixel_values" and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", 32)
+        images = torch.randn(1, config.num_channels, size, size, generator=generator)
+        return images.to(parameter.device, parameter.dtype)
+    return None

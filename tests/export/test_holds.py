@@ -1,0 +1,282 @@
+"""The table of formats: what each of them holds, as what, and what it says of the rest."""
+
+import re
+
+import pytest
+import torch
+from small_networks import NETWORKS, llama, quantized
+from torch import nn
+
+import fogzo
+from fogzo.export import check, export, formats, holds
+from fogzo.export.source import Options, Source
+from fogzo.quantizers import Grid, Quantizer, abs_mean_scale
+
+F16 = {"scale_dtype": torch.float16}
+
+
+def small_llama(quantizer, width=256, activations=None, **options):
+    model = fogzo.quantize_(llama(width), quantizer, activations=activations, **options)
+    if activations is not None and activations.scale.has_state:
+        with torch.no_grad(), fogzo.calibrate_(model):
+            model(torch.arange(8)[None])
+    return model.eval()
+
+
+def stored(model, format, **options):
+    source = Source.of(model, Options(**options))
+    assert holds.problems(source, format) == []
+    return {holds.stored(source, name, format).name for name in source.layers}
+
+
+# The cells of the table that say yes.
+QUANTIZERS = {
+    "int2": lambda g="tensor": fogzo.lsq(2, levels="integer", granularity=g, **F16),
+    "int3": lambda g="tensor": fogzo.lsq(3, granularity=g, **F16),
+    "int4": lambda g="tensor": fogzo.lsq(4, granularity=g, **F16),
+    "int8": lambda g="tensor": fogzo.fixed(8, granularity=g, **F16),
+    "half1": lambda g="tensor": fogzo.lsq(1, granularity=g, **F16),
+    "sign": lambda g="channel": fogzo.sign(granularity=g, **F16),
+    "half2": lambda g="tensor": fogzo.lsq(2, granularity=g, **F16),
+    "half3": lambda g="tensor": fogzo.lsq(3, levels="half", granularity=g, **F16),
+    "half4": lambda g="tensor": fogzo.lsq(4, levels="half", granularity=g, **F16),
+    "half8": lambda g="tensor": fogzo.fixed(8, levels="half", granularity=g, **F16),
+    "ternary": lambda g="tensor": fogzo.ternary(granularity=g, **F16),
+    "abs_max4": lambda g="channel": fogzo.abs_max(4, granularity=g, **F16),
+}
+# Columns: packed, compressed-tensors, gguf, onnx, onnx --variant qdq, mlx, torchao.
+YES = {
+    "int2": ("2 bit", "W2", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2"),
+    "int3": ("4 bit", "W4", "Q3_K", "MatMulNBits 4", "int4", "3 bit", "int3"),
+    "int4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4"),
+    "int8": ("8 bit", "W8", "Q8_0", "MatMulNBits 8", "int8", "8 bit", "int8"),
+    "half1": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1"),
+    "sign": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1"),
+    "half2": ("2 bit", "W4", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2"),
+    "half3": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "3 bit", "int3"),
+    "half4": ("4 bit", "W8", "Q5_0", "MatMulNBits 4", "int8", "4 bit", "int4"),
+    "half8": ("8 bit", None, None, None, None, "8 bit", "int8"),
+    "ternary": ("1.6 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int2"),
+    "abs_max4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4"),
+}
+COLUMNS = ("packed", "compressed-tensors", "gguf", "onnx", "onnx qdq", "mlx", "torchao")
+
+
+@pytest.mark.parametrize("quantizer", YES)
+def test_every_quantizer_has_a_type_or_a_reason(quantizer):
+    model = small_llama(QUANTIZERS[quantizer]())
+    for column, expected in zip(COLUMNS, YES[quantizer], strict=True):
+        format, _, variant = column.partition(" ")
+        if expected is None:
+            assert "cannot hold its 256 levels" in check(model, format, variant=variant or None)[0]
+        else:
+            (found,) = stored(model, format, variant=variant or None)
+            assert found.removeprefix("DequantizeLinear ") == expected
+    assert stored(model, "float") == {"float"}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "group", "variant", "expected"),
+    [
+        ("half2", 256, None, "Q2_K"),
+        ("ternary", 256, None, "TQ2_0"),
+        ("ternary", 256, "tq1_0", "TQ1_0"),
+        ("sign", 128, "q1_0", "Q1_0"),
+        ("half1", 256, "q1_0", "Q1_0"),
+        ("int2", 64, "q2_0", "Q2_0"),
+        ("ternary", 64, "q2_0", "Q2_0"),
+        ("int4", 32, None, "Q4_0"),
+        ("int8", 32, None, "Q8_0"),
+    ],
+)
+def test_types_of_gguf_by_groups_and_variants(quantizer, group, variant, expected):
+    model = small_llama(QUANTIZERS[quantizer](group))
+    assert stored(model, "gguf", variant=variant) == {expected}
+
+
+def no(model, format, message, tmp_path, **options):
+    problems = check(model, format, **options)
+    assert any(re.search(message, problem) for problem in problems), problems
+    if format in formats():
+        with pytest.raises(ValueError, match=re.escape(problems[0])):
+            export(model, tmp_path / "out", format, **options)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "onnx", "mlx", "torchao"])
+def test_rotations(format, tmp_path):
+    message = (
+        r"cannot write 'model.layers.0.self_attn.q_proj' as .*: its weights are rotated "
+        r"\(Hadamard\), and .* has no rotation of inputs: --format packed, --format float"
+    )
+    no(small_llama(fogzo.quest(2, **F16)), format, message, tmp_path)
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx"])
+def test_steps_that_are_no_float16(format, tmp_path):
+    model = small_llama(fogzo.lsq(2))
+    message = r"its step sizes are no float16.* \(worst rounding \d.\de-0\d\): train with "
+    no(model, format, message + "scale_dtype=torch.float16, or export with", tmp_path)
+    assert check(model, format, round_steps=True) == []
+
+
+def test_bfloat16_steps_are_for_mlx_alone(tmp_path):
+    model = small_llama(fogzo.lsq(4, granularity="channel", scale_dtype=torch.bfloat16))
+    assert stored(model, "mlx") == {"4 bit"}
+
+
+def test_groups_without_a_type_of_as_many_bits(tmp_path):
+    model = small_llama(QUANTIZERS["half2"](64))
+    message = (
+        "it has the levels uniform2-half in groups of 64, and Q2_K shares a step over 256; it "
+        "would take Q4_0, 4.5 bits per weight: add --allow-wider, or train with "
+        'granularity="channel"'
+    )
+    no(model, "gguf", message, tmp_path)
+    assert stored(model, "gguf", allow_wider=True) == {"Q4_0"}
+
+
+def test_widths_without_a_type_of_as_many_bits(tmp_path):
+    model = small_llama(QUANTIZERS["ternary"](), width=192)
+    message = (
+        "it has 192 inputs, and TQ2_0 needs a multiple of 256; it would take Q4_0, 4.5 bits per "
+        "weight: add --allow-wider, or --variant q2_0, or --format packed"
+    )
+    no(model, "gguf", message, tmp_path)
+    assert stored(model, "gguf", allow_wider=True) == {"Q4_0"}
+    assert stored(model, "gguf", variant="q2_0") == {"Q2_0"}
+    narrow = small_llama(QUANTIZERS["int4"](), width=16)
+    no(narrow, "gguf", "has 16 inputs, and Q4_0 needs a multiple of 32: --format", tmp_path)
+    no(narrow, "mlx", "has 16 inputs, and 4 bit needs a multiple of 32: --format", tmp_path)
+
+
+def test_groups_that_onnx_does_not_have(tmp_path):
+    model = small_llama(QUANTIZERS["int4"](8))
+    no(model, "onnx", "its groups of 8 inputs are no multiple of 16: train with", tmp_path)
+
+
+def test_levels_that_nothing_holds(tmp_path):
+    model = small_llama(QUANTIZERS["half8"]())
+    message = r"W2 or W4 or W8 cannot hold its 256 levels \(uniform8-half, as integers -255 to 255"
+    no(model, "compressed-tensors", message, tmp_path)
+    many = Quantizer(Grid("many", -200, 199), abs_mean_scale())
+    no(small_llama(many), "packed", "cannot hold its 400 levels", tmp_path)
+
+
+LSQ8, HALF2 = fogzo.lsq(8), fogzo.lsq(2)
+TOKEN = fogzo.abs_max(8, granularity="token")
+
+
+@pytest.mark.parametrize(
+    ("format", "activations", "message"),
+    [
+        ("float", LSQ8, "which float weights cannot say: --activations drop exports the weights"),
+        ("gguf", LSQ8, "which gguf cannot say; llama.cpp rounds them to 8 bits itself: --activ"),
+        ("mlx", TOKEN, "which mlx cannot say"),
+        ("torchao", TOKEN, "which torchao's weight-only layers cannot say"),
+        (
+            "compressed-tensors",
+            HALF2,
+            r"its inputs have levels ±0.5, ±1.5, and compressed-tensors has integers only: train "
+            r'with activations=fogzo.lsq\(2, levels="integer"\)',
+        ),
+        ("compressed-tensors", TOKEN, "measured in every forward pass .uniform8-integer per token"),
+        ("compressed-tensors", fogzo.quest(4), "its inputs are rotated before they are rounded"),
+        ("compressed-tensors", fogzo.lsq(8, levels="unsigned"), "unsigned levels"),
+        ("bitnet", LSQ8, r"round inputs to 8 bits per token, and its are uniform8-integer: train"),
+        ("bitnet", None, r"round inputs to 8 bits per token, and its are in float: train with"),
+    ],
+)
+def test_inputs(format, activations, message, tmp_path):
+    model = small_llama(fogzo.ternary(**F16), activations=activations)
+    no(model, format, message, tmp_path)
+    assert check(model, format, activations="drop") == []
+
+
+def test_inputs_that_are_held():
+    assert check(small_llama(fogzo.ternary(), activations=LSQ8), "compressed-tensors") == []
+    assert check(small_llama(fogzo.ternary(), activations=TOKEN), "bitnet") == []
+    for activations in (LSQ8, HALF2, TOKEN, fogzo.quest(4)):
+        model = small_llama(fogzo.ternary(), activations=activations)
+        assert check(model, "packed") == check(model, "onnx") == []
+
+
+@pytest.mark.parametrize(
+    ("format", "way_out"),
+    [("compressed-tensors", "--format packed or onnx"), ("mlx", "--format packed or onnx")],
+)
+def test_convolutions(format, way_out, tmp_path):
+    model = quantized("resnet", fogzo.lsq(4, **F16))
+    message = f"it is of class Conv2d, and {format} holds Linear only: {way_out}"
+    no(model, format, message, tmp_path)
+    assert stored(model, "packed") == {"4 bit"}
+    assert stored(model, "onnx") == {"DequantizeLinear int4", "MatMulNBits 4"}
+
+
+def test_bitnet(tmp_path):
+    expected = "expected ternary weights with one step per tensor: train with fogzo.ternary()"
+    half = small_llama(fogzo.lsq(2), activations=TOKEN)
+    no(half, "bitnet", re.escape(f"got uniform2-half per tensor, {expected}"), tmp_path)
+    channel = small_llama(fogzo.ternary(granularity="channel"), activations=TOKEN)
+    no(channel, "bitnet", re.escape(f"got ternary per channel, {expected}"), tmp_path)
+    head = fogzo.quantize_(
+        llama(), fogzo.ternary(), lambda module, name: name == "lm_head", activations=TOKEN
+    )
+    head.lm_head.weight.data = head.lm_head.weight.data[:46]
+    no(head, "bitnet", "it has 46 outputs, and 2 bit needs a multiple of 4", tmp_path)
+
+
+def test_architectures(tmp_path):
+    vit, mlp = quantized("vit", fogzo.ternary(**F16)), quantized("mlp", fogzo.ternary(**F16))
+    message = "gguf is written for LlamaForCausalLM only, got ViTForImageClassification: --format"
+    no(vit, "gguf", message, tmp_path)
+    for format in ("compressed-tensors", "mlx", "bitnet"):
+        message = f"the readers of {format} build the network from transformers' config, and Seq"
+        no(mlp, format, message, tmp_path)
+
+
+def test_float64(tmp_path):
+    model = fogzo.quantize_(NETWORKS["mlp"]().double(), fogzo.lsq(2))
+    no(
+        model,
+        "onnx",
+        r"its weights are float64, whose steps no reader holds: model.float\(\)",
+        tmp_path,
+    )
+    assert check(model, "packed") == check(model, "float") == []
+
+
+def test_variants(tmp_path):
+    model = small_llama(fogzo.ternary(**F16))
+    no(
+        model,
+        "gguf",
+        "gguf has no variant 'q9', expected one of tq2_0, q2_k",
+        tmp_path,
+        variant="q9",
+    )
+    no(model, "gguf", "Q1_0 cannot hold its 3 levels", tmp_path, variant="q1_0")
+
+
+def test_every_problem_is_told_and_the_first_is_raised(tmp_path):
+    model = small_llama(fogzo.lsq(2))
+    assert len(check(model, "bitnet")) == 7
+    model = quantized("mlp", fogzo.lsq(2), LSQ8)
+    with pytest.raises(ValueError, match=r"cannot write '1' as float: .* \(and 2 more: fogzo"):
+        export(model, tmp_path / "out", "float")
+
+
+def test_groups_in_the_file_and_their_bits():
+    weight = Source.of(small_llama(QUANTIZERS["half2"]()), Options()).layers
+    weight = next(iter(weight.values())).weight
+    (two_bits, *_) = holds.FORMATS["mlx"].types
+    assert two_bits.group(weight) == 128
+    assert two_bits.bits_per_weight(weight) == 2 + 2 * 32 / 128
+    (packed, *_) = (t for t in holds.FORMATS["packed"].types if t.name == "2 bit")
+    assert packed.group(weight) is None
+    assert packed.bits_per_weight(weight) == 2 + 16 / weight.integers.numel()
+    (q2_k,) = holds.FORMATS["gguf"].variants["q2_k"]
+    assert q2_k.bits_per_weight(weight) == 2.625
+    odd = fogzo.quantize_(nn.Sequential(nn.Linear(20, 4)), fogzo.lsq(2), lambda *_: True)
+    weight = Source.of(odd, Options()).layers["0"].weight
+    assert holds.FORMATS["onnx"].types[0].group(weight) == 16

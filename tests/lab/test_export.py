@@ -1,0 +1,126 @@
+"""fogzo export: from a run to the folder that serves its network."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fogzo.export import load_
+from fogzo_lab.cli.main import main
+from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
+from fogzo_lab.training.models import build_model
+from fogzo_lab.training.run_folder import read_config
+from fogzo_lab.training.tasks import load_task
+
+
+def command(capsys, *arguments):
+    code = 0
+    try:
+        main(list(map(str, arguments)))
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "averaged"
+    main(
+        [
+            *("train", "digits-mlp", "--output-dir", str(folder), "--max-steps", "20"),
+            *("--checkpoint-every", "10", "--ema-decay", "0.9", "--quantizer.preset", "lsq"),
+            *("--quantizer.levels", "integer", "--quantizer.scale-dtype", "float16"),
+            *("--activations.preset", "lsq"),
+        ]
+    )
+    return folder
+
+
+def served(run, folder):
+    """The network in float, with what was exported in its layers."""
+    config = read_config(run)
+    task = load_task(config)
+    none = replace(config.quantizer, preset="none", levels=None, scale_dtype=None)
+    plain = build_model(replace(config, quantizer=none, activations=none), task.shapes)
+    return task, load_(plain, folder).eval()
+
+
+def test_the_served_network_scores_what_the_run_scored(run, capsys):
+    code, out, err = command(capsys, "export", run)
+    assert code == 0, err
+    assert "packed export" in out
+    assert "logits differ by 0 of the largest" in out
+    task, model = served(run, run / "export" / "packed")
+    expected = evaluate_run(EvalConfig(run=run, device="cpu"))  # of the averaged weights
+    images, labels = task.prepare(
+        task.splits["test"].batch(torch.arange(len(task.splits["test"]))),
+        torch.device("cpu"),
+        training=False,
+    )
+    with torch.no_grad():
+        accuracy = (model(images).argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(expected["test_accuracy"])
+    assert model[1].scales.dtype == torch.float16
+
+
+def test_json_and_a_folder_of_ones_own(run, tmp_path, capsys):
+    code, out, err = command(capsys, "export", run, "--output", tmp_path / "out", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (report["format"], report["logits_difference"]) == ("packed", 0)
+    assert [layer["exact"] for layer in report["layers"]] == [True, True]
+
+
+def test_an_earlier_checkpoint(run, tmp_path, capsys):
+    for name in ("step-000010", "step-000020"):
+        path = run / "checkpoints" / name
+        assert command(capsys, "export", path, "--output", tmp_path / name)[0] == 0
+    command(capsys, "export", run, "--output", tmp_path / "newest")
+    earlier, later, newest = (
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("step-000010", "step-000020", "newest")
+    )
+    assert earlier != later == newest
+
+
+def test_other_options_reach_the_exporter(run, tmp_path, capsys):
+    code, _, err = command(capsys, "export", run, "--format", "float")
+    assert code == 2
+    assert "cannot write '1' as float: its inputs are quantized" in err
+    code, out, _ = command(
+        capsys,
+        *("export", run, "--format", "float", "--activations", "drop", "--no-verify"),
+        *("--output", tmp_path / "out"),
+    )
+    assert code == 0
+    assert "not verified" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "gguf"], "gguf is written for LlamaForCausalLM only, got Sequential"),
+        (["--format", "zip"], "format must be one of packed, float"),
+        (["--variant", "tq1_0"], "packed has no variant 'tq1_0', expected none"),
+        (["--variant", "small"], "variant must be one of tq2_0"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, message, capsys):
+    code, out, err = command(capsys, "export", run, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_float_run_is_refused(tmp_path, capsys):
+    main(
+        [
+            *("train", "digits-mlp", "--output-dir", str(tmp_path), "--max-steps", "1"),
+            *("--quantizer.preset", "none", "--estimator", "ste"),
+        ]
+    )
+    code, _, err = command(capsys, "export", tmp_path)
+    assert code == 2
+    assert "was trained in float, and there are no integers to export" in err

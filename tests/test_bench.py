@@ -246,8 +246,9 @@ def test_compiled_steps_stand_beside_eager_ones(results):
 
 def test_a_step_that_compiles_anew_is_a_row_that_says_so(monkeypatch):
     network = mlp((8, 4, 2), 4, CPU)
-    # The first steps are 3 of STE and 3 of FOGZO, with a forward and with three, in both modes.
-    lengths = itertools.chain(itertools.repeat(4, 24), itertools.count(5))
+    # The first steps are 3 of STE and 3 of FOGZO, with one forward pass and with three, in both
+    # modes, and where nothing flips the closure is evaluated some times more.
+    lengths = itertools.chain(itertools.repeat(4, 30), itertools.count(5))
     growing = replace(network, loss_of=lambda n: network.model(torch.ones(next(lengths), 8)).sum())
     monkeypatch.setitem(steps.NETWORKS["tiny"], "small MLP", lambda device: growing)
     (case,) = compiled.run(TINY, CPU)

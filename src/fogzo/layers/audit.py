@@ -11,6 +11,8 @@ from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.wording import listed
 
+_SAMPLE = 4096  # weights
+
 
 class LayerAudit:
     """Checks a model's quantized layers now and then, after a backward pass.
@@ -32,7 +34,7 @@ class LayerAudit:
         """Warn if all weights have changed since the audit was made, and no learned step has."""
         learning = {n: layer for n, layer in _learning(self._model) if _has_gradient(layer)}
         pairs = [(self._then[n], _fingerprint(learning[n])) for n in learning if n in self._then]
-        weights_train = all(not torch.equal(then[0], now[0]) for then, now in pairs)
+        weights_train = all(_moved_visibly(then, now) for then, now in pairs)
         steps_train = any(not torch.equal(then[1], now[1]) for then, now in pairs)
         if pairs and weights_train and not steps_train:
             warnings.warn(
@@ -60,10 +62,19 @@ def _learning(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 @torch.no_grad()
 def _fingerprint(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """The sum of the weight, which any training changes, and its steps."""
+    """Some of the weights, and the steps."""
     assert layer.weight_step is not None
-    total = local(layer.weight).sum(dtype=torch.float64)
-    return total.cpu(), local(layer.weight_step).cpu().clone()  # the model may move meanwhile
+    some, steps = local(layer.weight).flatten()[:_SAMPLE], local(layer.weight_step)
+    return some.cpu().clone(), steps.cpu().clone()  # the model may move meanwhile
+
+
+def _moved_visibly(then: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> bool:
+    """Whether a weight has moved so far that a step that moved as far would have changed."""
+    if not (now[0].numel() and now[1].numel()):
+        return True  # on other ranks
+    distance = (now[0] - then[0].to(now[0].dtype)).abs().max()
+    step = now[1].abs().max()
+    return bool(distance > 8 * torch.finfo(step.dtype).eps * step)
 
 
 def _has_gradient(layer: QuantizedLayer) -> bool:

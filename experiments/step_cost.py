@@ -1,13 +1,13 @@
 """The cost of steps with this code beside that of earlier commits, by interleaved timing.
 
-    python experiments/step_cost.py [--before COMMIT ...] [--rounds 5] [--output-dir FOLDER]
+    python experiments/step_cost.py [--before COMMIT ...] [--rounds 20] [--output-dir FOLDER]
 
-Each round runs `fogzo bench --suite quick --only steps` with every code, in alternating order, each
-in a process of its own on one thread. Needs git and an idle machine. Writes results.json.
+Each code has a process of its own on one thread, and all live at the same time: round by round they
+take turns of a fraction of a second, in alternating order, so that what else the machine does falls
+on all of them. A turn counts by its fastest steps. Needs git. Writes results.json.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +27,8 @@ EARLIER = {
     "f8fbd56": "before agreements had a standard error",
     "edc780c": "before the core computed in tensors only",
 }
+Round = dict[str, dict[str, float]]
+NUM_NETWORKS = 5  # of the suite "quick" of `fogzo bench`
 KINDS = ("STE step", "FOGZO step")
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--before", nargs="+", default=list(EARLIER), help="commits to compare with"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
     options = parser.parse_args()
     git = ["git", "-C", str(ROOT)]
@@ -46,7 +48,7 @@ def main() -> None:
             for commit, tree in trees.items():
                 subprocess.run([*git, "worktree", "add", "-q", str(tree), commit], check=True)
             codes = trees | {"now": ROOT}
-            rounds = [measure(codes, i % 2 == 1, Path(temporary)) for i in range(options.rounds)]
+            measured = [measure(codes, i, options.rounds) for i in range(NUM_NETWORKS)]
         finally:
             for tree in trees.values():
                 subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False)
@@ -56,47 +58,92 @@ def main() -> None:
         "before": options.before,
         "now": head.stdout.strip()[:7],
         "rounds": options.rounds,
-        "cases": [case(name, options.before, rounds) for name in rounds[0]["now"]],
+        "cases": [case(name, rounds) for name, rounds in measured],
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_text(options.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 
-def measure(
-    codes: dict[str, Path], reverse: bool, temporary: Path
-) -> dict[str, dict[str, dict[str, float]]]:
-    """One round: the seconds of each kind of step, by code and network."""
-    found = {}
-    for name in sorted(codes, reverse=reverse):
-        source, folder = codes[name] / "src", temporary / "bench" / name
-        # The command lived in the library until 2026-11-29.
-        package = "fogzo_lab" if (source / "fogzo_lab").exists() else "fogzo"
-        command = [sys.executable, "-m", f"{package}.cli.main", "bench", "--suite", "quick"]
-        command += ["--only", "steps", "--output-dir", str(folder)]
-        environ = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
-        sections = json.loads((folder / "results.json").read_text(encoding="utf-8"))["sections"]
-        found[name] = {row["name"]: row["seconds"] for row in sections["steps"]["cases"]}
-    return found
+SERVER = """
+import sys, time, warnings
+import torch
+try:
+    from fogzo_lab.bench.sections.steps import NETWORKS
+    from fogzo_lab.bench.stepping import Steps
+except ImportError:  # the laboratory was part of the library until 2026-11-29
+    from fogzo.bench.sections.steps import NETWORKS
+    from fogzo.bench.stepping import Steps
+from fogzo import FogzoEstimator
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+network = list(NETWORKS["quick"].values())[int(sys.argv[1])](torch.device("cpu"))
+steps = Steps(network)
+estimator = FogzoEstimator(network.weights)
+kinds = {"STE step": steps.ste, "FOGZO step": lambda: steps.refined(estimator)}
+for step in kinds.values():
+    for _ in range(3):
+        step()
+print(network.name, flush=True)
+for kind in sys.stdin:
+    times, end = [], time.perf_counter() + 0.15
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        kinds[kind.strip()]()
+        times.append(time.perf_counter() - start)
+    print(sorted(times)[len(times) // 10], flush=True)
+"""
 
 
-def case(
-    name: str, before: list[str], rounds: list[dict[str, dict[str, dict[str, float]]]]
-) -> dict[str, Any]:
+def measure(codes: dict[str, Path], index: int, count: int) -> tuple[str, list[Round]]:
+    """The name of one network, and the seconds of each kind of step with each code, by round."""
+    servers = {}
+    for code, root in codes.items():
+        environ = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+        servers[code] = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(index)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+    try:
+        names = [ask(server) for server in servers.values()]  # when all are ready
+        rounds: list[Round] = []
+        for number in range(count):
+            order = sorted(servers, reverse=number % 2 == 1)
+            rounds.append(
+                {kind: {code: float(ask(servers[code], kind)) for code in order} for kind in KINDS}
+            )
+    finally:
+        for server in servers.values():
+            server.kill()
+            server.wait()
+    return names[0], rounds
+
+
+def ask(server: "subprocess.Popen[str]", question: str | None = None) -> str:
+    """A line of a server's, after a question if there is one."""
+    assert server.stdin is not None and server.stdout is not None
+    if question is not None:
+        server.stdin.write(question + "\n")
+        server.stdin.flush()
+    answer = server.stdout.readline().strip()
+    if not answer:
+        raise RuntimeError(f"a process ended with exit code {server.wait()}")
+    return answer
+
+
+def case(name: str, rounds: list[Round]) -> dict[str, Any]:
     """The seconds of one network's steps, and their ratios to those of earlier commits."""
     row: dict[str, Any] = {"name": name}
     for kind in KINDS:
-        now = [found["now"][name][kind] for found in rounds]
-        row[kind] = {"seconds": statistics.median(now), "ratios": {}}
-        for commit in before:
-            ratios = [
-                time / found[commit][name][kind] for time, found in zip(now, rounds, strict=True)
-            ]
-            row[kind]["ratios"][commit] = {
-                "median": statistics.median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-            }
+        times = [found[kind] for found in rounds]
+        row[kind] = {"seconds": statistics.median(time["now"] for time in times), "ratios": {}}
+        for commit in set(times[0]) - {"now"}:
+            ratios = [time["now"] / time[commit] for time in times]
+            low, median, high = statistics.quantiles(ratios, n=4)
+            row[kind]["ratios"][commit] = {"median": median, "low": low, "high": high}
     return row
 
 
@@ -115,7 +162,7 @@ def table(results: dict[str, Any]) -> Table:
     dates = ", ".join(f"{commit} is {EARLIER[commit]}" for commit in results["before"])
     caption = (
         f"Steps of commit {results['now']} over those of earlier commits ({dates}): median and "
-        f"range of {results['rounds']} interleaved rounds, one thread. "
+        f"quartiles of {results['rounds']} interleaved rounds, one thread. "
         f"{where(results['environment'])}"
     )
     return Table("", heading, rows, caption)

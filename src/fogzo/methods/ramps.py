@@ -10,19 +10,22 @@ Strength = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class LinearRamp:
-    """0 up to ``start``, then linear to ``strength`` in the last of ``total_steps``.
-
-    >>> [round(LinearRamp(10.0, 10, 0.8)(step), 1) for step in (0, 7, 8, 9)]
-    [0.0, 0.0, 5.0, 10.0]
-    """
-
+class _Ramp:
     strength: float
     total_steps: int
     start: float = 0.0
 
     def __post_init__(self) -> None:
         _check_ramp(self.strength, self.total_steps, self.start)
+
+
+@dataclass(frozen=True)
+class LinearRamp(_Ramp):
+    """0 up to ``start``, then linear to ``strength`` in the last of ``total_steps``.
+
+    >>> [round(LinearRamp(10.0, 10, 0.8)(step), 1) for step in (0, 7, 8, 9)]
+    [0.0, 0.0, 5.0, 10.0]
+    """
 
     def __call__(self, step: int) -> float:
         """The strength at a step."""
@@ -30,19 +33,12 @@ class LinearRamp:
 
 
 @dataclass(frozen=True)
-class CosineRamp:
+class CosineRamp(_Ramp):
     """0 up to ``start``, then half a cosine up to ``strength`` at ``total_steps``.
 
     >>> [round(CosineRamp(0.1, 8, 0.5)(step), 3) for step in (0, 4, 6, 8)]
     [0.0, 0.0, 0.05, 0.1]
     """
-
-    strength: float
-    total_steps: int
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_ramp(self.strength, self.total_steps, self.start)
 
     def __call__(self, step: int) -> float:
         """The strength at a step."""

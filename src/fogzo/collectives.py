@@ -111,13 +111,14 @@ def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_over_shards(
-    numbers: Sequence[float | Tensor], tensors: Sequence[Tensor]
-) -> list[float | Tensor]:
-    """Sums over the ranks that share each tensor, in float64 and one all-reduce per mesh.
+    numbers: Sequence[float | Tensor], tensors: Sequence[Tensor], norms: bool = False
+) -> list[float]:
+    """Sums over the ranks that share each tensor, in one all-reduce per mesh and one wait for it.
 
     Args:
         numbers: What this rank's part of each tensor contributes, scalars.
         tensors: One per number. Replicas of the same shard are not summed.
+        norms: Whether the numbers are norms, so that their squares are what adds up.
     """
     sums = list(numbers)
     meshes: dict[tuple[Any, ...], list[int]] = {}
@@ -127,13 +128,17 @@ def sum_over_shards(
     for (mesh, *cuts), indices in meshes.items():
         options: dict[str, Any] = {"dtype": torch.float64, "device": mesh.device_type}
         together = torch.stack([torch.as_tensor(numbers[i], **options) for i in indices])
+        together = together.square() if norms else together
         for dim in cuts:
             dist.all_reduce(together, group=mesh.get_group(dim))
-        together = together.to(tensors[indices[0]].device)
-        totals = together.tolist() if together.is_cpu else together.unbind()
-        for i, total in zip(indices, totals, strict=True):
+        together = (together.sqrt() if norms else together).to(tensors[indices[0]].device)
+        for i, total in zip(indices, together.unbind(), strict=True):
             sums[i] = total
-    return sums
+    scalars = [number for number in sums if isinstance(number, Tensor)]
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+        scalars = [scalar.to(scalars[0].device, torch.float64) for scalar in scalars]
+    values = iter(torch.stack(scalars).tolist() if scalars else [])
+    return [next(values) if isinstance(number, Tensor) else number for number in sums]
 
 
 def compute_device(tensor: Tensor) -> torch.device:

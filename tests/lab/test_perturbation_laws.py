@@ -22,10 +22,8 @@ def test_rademacher_noise_is_a_fair_coin():
     assert set(u.tolist()) == {-1.0, 1.0}
     assert abs(u.mean().item()) < 5 / math.sqrt(len(u))
     assert (law.radius, law.kurtosis) == (1.0, 1.0)
-    z = torch.tensor([-1.1, -1.0, 0.0, 0.9, 1.0, 2.0])
-    assert law.cdf(z).tolist() == [0.0, 0.5, 0.5, 0.5, 1.0, 1.0]
     with pytest.raises(ValueError, match="keep the slope of another law"):
-        law.pdf(z)
+        law.pdf(u)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -43,7 +41,6 @@ def test_a_stretched_law_is_the_law_of_the_stretched_noise():
     z = torch.linspace(-3, 3, 61, dtype=F64)
     stretched = Scaled(law, 2.5)
     assert torch.allclose(stretched.pdf(z), wide.pdf(z))
-    assert torch.allclose(stretched.cdf(z), wide.cdf(z))
     assert stretched.radius == pytest.approx(wide.radius)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fogzo.collectives import sum_over_shards
-from fogzo.probing.directions import Directions, Part, as_floats
+from fogzo.probing.directions import Directions, Part
 
 _SAMPLE = 2**12  # weights; more of them would cost a small network time and memory
 _NEAR = (0.1, 0.01)  # of the distance of levels
@@ -42,20 +42,27 @@ def agreement_error(
     beta, norm = 1 - noise_share, directions.norm
     if not (beta > 0 and norm > 0):
         return math.inf
-    scaled_norm = norm * directions.grad_scale
-    moments = zip(directions.parts, directions.norms, *_moments(directions), strict=True)
-    # |v| is at most sqrt(beta) |ghat| + sqrt(q) |u|, and E |u| at most 1.
-    flips = math.fsum(
-        _flip_size(part)
-        * (
-            math.sqrt(beta) * cubes / scaled_norm**3
-            + math.sqrt(noise_share) * noise * (own_norm / scaled_norm) ** 2
-        )
-        for part, own_norm, cubes, noise in moments
-    )
+    parts, scaled_norm = directions.parts, norm * directions.grad_scale
+    numbers = [_sum_of_cubes(part) for part in parts]
+    for part, size in zip(parts, directions.sizes, strict=True):  # of u's factor in v
+        repeats = part.param.numel() / max(part.eps.numel(), 1)
+        numbers.append((part.eps * size).square().sum() * repeats)
+    sums = sum_over_shards(numbers, 2 * [part.weight.param for part in parts])
+    flips = []
+    for part, own_norm, cubes, squares in zip(
+        parts, directions.norms, sums[: len(parts)], sums[len(parts) :], strict=True
+    ):
+        weight, count = part.weight, part.weight.param.numel()
+        if weight.rotate is not None:  # a rotation makes Gaussians
+            cubes = own_norm**3 * math.sqrt(8 / math.pi / count)
+        # |v| is at most sqrt(beta) |ghat| + sqrt(q) |u|, and E |u| at most 1.
+        guide = math.sqrt(beta) * cubes / scaled_norm**3
+        noise = math.sqrt(noise_share) * math.sqrt(squares / count) * (own_norm / scaled_norm) ** 2
+        spacing = weight.grid.spacing if weight.grid else 1.0
+        flips.append(spacing / (2 * weight.surrogate.radius) * (guide + noise))
     rounding = loss_error**2 / (2 * norm**2)
     sides = 2 if one_sided else 1
-    return math.sqrt((sides * (flips + rounding) + noise_share) / beta / num_probes)
+    return math.sqrt((sides * (math.fsum(flips) + rounding) + noise_share) / beta / num_probes)
 
 
 def unevenness(directions: Directions) -> float:
@@ -70,7 +77,7 @@ def unevenness(directions: Directions) -> float:
     numbers = [number for part in parts for number in _near_thresholds(part)]
     kinds = 1 + len(_NEAR)
     params = [part.weight.param for part in parts for _ in range(kinds)]
-    values = as_floats(sum_over_shards(numbers, params))
+    values = sum_over_shards(numbers, params)
     inside, *near = (math.fsum(values[kind::kinds]) for kind in range(kinds))
     if not inside > 0:
         return 0.0
@@ -78,54 +85,21 @@ def unevenness(directions: Directions) -> float:
     return max(abs(1 - density) for density in densities)
 
 
-def is_explained(agreement: float, error: float, errors: float = 2.0) -> bool:
-    """Whether it is 1 within so many standard errors."""
-    return abs(agreement - 1) <= errors * error
-
-
-def shrink(agreement: float, error: float, errors: float = 2.0) -> float:
+def shrink(agreement: float, error: float) -> float:
     """The agreement, drawn towards 1 by its standard error (positive-part James-Stein).
 
-    Within so many errors of 1 it is 1, far from 1 it is what was measured. A negative one, which
+    Within two errors of 1 it is 1, far from 1 it is what was measured. A negative one, which
     would turn the gradient round, counts only from two errors below zero; else it is 0. What that
     gains, and costs where STE is wrong, is measured in ``experiments/agreement``.
 
     >>> [round(shrink(*pair), 3) for pair in [(1.2, 0.3), (4.0, 0.3), (-0.5, 0.4), (-1.0, 0.1)]]
     [1.0, 3.88, 0.0, -0.98]
     """
-    if is_explained(agreement, error, errors):
-        return 1.0
     distance = agreement - 1
-    shrunk = 1 + distance * (1 - (errors * error / distance) ** 2)
+    if abs(distance) <= 2 * error:
+        return 1.0
+    shrunk = 1 + distance * (1 - (2 * error / distance) ** 2)
     return shrunk if agreement < -2 * error else max(shrunk, 0.0)
-
-
-def _flip_size(part: Part) -> float:
-    """The distance of levels in units of 2 eps."""
-    spacing = part.weight.grid.spacing if part.weight.grid else 1.0
-    return spacing / (2 * part.weight.surrogate.radius)
-
-
-def _moments(directions: Directions) -> tuple[list[float], list[float]]:
-    """Each weight's sum of ``|eps * grad|^3``, and the root mean square of u's factor in v."""
-    params = [part.weight.param for part in directions.parts]
-    cubes = sum_over_shards([_sum_of_cubes(part) for part in directions.parts], params)
-    pairs = zip(directions.parts, directions.sizes, strict=True)
-    squares = sum_over_shards([_noise_squares(part, size) for part, size in pairs], params)
-    values = as_floats([*cubes, *squares])
-    cubes_read, squares_read = values[: len(params)], values[len(params) :]
-    noise = [math.sqrt(v / p.numel()) for v, p in zip(squares_read, params, strict=True)]
-    for index, part in enumerate(directions.parts):
-        if part.weight.rotate is not None:  # a rotation makes Gaussians
-            factor = math.sqrt(8 / math.pi / params[index].numel())
-            cubes_read[index] = directions.norms[index] ** 3 * factor
-    return cubes_read, noise
-
-
-def _noise_squares(part: Part, size: Tensor) -> Tensor:
-    """The sum of squares over this rank's part of a weight of u's factor in v."""
-    repeats = part.param.numel() / max(part.eps.numel(), 1)
-    return (part.eps * size).square().sum() * repeats
 
 
 def _sum_of_cubes(part: Part) -> Tensor | float:
@@ -150,10 +124,10 @@ def _near_thresholds(part: Part) -> list[Tensor]:
     assert grad is not None and grid is not None
     # Rows of a rotated weight are rotated one by one, if they are its outputs.
     stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SAMPLE)
-    param, grad, eps = part.param, grad.to(part.dtype), part.eps
+    param, eps = part.param, part.eps
     if stride > 1:
         param, grad, eps = param[::stride], grad[::stride], eps.expand(param.shape)[::stride]
-    param, grad = part.rotated(param.to(part.dtype)), part.rotated(grad)
+    param, grad = part.rotated(param), part.rotated(grad)
     cells = param / eps * (weight.surrogate.radius / grid.spacing)
     cells = cells - grid.thresholds[0] / grid.spacing
     distance = (cells - cells.round().clamp(0, len(grid.thresholds) - 1)).abs()

@@ -17,7 +17,7 @@ from fogzo.estimators.fallbacks import (
     nothing_to_follow,
     warn_if_noise_dominates,
 )
-from fogzo.estimators.refined import check_not_refined, check_still_held, mark_refined
+from fogzo.estimators.refined import mark_refined, weights_to_refine
 from fogzo.estimators.schedules import (
     NoiseShare,
     as_noise_share,
@@ -32,7 +32,7 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions, NoiseShape, mix_seed
 from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender
-from fogzo.probing.measure import Evaluate, Measurement, check_evaluate, measure
+from fogzo.probing.measure import NOT_FINITE, Evaluate, Measurement, check_evaluate, measure
 
 
 class Refined(NamedTuple):
@@ -98,6 +98,7 @@ class GradientEstimator(ABC):
     """
 
     needs_gradient = True
+    mixes_noise = True  # by `noise_share`, with a guide
     noise_shape: NoiseShape = "tensor_rms"
 
     def __init__(
@@ -175,7 +176,7 @@ class GradientEstimator(ABC):
     @contextmanager
     def record_rng(self) -> Iterator[None]:
         """Wrap the first-order forward pass, so that the probes replay its dropout masks."""
-        self._lender.record_rng()
+        self._lender.recorded_rng = self._lender.rng_state()
         yield
 
     @torch.no_grad()
@@ -212,7 +213,7 @@ class GradientEstimator(ABC):
         try:
             stats = self._refine(closure, expected_loss, grad_scale)
         finally:
-            self._lender.forget_rng()
+            self._lender.recorded_rng = None  # it belonged to this step
         self.step += 1
         return stats
 
@@ -252,9 +253,12 @@ class GradientEstimator(ABC):
             applied_agreement=None if refined.agreement is None else refined.guide,
             probe_losses=tuple(measured.losses),
             base_loss=measured.base,
+            noise_share=share if self.mixes_noise else None,
+            kappa=kappa_from_noise_share(share, self.num_weights, self.num_samples)
+            if self.mixes_noise
+            else None,
             gradient_norm=directions.norm if self.needs_gradient else None,
             fallback=fallback,
-            **self._noise_stats(share),
         )
 
     @torch.no_grad()
@@ -298,42 +302,15 @@ class GradientEstimator(ABC):
     def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
         return bind(as_noise_share(noise_share), self.num_weights, self.num_samples)
 
-    def _noise_stats(self, share: float) -> dict[str, float]:
-        kappa = kappa_from_noise_share(share, self.num_weights, self.num_samples)
-        return {"noise_share": share, "kappa": kappa}
-
     def _directions(self, grad_scale: float = 1.0) -> Directions:
         return Directions(
-            self._weights_to_refine(),
+            weights_to_refine(self.weights, self._lender.models, self.needs_gradient),
             mix_seed(self.seed, self.step),
             grad_scale=grad_scale,
             noise_shape=self.noise_shape,
             guided=self.needs_gradient,
             lean=self.evaluate == "lean",
         )
-
-    def _weights_to_refine(self) -> list[QuantizedWeight]:
-        weights = [weight for weight in self.weights if weight.param.requires_grad]
-        if not weights:
-            raise ValueError(
-                "no quantized weight requires a gradient, they are all frozen: "
-                "model.requires_grad_(True), or train without an estimator"
-            )
-        if not self.needs_gradient:
-            return weights
-        # A weight without gradient took no part in this step (an unused expert): leave it alone.
-        used = [weight for weight in weights if weight.param.grad is not None]
-        if len(used) < len(weights):
-            check_still_held(weights, self._lender.models)
-        if not used:
-            raise ValueError(
-                "no quantized weight has a gradient. Call it after backward and before zero_grad: "
-                "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
-                "these weights belong to another model than the loss (a deep copy made after "
-                "quantized_weights(model), say), or were sharded after it: call fully_shard first"
-            )
-        check_not_refined(used)
-        return used
 
     def _check_closure(
         self,
@@ -362,8 +339,8 @@ class GradientEstimator(ABC):
             if math.log10(self._num_refined).is_integer():
                 for audit in self._layer_audits:
                     audit.check()
-        if measured.losses and measured.is_finite:
-            self._audit.step_passed()
+        if measured.losses and measured.failure != NOT_FINITE:
+            self._audit.steps += 1
         said = caution(
             fallback,
             measured,

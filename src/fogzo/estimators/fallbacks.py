@@ -7,7 +7,7 @@ import torch
 
 from fogzo.estimators.schedules import kappa_from_noise_share, noise_share_from_kappa
 from fogzo.probing.directions import Directions
-from fogzo.probing.measure import NO_EFFECT, NO_FLIP, Measurement
+from fogzo.probing.measure import NO_EFFECT, NO_FLIP, NOT_FINITE, Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,6 @@ _RESOLVED = 4
 ZERO_GRADIENT = "the first-order gradient is zero"
 BROKEN_GRADIENT = "the first-order gradient is not finite"
 NO_STEP = "the step size of every weight that has a gradient is zero"
-NOT_FINITE = "a probe loss is not finite"
 _RESOLVES = "resolves"
 
 
@@ -33,13 +32,9 @@ def nothing_to_follow(directions: Directions) -> str | None:
 
 def nothing_measured(directions: Directions, measured: Measurement) -> str | None:
     """Why the losses say nothing of the gradient."""
-    if not measured.is_finite:
-        return NOT_FINITE
-    if not measured.losses:
-        return None
     is_coarse = measured.dtype.itemsize < 4
-    if measured.unchanged is not None and not (is_coarse and measured.unchanged == NO_EFFECT):
-        return measured.unchanged
+    if measured.failure is not None and not (is_coarse and measured.failure == NO_EFFECT):
+        return measured.failure
     gap = 2 * max(map(abs, measured.slopes))
     predicted = 2 * directions.norm if directions.guided else math.inf
     if gap <= _RESOLVED * measured.loss_error or predicted <= measured.loss_error:

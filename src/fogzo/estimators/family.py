@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Unpack
 
-from fogzo.estimators.agreement import agreement_error, is_explained, shrink, unevenness
+from fogzo.estimators.agreement import agreement_error, shrink, unevenness
 from fogzo.estimators.base import (
     EstimatorOptions,
     GradientEstimator,
@@ -74,7 +74,7 @@ class FogzoEstimator(GradientEstimator):
         error = agreement_error(
             directions, noise_share, measured.loss_error, len(plan), self.one_sided
         )
-        if not is_explained(agreement, error):
+        if shrink(agreement, error) != 1:  # no accident, if the weights are spread evenly
             error = math.hypot(error, unevenness(directions))
         guide = agreement if self.agreement == "measured" else shrink(agreement, error)
         return Refined(guide, mean.noise, agreement, error)
@@ -107,9 +107,7 @@ class _NoiseOnly(GradientEstimator):
     """Directions of noise alone."""
 
     noise_shape = "isotropic"
-
-    def _noise_stats(self, share: float) -> dict[str, float]:
-        return {}
+    mixes_noise = False
 
     def plan(self, noise_share: float, directions: Directions) -> list[Direction]:
         """One direction of pure noise per sample."""

@@ -1,4 +1,4 @@
-"""Which gradients are refined already, and which weights their model still has."""
+"""Which weights a step refines: those with a gradient that no estimator has written yet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +11,35 @@ from fogzo.layers.weights import QuantizedWeight
 _MARK = "_fogzo_refined_version"
 
 
-def mark_refined(weights: Sequence[QuantizedWeight]) -> None:
-    """Remember on each gradient that it was refined as it is now."""
-    for weight in weights:
-        grad: Any = weight.param.grad
-        setattr(grad, _MARK, local(grad)._version)
+def weights_to_refine(
+    weights: Sequence[QuantizedWeight], models: Sequence[nn.Module], needs_gradient: bool
+) -> list[QuantizedWeight]:
+    """The weights that are not frozen, and of those the ones that have a gradient if it is needed.
 
-
-def check_not_refined(weights: Sequence[QuantizedWeight]) -> None:
-    """Raise a `ValueError` if gradients are still those that an estimator wrote."""
-    for weight in weights:
+    Raises:
+        ValueError: If there are none, a gradient was refined already, or a weight without one is
+            not its model's any more.
+    """
+    trained = [weight for weight in weights if weight.param.requires_grad]
+    if not trained:
+        raise ValueError(
+            "no quantized weight requires a gradient, they are all frozen: "
+            "model.requires_grad_(True), or train without an estimator"
+        )
+    if not needs_gradient:
+        return trained
+    # A weight without gradient took no part in this step (an unused expert): leave it alone.
+    used = [weight for weight in trained if weight.param.grad is not None]
+    if len(used) < len(trained):
+        _check_still_held(trained, models)
+    if not used:
+        raise ValueError(
+            "no quantized weight has a gradient. Call it after backward and before zero_grad: "
+            "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
+            "these weights belong to another model than the loss (a deep copy made after "
+            "quantized_weights(model), say), or were sharded after it: call fully_shard first"
+        )
+    for weight in used:
         grad: Any = weight.param.grad
         if getattr(grad, _MARK, None) == local(grad)._version:
             raise ValueError(
@@ -29,9 +48,17 @@ def check_not_refined(weights: Sequence[QuantizedWeight]) -> None:
                 "loss.backward(); estimator.refine_grads_(closure); optimizer.step(); "
                 "optimizer.zero_grad()"
             )
+    return used
 
 
-def check_still_held(weights: Sequence[QuantizedWeight], models: Sequence[nn.Module]) -> None:
+def mark_refined(weights: Sequence[QuantizedWeight]) -> None:
+    """Remember on each gradient that it was refined as it is now."""
+    for weight in weights:
+        grad: Any = weight.param.grad
+        setattr(grad, _MARK, local(grad)._version)
+
+
+def _check_still_held(weights: Sequence[QuantizedWeight], models: Sequence[nn.Module]) -> None:
     """Raise a `ValueError` if a weight without gradient is not its model's any more."""
     if not models:
         return

@@ -82,7 +82,11 @@ class QuantizedLayer(QuantizedInput):
         If FSDP has sharded the layer, all ranks have to ask for them together, as for `codes`: the
         step sizes, or the weight that they are measured from, are gathered.
         """
-        return self.quantizer.step_size(*self._gathered(), self.output_dim)
+        step = self._step()
+        # Of a weight whose step is kept only the shape matters, so it is not gathered.
+        has_all = step is not None and self.quantizer.companding is None
+        weight = self.weight if has_all else self._whole_weight()
+        return self.quantizer.step_size(weight, step, self.output_dim)
 
     def codes(self) -> Tensor:
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
@@ -228,13 +232,6 @@ class QuantizedLayer(QuantizedInput):
             return self.weight
         weight = full(self.weight)
         return weight.to(self._forward_dtype or weight.dtype)
-
-    def _gathered(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and all of its step sizes; of the weight only the shape if that will do."""
-        step = self._step()
-        if step is None or self.quantizer.companding is not None:
-            return self._whole_weight(), step
-        return self.weight, step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"

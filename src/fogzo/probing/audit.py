@@ -30,29 +30,17 @@ class Audit:
     loss itself, or the step is audited.
 
     Attributes:
-        steps: How many were measured.
+        steps: How many were measured and found right, counted by whoever measures.
     """
 
     def __init__(self) -> None:
         self.steps = 0
-        self._next = 1
         self._room = 1.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether a step has been measured and found right."""
-        return self.steps > 0
 
     @property
     def due(self) -> bool:
         """Whether this step's closure is to be evaluated at the weights themselves."""
-        return self.steps + 1 >= self._next
-
-    def step_passed(self) -> None:
-        """Count a step that was measured."""
-        self.steps += 1
-        while self._next <= self.steps:
-            self._next *= 10
+        return math.log10(self.steps + 1).is_integer()
 
     def suspects(self, middle: float, expected: float, reach: float) -> bool:
         """Whether the probes lie so far from the expected loss that it is to be audited.

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fogzo.collectives import full, is_sharded, local, shard_like, sum_over_shards
+from fogzo.collectives import full, local, shard_like, sum_over_shards
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers.steps import MIN_STEP
 
@@ -66,13 +66,9 @@ class Part:
     dtype: torch.dtype
 
     def rotated(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape in the basis of rounding, or back."""
+        """A tensor of the weight's shape in the basis of rounding, or back, in `dtype`."""
+        tensor = tensor.to(self.dtype)
         return tensor if self.weight.rotate is None else self.weight.rotate(tensor)
-
-    def rotated_grad(self) -> Tensor:
-        """The first-order gradient in the basis of rounding."""
-        assert self.grad is not None
-        return self.rotated(self.grad.to(self.dtype))
 
     def add_(self, target: Tensor, terms: Iterable[tuple[Tensor, Tensor, float]]) -> None:
         """``target += sum value * factor * tensor`` over terms (tensor, factor, value).
@@ -187,7 +183,7 @@ class Directions:
             terms.append((u, self._noise_factors[index], direction.noise))
         if direction.guide and part.grad is not None:
             factor = direction.guide * self._inverse_norm
-            terms.append((part.rotated_grad(), self._eps_squared[index], factor))
+            terms.append((part.rotated(part.grad), self._eps_squared[index], factor))
         part.add_(param, terms)
 
     def projections(self, samples: Sequence[int]) -> list[float]:
@@ -198,10 +194,10 @@ class Directions:
                 if part.grad is None:
                     products.append(0.0)
                     continue
-                g_phi = part.rotated_grad() * self._noise_factors[index]
+                g_phi = part.rotated(part.grad) * self._noise_factors[index]
                 products.append(torch.sum(self.noise(sample, index) * g_phi, dtype=torch.float64))
         params = [part.weight.param for part in self.parts]
-        values = as_floats(sum_over_shards(products, params * len(samples)))
+        values = sum_over_shards(products, params * len(samples))
         starts = range(0, len(values), len(params))
         return [math.fsum(values[i : i + len(params)]) / self.grad_scale for i in starts]
 
@@ -236,15 +232,6 @@ def mix_seed(*parts: int) -> int:
     return state
 
 
-def as_floats(numbers: Sequence[float | Tensor]) -> list[float]:
-    """The values of scalars, in one wait for the device."""
-    tensors = [number for number in numbers if isinstance(number, Tensor)]
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) > 1:
-        tensors = [tensor.to(tensors[0].device, torch.float64) for tensor in tensors]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(values) if isinstance(number, Tensor) else number for number in numbers]
-
-
 def _part(weight: QuantizedWeight, guided: bool) -> Part:
     param = weight.param
     # bfloat16 would swallow sqrt(q) * eps * u next to the weight.
@@ -273,17 +260,13 @@ def _norms(parts: Sequence[Part]) -> list[tuple[float, float]]:
         # All that shares a step is reduced first: one pass over a channel or a tensor.
         dims = range(-part.grad.dim(), 0)
         shared = [d for d in dims if -d > part.eps.dim() or part.eps.shape[d] == 1]
-        norms = part.rotated_grad()
+        norms = part.rotated(part.grad)
         if shared:
             norms = torch.linalg.vector_norm(norms, dim=shared, keepdim=True)
         for factor in (part.eps, part.moves):
             numbers.append(torch.linalg.vector_norm(norms * factor))
     params = [part.weight.param for part in parts for _ in range(2)]
-    if any(map(is_sharded, params)):
-        squares = [torch.as_tensor(number).double().square() for number in numbers]
-        values = [math.sqrt(v) for v in as_floats(sum_over_shards(squares, params))]
-    else:
-        values = as_floats(numbers)
+    values = sum_over_shards(numbers, params, norms=True)
     return list(zip(values[::2], values[1::2], strict=True))
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fogzo.collectives import shard_like, sum_over_shards
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.directions import Direction, Directions, as_floats
+from fogzo.probing.directions import Direction, Directions
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def flip_rate(directions: Directions, direction: Direction, one_sided: bool) -> 
             part.param.copy_(saved)
     params = [weight.param for weight in weights]
     total = sum(param.numel() for param in params)
-    return sum(as_floats(sum_over_shards(flips, params))) / total
+    return sum(sum_over_shards(flips, params)) / total
 
 
 def _codes(weight: QuantizedWeight) -> Tensor:

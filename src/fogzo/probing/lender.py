@@ -30,6 +30,11 @@ class Lender:
         weights: What may be perturbed.
         model: The model, if the records do not name it: its buffers and modes are protected.
 
+    Attributes:
+        models: The models that are known.
+        recorded_rng: Where every probe's random streams start, if not where the loan's do: the
+            `rng_state` before backward's own forward pass.
+
     Raises:
         ValueError: If weights are sharded and nothing names their model.
     """
@@ -47,13 +52,12 @@ class Lender:
         self._weights = weights
         self._lent: list[Tensor] = []  # shards, in the weights' own memory
         self._saved: list[Tensor] = []
-        self._recorded: RngState | None = None
+        self.recorded_rng: RngState | None = None
         self._replay: RngState | None = None
-        self._numpy_in_use = False
 
-    def record_rng(self) -> None:
-        """Remember the random state that the backward's own forward pass starts from."""
-        self._recorded = self._rng_state()
+    def rng_state(self) -> RngState:
+        """The random streams as they are, of the devices that the weights are on now."""
+        return RngState({compute_device(weight.param) for weight in self._weights})
 
     @contextmanager
     def lend(self, weights: Sequence[QuantizedWeight], copy: bool = True) -> Iterator[None]:
@@ -65,9 +69,8 @@ class Lender:
                 what it moves, and `reset_` and `mirror_` do nothing.
         """
         self.reshard()
-        before = self._rng_state()
-        self._replay = self._recorded or before
-        self._numpy_in_use = not self._replay.same_numpy(before)
+        before = self.rng_state()
+        self._replay = self.recorded_rng or before
         modules = [module for model in self.models for module in model.modules()]
         modes = [module.training for module in modules]
         buffers = [
@@ -106,12 +109,8 @@ class Lender:
                 for module, mode in zip(modules, modes, strict=True):
                     if module.training is not mode:
                         module.training = mode
-                before.restore(numpy=self._numpy_in_use or not before.same_numpy())
+                before.restore()
                 torch.clear_autocast_cache()
-
-    def _rng_state(self) -> RngState:
-        # Asked anew each time, as the model may have been moved.
-        return RngState({compute_device(weight.param) for weight in self._weights})
 
     def reshard(self) -> None:
         """Leave no gathered weights behind that were, or are about to be, perturbed."""
@@ -131,10 +130,6 @@ class Lender:
         """Whether a module of a known model holds this parameter."""
         return any(param is held for model in self.models for held in model.parameters())
 
-    def forget_rng(self) -> None:
-        """Drop the recorded random state: it belonged to the step that has just ended."""
-        self._recorded = None
-
     def reset_(self) -> None:
         """Put the saved weights back while the loan goes on."""
         if self._lent:
@@ -153,12 +148,12 @@ class Lender:
         """
         assert self._replay is not None, "evaluate() outside of lend()"
         self.reshard()
-        self._replay.restore(numpy=self._numpy_in_use)
+        self._replay.restore()
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()
         try:
             with torch.no_grad():  # again, as a closure may leave gradients switched on
-                loss = as_loss(closure())
+                return as_loss(closure())
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -168,9 +163,6 @@ class Lender:
                 "If the loss itself contains derivatives (a gradient penalty, a physics-informed "
                 "network), switch gradients on for them: `with torch.enable_grad():` in the closure"
             ) from error
-        if not self._numpy_in_use:
-            self._numpy_in_use = not self._replay.same_numpy()
-        return loss
 
 
 def as_loss(value: object, what: str = "the closure must return") -> Tensor:

@@ -18,6 +18,7 @@ from fogzo.probing.lender import Closure, Lender, as_loss
 
 Evaluate = Literal["in_place", "stacked", "lean"]
 
+NOT_FINITE = "a probe loss is not finite"
 NO_FLIP = "no weight rounds differently between the probes"
 NO_EFFECT = "the probes do not change the loss"
 
@@ -28,30 +29,19 @@ class Measurement:
 
     Attributes:
         losses: In the order ``L1+, L1-, L2+, ...``, one-sided ``L1+, L2+, ...``.
+        slopes: Half the loss's change from one side of each direction to the other.
         base: The loss at the weights themselves, one-sided only.
         loss_error: Rounding error of one loss, in the loss's units.
         dtype: In which the closure computes it.
-        unchanged: Why all losses are the same, if they are.
+        failure: Why the losses tell no slopes, if they do not.
     """
 
     losses: Sequence[float] = ()
+    slopes: Sequence[float] = ()
     base: float | None = None
     loss_error: float = 0.0
     dtype: torch.dtype = torch.float32
-    unchanged: str | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every loss is."""
-        return all(map(math.isfinite, (*self.losses, self.base or 0.0)))
-
-    @property
-    def slopes(self) -> list[float]:
-        """Half the loss's change from one side of each direction to the other."""
-        if self.base is not None:
-            return [loss - self.base for loss in self.losses]
-        pairs = zip(self.losses[::2], self.losses[1::2], strict=True)
-        return [(plus - minus) / 2 for plus, minus in pairs]
+    failure: str | None = None
 
 
 def check_evaluate(evaluate: object, weights: Sequence[QuantizedWeight], lender: Lender) -> None:
@@ -112,28 +102,31 @@ def measure(
         losses = losses_of(lender, directions, plan, closure, not one_sided)
         values = mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)], device)
         values, expected = values[: len(losses)], values[len(losses) :]
+        if one_sided:
+            base, slopes = expected[0], [loss - expected[0] for loss in values]
+        else:
+            pairs = zip(values[::2], values[1::2], strict=True)
+            base, slopes = None, [(plus - minus) / 2 for plus, minus in pairs]
         dtype = _loss_dtype(losses[0], values, directions.weights)
-        measured = Measurement(
-            values,
-            base=expected[0] if one_sided else None,
-            loss_error=torch.finfo(dtype).eps * max(map(abs, values)),
-            dtype=dtype,
-        )
-        if not (measured.is_finite and all(map(math.isfinite, expected))):
+        error = torch.finfo(dtype).eps * max(map(abs, values))
+        measured = Measurement(values, slopes, base, error, dtype)
+        if not all(map(math.isfinite, slopes)):
+            return replace(measured, failure=NOT_FINITE)
+        if not all(map(math.isfinite, expected)):
             return measured
         if expected and not (one_sided or audited):
-            reach = directions.norm + max(map(abs, measured.slopes))
+            reach = directions.norm + max(map(abs, slopes))
             if audit.suspects(math.fsum(values) / len(values), expected[0], reach):
                 lender.reset_()
                 audit.check(lender, closure, known[0], device)
-        if any(measured.slopes):
+        if any(slopes):
             return measured
         lender.reset_()
-        if evaluate != "lean" and not audit.passed:  # lean probes know what they have moved
+        if evaluate != "lean" and not audit.steps:  # lean probes know what they have moved
             _check_dependence(lender, directions, closure, losses[0], measured.loss_error)
         lender.reshard()  # codes are to be those of the shards as they are
         flips = flip_rate(directions, plan[0], one_sided)
-        return replace(measured, unchanged=NO_FLIP if flips == 0 else NO_EFFECT)
+        return replace(measured, failure=NO_FLIP if flips == 0 else NO_EFFECT)
 
 
 def in_place(

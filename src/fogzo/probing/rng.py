@@ -24,6 +24,7 @@ class RngState:
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        global _seen
         self._torch = torch.get_rng_state()
         self._accelerators = [
             (torch.get_device_module(device), device, _accelerator_state(device))
@@ -31,15 +32,21 @@ class RngState:
             if device.type != "cpu"
         ]
         self._python = random.getstate()
-        self._numpy = numpy_state()
+        self._words, self._numpy = _numpy_words(), _seen[1]
+        if not self._words or self._words != _seen[0]:
+            numpy_random: Any = sys.modules.get("numpy.random")
+            self._numpy = numpy_random.get_state() if numpy_random else None
+            if self._words and self._numpy[3]:
+                self._words = b""  # they do not tell of half a normal pair that is left over
+            _seen = self._words, self._numpy
 
-    def restore(self, numpy: bool = True) -> None:
-        """Put every stream back; NumPy's only if asked, as it costs more than a small network."""
+    def restore(self) -> None:
+        """Put every stream back; NumPy's only if it has moved, as it costs a small network."""
         torch.set_rng_state(self._torch)
         for module, device, state in self._accelerators:
             module.set_rng_state(state, device)
         random.setstate(self._python)
-        if numpy and self._numpy is not None:
+        if self._numpy is not None and (not self._words or _numpy_words() != self._words):
             sys.modules["numpy"].random.set_state(self._numpy)
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,41 +72,23 @@ class RngState:
         version, words, half_a_pair = state["python"]
         made._python = (version, tuple(words), half_a_pair)
         made._numpy = tuple(state["numpy"]) if isinstance(state["numpy"], list) else state["numpy"]
+        made._words = b""
         return made
 
-    def same_numpy(self, other: "RngState | None" = None) -> bool:
-        """Whether NumPy's stream stands where it does in another capture, or stands now."""
-        if other is self:
-            return True
-        mine, theirs = self._numpy, other._numpy if other else numpy_state()
-        if mine is theirs:
-            return True
-        if mine is None or theirs is None:
-            return False
-        return theirs[2:] == mine[2:] and bool((theirs[1] == mine[1]).all())
+
+_seen: tuple[bytes, NumpyState | None] = (b"", None)  # the words of NumPy's stream, and its state
 
 
-_seen: tuple[bytes, NumpyState] = (b"", None)  # NumPy's generator in memory, and its state
+def _numpy_words() -> bytes:
+    """The words in memory of NumPy's global stream; empty if they do not tell where it stands.
 
-
-def numpy_state() -> NumpyState | None:
-    """NumPy's global stream, or None if nobody has imported NumPy's generators."""
-    global _seen
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is None:
-        return None
-    # Reading the state costs as much as a small network's layer. Comparing its 625 words in memory
-    # does not, and tells whether the stream has moved, unless half of a normal pair is left over.
-    generator = numpy_random.get_bit_generator()
-    if type(generator) is not numpy_random.MT19937:
-        return numpy_random.get_state()
-    memory = ctypes.string_at(generator.ctypes.state_address, 4 * 625)
-    if memory == _seen[0]:
-        return _seen[1]
-    state = numpy_random.get_state()
-    has_half_a_pair = bool(state[3])
-    _seen = (b"", None) if has_half_a_pair else (memory, state)
-    return state
+    Reading its state costs as much as a small network's layer, reading its 625 words does not.
+    """
+    numpy_random: Any = sys.modules.get("numpy.random")
+    generator = numpy_random.get_bit_generator() if numpy_random else None
+    if generator is None or type(generator) is not numpy_random.MT19937:
+        return b""
+    return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
 
 
 def _accelerator_state(device: torch.device) -> torch.Tensor:

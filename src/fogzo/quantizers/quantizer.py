@@ -203,7 +203,7 @@ class Quantizer:
         if step is None:
             step = self._measure(self._groups(weight.detach(), output_dim))
         # A copy, as an optimizer moves a learned step in place.
-        return self._effective(step.detach(), weight.dtype).clone()
+        return effective_step(step.detach().to(weight.dtype), self.scale_dtype).clone()
 
     def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """`current_step`, shaped to broadcast against the weight (rotated, if it is).
@@ -223,7 +223,8 @@ class Quantizer:
         """
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
-            step = self._effective(self._measure(groups) if step is None else step, weight.dtype)
+            step = self._measure(groups) if step is None else step
+            step = effective_step(step.to(weight.dtype), self.scale_dtype)
             codes = self.grid.round_to_code(self._in_steps(groups, step))
             return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
 
@@ -261,7 +262,8 @@ class Quantizer:
     ) -> Tensor:
         groups = self._groups(tensor, output_dim)
         follows = step is None and not self.scale.detached
-        step = self._effective(self._measure(groups) if step is None else step, tensor.dtype)
+        step = self._measure(groups) if step is None else step
+        step = effective_step(step.to(tensor.dtype), self.scale_dtype)
         if follows:
             step = _following(step, groups)
         size = features or groups.shape[1]
@@ -300,9 +302,6 @@ class Quantizer:
         # The squares of half precision overflow in float16 and are coarse in bfloat16.
         wide = torch.promote_types(groups.dtype, torch.float32)
         return self.scale.measure(groups.detach().to(wide), self.grid)
-
-    def _effective(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        return effective_step(step.to(dtype), self.scale_dtype)
 
     def _groups(self, weight: Tensor, output_dim: int, rotated: bool = False) -> Tensor:
         if self.granularity == "tensor" and self.rotation is None:

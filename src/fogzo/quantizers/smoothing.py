@@ -34,10 +34,6 @@ class SmoothingLaw(ABC):
         """Density at z."""
 
     @abstractmethod
-    def cdf(self, z: Tensor) -> Tensor:
-        """P(Z <= z)."""
-
-    @abstractmethod
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill ``out`` with independent u of zero mean and unit variance, and return it.
 
@@ -65,9 +61,6 @@ class Uniform(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         return (z.abs() <= self.width / 2).to(z.dtype) / self.width
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return (z / self.width + 0.5).clamp(0, 1)
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return _fill_uniform_(out, math.sqrt(3), generator)
@@ -97,13 +90,9 @@ class Triangular(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         return (1 - (z / self.half_width).abs()).clamp(min=0) / self.half_width
 
-    def cdf(self, z: Tensor) -> Tensor:
-        y = (z / self.half_width).clamp(-1, 1)
-        return 0.5 + y - 0.5 * y * y.abs()
-
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         _fill_uniform_(out, 1.0, generator)
-        # Inverse of the cdf on each side of zero: one draw per element instead of two.
+        # By the inverse of P(Z <= z) on each side of zero: one draw per element instead of two.
         magnitude = out.abs().neg_().add_(1).sqrt_().neg_().add_(1)
         return out.sign_().mul_(magnitude).mul_(math.sqrt(6))
 
@@ -127,9 +116,6 @@ class Logistic(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         return self.tau / 2 * (1 - torch.tanh(self.tau * z).square())
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return 0.5 + 0.5 * torch.tanh(self.tau * z)
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         # atanh(±1) is infinite, and uniform_ may return its lower bound.
@@ -158,9 +144,6 @@ class Normal(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         y = z / self.sigma
         return torch.exp(-0.5 * y * y) / (self.sigma * math.sqrt(2 * math.pi))
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return 0.5 * torch.erfc(-z / (self.sigma * math.sqrt(2)))
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return out.normal_(generator=generator)
@@ -213,15 +196,6 @@ class Crest(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         return self.slope(z) / (self.mean_slope * self.width)
 
-    def cdf(self, z: Tensor) -> Tensor:
-        z = (z / self.width).clamp(-0.5, 0.5)
-        amplitude = math.sqrt(2) * math.pi * self.amplitude
-        root = math.sqrt(1 - amplitude**2)
-        angle = torch.atan((torch.tan(math.pi / 2 * z.abs()) + amplitude) / root)
-        start = math.atan(amplitude / root)
-        half = 4 / (math.pi * root) * (angle - start) - z.abs()
-        return 0.5 + z.sign() * half / self.mean_slope
-
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         _fill_uniform_(out, 1.0, generator)
         quantiles = torch.tensor(_crest_quantiles(self.amplitude), device=out.device).to(out.dtype)
@@ -252,9 +226,6 @@ class Rademacher(SmoothingLaw):
             "dataclasses.replace(identity(), perturbation=Rademacher())"
         )
 
-    def cdf(self, z: Tensor) -> Tensor:
-        return ((z >= -1).to(z.dtype) + (z >= 1).to(z.dtype)) / 2
-
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return out.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
@@ -280,9 +251,6 @@ class Scaled(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         return self.law.pdf(z / self.factor) / self.factor
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return self.law.cdf(z / self.factor)
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return self.law.sample_(out, generator)

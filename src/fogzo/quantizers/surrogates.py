@@ -105,23 +105,6 @@ class Surrogate:
             return self.pull_back(grad, weight, step, grid)
         return _masked(grad, weight, step, grid, 0.0)
 
-    def smooth(self, x: Tensor, grid: Grid) -> Tensor:
-        """``h(x) = E Q(x + z)``, the smooth function whose slope the backward pass uses.
-
-        Raises:
-            ValueError: If this surrogate has no smoothing law.
-        """
-        if self.law is None:
-            raise ValueError(
-                f"surrogate {self.name!r} is the expectation under no smoothing law; it perturbs "
-                f"with {self.perturbation} instead, whose smooth function is "
-                "dataclasses.replace(surrogate, law=surrogate.perturbation).smooth(x, grid)"
-            )
-        total = torch.full_like(x, grid.low)
-        for threshold in grid.thresholds:
-            total = total + grid.spacing * self.law.cdf(x - threshold)
-        return total
-
 
 def _masked(grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, slack: float) -> Tensor:
     """The gradient where x is no further than the slack outside the range, else 0."""

@@ -35,10 +35,11 @@ class RngState:
         self._words, self._numpy = _numpy_words(), _seen[1]
         if not self._words or self._words != _seen[0]:
             numpy_random: Any = sys.modules.get("numpy.random")
-            self._numpy = numpy_random.get_state() if numpy_random else None
-            if self._words and self._numpy[3]:
+            state: Any = numpy_random.get_state() if numpy_random else None
+            if self._words and state[3]:
                 self._words = b""  # they do not tell of half a normal pair that is left over
-            _seen = self._words, self._numpy
+            self._numpy = state
+            _seen = self._words, state
 
     def restore(self) -> None:
         """Put every stream back; NumPy's only if it has moved, as it costs a small network."""

@@ -270,7 +270,7 @@ def run(
     layer.weight.data.copy_(data.start)
     surrogate = "identity_unmasked" if row.unmasked else "identity"
     step = step_size(omega, config)
-    quantizer = fogzo.fixed(config.bits, step=step, levels="half", surrogate=surrogate)
+    quantizer = fogzo.fixed(config.bits, step_size=step, levels="half", surrogate=surrogate)
     fogzo.quantize_(layer, quantizer, filter_fn=lambda module, name: True)
     estimator = make_estimator(row, choice.strength, layer, seed, steps)
     # The Hessian of the risk is I / d: in units of d the rate no longer depends on d.

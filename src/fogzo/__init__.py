@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         QuantizedWeight,
         calibrate_,
         dequantize_,
-        measure_steps_,
+        measure_step_sizes_,
         quantize_,
         quantized_weights,
     )
@@ -53,7 +53,7 @@ __all__ = [
     "fixed",
     "linear_noise_share",
     "lsq",
-    "measure_steps_",
+    "measure_step_sizes_",
     "quantize_",
     "quantized_weights",
     "quest",

@@ -271,7 +271,7 @@ def test_hand_written_fake_quantization_gives_what_an_attached_quantizer_gives(e
     results = []
     for model, weights_of in (
         (foreign_model(), listed),
-        (fogzo.quantize_(mlp(), fogzo.fixed(2, step=0.25)), fogzo.quantized_weights),
+        (fogzo.quantize_(mlp(), fogzo.fixed(2, step_size=0.25)), fogzo.quantized_weights),
     ):
         weights = weights_of(model)
         instance = ESTIMATORS[estimator](weights)

@@ -730,7 +730,7 @@ def test_a_group_whose_step_is_zero_neither_moves_nor_breaks_the_others():
 
 
 def test_a_fixed_step_in_a_preset_sets_the_radius():
-    model, loss_of = quantized_model(fogzo.fixed(2, step=0.125))
+    model, loss_of = quantized_model(fogzo.fixed(2, step_size=0.125))
     weights = fogzo.quantized_weights(model)
     estimator = Paper(weights, noise_share=0.5)
     seen = []

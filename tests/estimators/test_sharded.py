@@ -357,7 +357,7 @@ def steps_of_a_float_checkpoint():
     plain = Net("ternary")  # which keeps no steps
     with torch.no_grad():
         plain.stem.weight[3] = 0
-    expected = PRESETS["lsq past zero"]().initial_step(plain.stem.weight)
+    expected = PRESETS["lsq past zero"]().initial_step_size(plain.stem.weight)
     model = sharded(Net("lsq past zero"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

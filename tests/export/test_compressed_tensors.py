@@ -134,7 +134,7 @@ def test_inputs_that_need_two_config_groups_are_refused(tmp_path):
         model,
         fogzo.lsq(4),
         inner_linear,
-        activations=lambda module, name: fogzo.fixed(8, step=0.1) if "mlp" in name else None,
+        activations=lambda module, name: fogzo.fixed(8, step_size=0.1) if "mlp" in name else None,
     )
     with pytest.raises(ValueError, match=r"layers.0.mlp.gate_proj.*two config groups"):
         export(model, tmp_path / "out", "compressed-tensors")

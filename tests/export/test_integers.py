@@ -75,7 +75,7 @@ def test_a_float16_step_that_is_odd_and_next_to_subnormal_is_halved_exactly():
     layer = nn.Linear(8, 4, dtype=torch.float16)
     with torch.no_grad():
         layer.weight.mul_(1e-3)
-    layer = quantized(layer, fogzo.fixed(2, step=smallest * (1 + 2**-10)))
+    layer = quantized(layer, fogzo.fixed(2, step_size=smallest * (1 + 2**-10)))
     assert rounding_error(check_exact(layer).scale, torch.float16) > 0
 
 

@@ -203,7 +203,7 @@ def test_inputs_without_negatives_get_unsigned_levels(activations):
         fogzo.lsq(2, levels="unsigned"),
         Quantizer(TERNARY, learned_scale()),
         replace(fogzo.lsq(2), rotation=fogzo.quest(2).rotation),
-        fogzo.fixed(2, step=0.5),
+        fogzo.fixed(2, step_size=0.5),
         fogzo.abs_max(8),
     ],
     ids=["unsigned", "ternary", "rotated", "step given", "dynamic"],
@@ -216,7 +216,7 @@ def test_other_levels_stay_as_given(activations, positive):
 
 
 def test_a_step_that_was_given_needs_no_measuring():
-    layer = _layer(nn.Linear(8, 4), fogzo.fixed(2, step=0.5)).eval()
+    layer = _layer(nn.Linear(8, 4), fogzo.fixed(2, step_size=0.5)).eval()
     with fogzo.calibrate_(layer):
         layer(draw(5, 8).abs())
     assert layer.input_step.item() == 0.5 and layer.activation_quantizer.grid.offset == 0.5

@@ -93,7 +93,7 @@ def test_every_layer_uses_exactly_the_quantized_weight(make, shape, quantizer):
     assert isinstance(layer, classes) and isinstance(layer, QuantizedLayer)
     assert layer.weight is latent and torch.equal(latent, plain.weight)
     dim = 1 if isinstance(layer, Conv1D) or "Transpose" in classes.__name__ else 0
-    step = quantizer.initial_step(latent, dim)
+    step = quantizer.initial_step_size(latent, dim)
     quantized = quantizer(latent, step, dim)
     assert not torch.equal(quantized, latent)
     with torch.no_grad():

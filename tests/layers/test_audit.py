@@ -110,7 +110,7 @@ def test_a_warning_made_an_error_leaves_the_model_quantized():
     model(draw(4, 8))
 
 
-# --- learned steps -----------------------------------------------------------------------------
+# --- learned step sizes ------------------------------------------------------------------------
 
 
 def _net() -> nn.Module:
@@ -166,7 +166,12 @@ def test_steps_that_are_frozen_on_purpose_are_no_mistake():
 
 @pytest.mark.parametrize(
     "quantizer",
-    [fogzo.lsq(2, granularity="channel"), fogzo.lsq(8), fogzo.fixed(2, step=9.0), fogzo.ternary()],
+    [
+        fogzo.lsq(2, granularity="channel"),
+        fogzo.lsq(8),
+        fogzo.fixed(2, step_size=9.0),
+        fogzo.ternary(),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:no step size can be measured")
 def test_zero_rows_and_given_or_dynamic_steps_are_no_mistake(quantizer):

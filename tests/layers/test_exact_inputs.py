@@ -87,7 +87,7 @@ def test_a_transformer_gives_the_same_logits_in_every_way_to_compute_them(activa
 @torch.no_grad()
 def test_steps_in_simple_ratios_put_sums_on_every_threshold(step):
     """Products of levels are then multiples of a fraction of the next layer's step."""
-    quantizer = fogzo.fixed(2, step=step)
+    quantizer = fogzo.fixed(2, step_size=step)
     model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(4)))
     generator = Generator().manual_seed(0)
     for param in model.parameters():
@@ -106,7 +106,7 @@ def test_round_off_about_zero_and_both_zeros_round_alike(quantizer):
 
 @pytest.mark.parametrize("levels", ["integer", "unsigned"])
 def test_integer_levels_round_as_integer_kernels_do(levels):
-    quantizer = fogzo.fixed(3, step=1.0, levels=levels)
+    quantizer = fogzo.fixed(3, step_size=1.0, levels=levels)
     x = torch.linspace(-9, 9, 4001)[None]
     low, high = quantizer.grid.low, quantizer.grid.high
     assert torch.equal(quantizer.quantize_input(x, torch.ones(1, 1)), x.round().clamp(low, high))

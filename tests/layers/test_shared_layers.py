@@ -410,7 +410,7 @@ def test_weights_initialised_after_quantize_warn_once(quantizer, std):
     model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     _initialise(model, std)
     with pytest.warns(
-        UserWarning, match=r"initialise them before.*measure_steps_\(model\)"
+        UserWarning, match=r"initialise them before.*measure_step_sizes_\(model\)"
     ) as said:
         model(x)
     assert len(said) == 1 and "'0'" in str(said[0].message)  # for all layers together
@@ -421,7 +421,7 @@ def test_weights_initialised_after_quantize_warn_once(quantizer, std):
 def test_the_advice_for_weights_initialised_anew_works(quantizer):
     model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     _initialise(model, 3.0)
-    fogzo.layers.attach.measure_steps_(model)
+    fogzo.layers.attach.measure_step_sizes_(model)
     fresh = _net()
     fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "step" not in k})
     assert torch.equal(model(x), fogzo.quantize_(fresh, quantizer, everything)(x))
@@ -436,7 +436,7 @@ def test_reset_parameters_measures_the_steps(quantizer):
     step = layer.weight_step
     layer.reset_parameters()
     assert layer.weight_step is step
-    assert torch.equal(step, quantizer.initial_step(layer.weight))
+    assert torch.equal(step, quantizer.initial_step_size(layer.weight))
     layer(draw(2, 64))
 
 

@@ -66,7 +66,7 @@ def test_the_agreement_of_a_crested_slope_is_its_height_over_its_mean_square():
     for normalized in (True, False):
         surrogate = fogzo.quantizers.surrogates.stable_qat(normalized=normalized)
         model = fill(nn.Sequential(nn.Linear(256, 256, bias=False)), 1.0)
-        fogzo.quantize_(model, fogzo.fixed(8, step=0.1, surrogate=surrogate), everything)
+        fogzo.quantize_(model, fogzo.fixed(8, step_size=0.1, surrogate=surrogate), everything)
         x, y = draw(64, 256), draw(64, 256, seed=1)
         estimator = fogzo_of(model, noise_share=0.0, agreement="measured", num_samples=1)
         loss_of = lambda x=x, y=y, model=model: mse_loss(model(x), y)  # noqa: E731

@@ -104,7 +104,7 @@ def test_it_is_float_training_before_and_measured_at_the_switch(kind):
     assert switch.is_quantized
     for layer in (model[0], model[2]):
         if layer.weight_step is not None:
-            measured = layer.quantizer.initial_step(layer.weight)
+            measured = layer.quantizer.initial_step_size(layer.weight)
             assert torch.equal(layer.weight_step, measured)
     before = {name: model.get_parameter(name).clone() for name in learned}
     train(model, optimizer, switch, range(STEPS // 2, STEPS))
@@ -162,7 +162,7 @@ def test_baking_in_waits_for_the_switch_and_leaves_nothing_behind():
 
 
 def test_a_step_that_was_given_stays():
-    model = fogzo.quantize_(network(), fogzo.fixed(2, step=0.3), EVERYTHING)
+    model = fogzo.quantize_(network(), fogzo.fixed(2, step_size=0.3), EVERYTHING)
     quantize_from(model, 1.0, total_steps=1).advance_()
     assert model[0].weight_step.item() == pytest.approx(0.3)
 

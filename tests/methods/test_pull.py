@@ -100,7 +100,7 @@ def test_a_pull_in_other_dtypes(dtype):
 
 
 def test_weights_beyond_the_range_are_pulled_in():
-    model = network(fogzo.fixed(2, step=0.01))
+    model = network(fogzo.fixed(2, step_size=0.01))
     GridPull(model, 1.0).pull_()
     for weight in fogzo.quantized_weights(model):
         assert weight.param.abs().max().item() == pytest.approx(0.015)

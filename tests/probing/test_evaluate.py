@@ -216,7 +216,7 @@ def test_hand_written_triples_work_if_their_model_is_named(evaluate):
 def test_a_whole_step_is_that_of_the_reference(evaluate, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 2, bias=False))
     fill(model.double(), 0.5)
-    fogzo.quantize_(model, fogzo.fixed(2, step=0.3), lambda *_: True)
+    fogzo.quantize_(model, fogzo.fixed(2, step_size=0.3), lambda *_: True)
     x, y = torch.randn(6, 4).double(), torch.randn(6, 2).double()
     weights, q, n = fogzo.quantized_weights(model), 0.2, 5
     in_chunks_of(2, monkeypatch, weights)

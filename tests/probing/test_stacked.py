@@ -73,7 +73,7 @@ def test_chunks_of_any_size(n, size, one_sided, monkeypatch):
 def test_the_bound_on_memory_is_that_of_a_cpus_caches():
     for features, size in ((1024, 1), (64, 4 * 2**20 // (64 * 64 * 8))):
         layer = nn.Linear(features, features)
-        fogzo.quantize_(layer, fogzo.fixed(2, step=0.1), everything)
+        fogzo.quantize_(layer, fogzo.fixed(2, step_size=0.1), everything)
         assert chunk_size(fogzo.quantized_weights(layer)) == size
 
 

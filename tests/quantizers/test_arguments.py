@@ -43,8 +43,11 @@ def quantizer(**fields):
 
 
 CALLS = {
-    "fixed(step)": (lambda v: fogzo.fixed(2, step=v), [v for v in NOT_POSITIVE if v is not None]),
-    "fixed(small step)": (lambda v: fogzo.fixed(2, step=v), [1e-9, 9.9e-9, 5e-324]),
+    "fixed(step)": (
+        lambda v: fogzo.fixed(2, step_size=v),
+        [v for v in NOT_POSITIVE if v is not None],
+    ),
+    "fixed(small step)": (lambda v: fogzo.fixed(2, step_size=v), [1e-9, 9.9e-9, 5e-324]),
     "fixed_scale": (fixed_scale, ["0.1", False, 1e-9, math.nan]),
     "fixed(bits)": (fogzo.fixed, [0, 9, 2.0, "2", None, True]),
     "lsq(bits)": (fogzo.lsq, [0, 9, 2.5, "2", None, True]),
@@ -118,17 +121,19 @@ def test_it_is_refused_with_what_came_and_what_to_write(call, value):
 @pytest.mark.parametrize("step", [1e-6, 1e-7, 6e-5, 1e6, 7e4])
 def test_a_step_that_the_scale_dtype_cannot_hold_is_refused(step):
     with pytest.raises(ValueError, match=r"does not fit scale_dtype torch\.float16.*bfloat16"):
-        fogzo.fixed(2, step=step, scale_dtype=torch.float16)
-    fogzo.fixed(2, step=step, scale_dtype=torch.bfloat16)
+        fogzo.fixed(2, step_size=step, scale_dtype=torch.float16)
+    fogzo.fixed(2, step_size=step, scale_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("step", [1e-6, 1e6])
 def test_a_step_that_the_weights_cannot_hold_is_refused_by_name(step):
     model = nn.Sequential(nn.Linear(4, 4).half())
     with pytest.raises(ValueError, match=r"'0'.*does not fit a weight of torch\.float16"):
-        fogzo.quantize_(model, fogzo.fixed(2, step=step), lambda *_: True)
+        fogzo.quantize_(model, fogzo.fixed(2, step_size=step), lambda *_: True)
     with pytest.raises(ValueError, match=r"'0'.*does not fit a weight of torch\.float16"):
-        fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True, activations=fogzo.fixed(2, step=step))
+        fogzo.quantize_(
+            model, fogzo.lsq(2), lambda *_: True, activations=fogzo.fixed(2, step_size=step)
+        )
     assert type(model[0]) is nn.Linear
 
 
@@ -136,9 +141,9 @@ def test_a_step_that_the_weights_cannot_hold_is_refused_by_name(step):
     "step", [1, 0.05, 1e-8, 1e30, np.float32(0.5), np.float64(0.5), np.int64(2)]
 )
 def test_any_number_that_can_be_used_is_a_step(step):
-    quantizer = fogzo.fixed(2, step=step)
+    quantizer = fogzo.fixed(2, step_size=step)
     assert quantizer.scale.value == float(step)
-    assert quantizer.initial_step(torch.randn(3, 4)).item() == pytest.approx(float(step))
+    assert quantizer.initial_step_size(torch.randn(3, 4)).item() == pytest.approx(float(step))
 
 
 def test_what_can_be_meant_is_accepted():

@@ -131,7 +131,7 @@ def test_a_network_of_it_trains_and_bakes_in(learned):
     assert losses[-1] < 0.7 * losses[0]
     layer = model[0]
     weight = layer.quantized_weight().detach()
-    step = layer.quantizer.current_step(layer.weight, layer._step())
+    step = layer.quantizer.current_step_size(layer.weight, layer._step())
     assert torch.equal(layer.quantizer.dequantize(layer.codes(), step, dtype=weight.dtype), weight)
     assert len(layer.codes().unique()) == 4
     x = torch.randn(8, 16)
@@ -152,7 +152,7 @@ def test_zeros_and_half_precision_stay_finite(make, dtype):
     w[1] = 0
     w.requires_grad_()
     quantizer = make(2)
-    step = quantizer.initial_step(w.detach())
+    step = quantizer.initial_step_size(w.detach())
     quantized = quantizer(w, step)
     quantized.square().sum().backward()
     assert quantized.dtype == dtype and quantized.isfinite().all() and w.grad.isfinite().all()
@@ -199,4 +199,4 @@ def test_the_half_grid_holds_paretoqs_stretched_levels(bits):
     a = w.abs().amax(1, keepdim=True)
     n, s = (1.5, 0.0) if bits < 2 else (2.0, 0.5)
     expected = a * (((w / a).clamp(-0.99, 0.99) * n - s).round() + s) / n
-    assert torch.allclose(quantizer(w, quantizer.initial_step(w)), expected, atol=1e-12)
+    assert torch.allclose(quantizer(w, quantizer.initial_step_size(w)), expected, atol=1e-12)

@@ -40,7 +40,7 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
 def _inputs(quantizer: Quantizer) -> tuple[Tensor, ...]:
     """A weight, some of it outside the range, and the step sizes that are kept beside it."""
     weight = _draw(6, 8)
-    step = quantizer.initial_step(weight)
+    step = quantizer.initial_step_size(weight)
     return (weight,) if step is None else (weight, 0.7 * step)
 
 

@@ -134,13 +134,13 @@ def test_ties_go_to_even_on_integer_grids_and_up_on_half_grids():
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_the_gaussian_step_gives_the_published_end_levels(grid, edge):
-    assert grid.gaussian_step * grid.high == pytest.approx(edge, abs=1e-4)
+    assert grid.gaussian_step_size * grid.high == pytest.approx(edge, abs=1e-4)
 
 
 def test_the_gaussian_step_of_the_two_bit_grids_is_as_measured():
-    assert uniform(2, "half").gaussian_step == pytest.approx(0.996, abs=1e-3)
-    assert uniform(2, "integer").gaussian_step == pytest.approx(1.049, abs=1e-3)
-    assert SIGN.gaussian_step == pytest.approx(math.sqrt(2 / math.pi), abs=1e-6)
+    assert uniform(2, "half").gaussian_step_size == pytest.approx(0.996, abs=1e-3)
+    assert uniform(2, "integer").gaussian_step_size == pytest.approx(1.049, abs=1e-3)
+    assert SIGN.gaussian_step_size == pytest.approx(math.sqrt(2 / math.pi), abs=1e-6)
 
 
 @EVERY_GRID
@@ -157,9 +157,9 @@ def test_no_other_step_has_a_smaller_error_on_a_gaussian(grid):
         loss = (x - step * grid.round(x / step)).square() * density
         return (loss * half[:, None] * weights).sum().item()
 
-    best = error(grid.gaussian_step)
+    best = error(grid.gaussian_step_size)
     for factor in (0.5, 0.8, 0.95, 0.99, 1.01, 1.05, 1.2, 2.0):
-        assert best < error(grid.gaussian_step * factor)
+        assert best < error(grid.gaussian_step_size * factor)
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "2", None, True])

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 PRESETS = {
     "fixed2": lambda **kw: fogzo.fixed(2, **kw),
     "fixed1-integer": lambda **kw: fogzo.fixed(1, levels="integer", **kw),
-    "fixed4-step": lambda **kw: fogzo.fixed(4, step=0.03, **kw),
+    "fixed4-step": lambda **kw: fogzo.fixed(4, step_size=0.03, **kw),
     "fixed8-half": lambda **kw: fogzo.fixed(8, levels="half", **kw),
     "fixed8-unsigned": lambda **kw: fogzo.fixed(8, levels="unsigned", **kw),
     "lsq1": lambda **kw: fogzo.lsq(1, **kw),
@@ -74,7 +74,7 @@ def test_lsq_starts_quantizes_and_differentiates_as_published(bits, levels):
     w, grad = _draw(5, 16), _draw(5, 16, seed=1)
     quantizer = fogzo.lsq(bits, levels=levels)
     largest = 2 ** (bits - 1) - (1 if levels == "integer" else 0.5)
-    step = quantizer.initial_step(w)
+    step = quantizer.initial_step_size(w)
     assert step.item() == pytest.approx(2 * w.abs().mean().item() / math.sqrt(largest))
 
     for factor in (1.0, 0.4):  # the second puts many weights outside
@@ -93,7 +93,7 @@ def test_lsq_gradients_are_finite_differences_of_its_own_definition(bits, levels
     """Rounding straight through: a (clip(w/a) + the rounding error, held constant)."""
     w, grad = _draw(4, 8, seed=2), _draw(4, 8, seed=3)
     quantizer, h = fogzo.lsq(bits, levels=levels), 1e-6
-    a = quantizer.initial_step(w) * 0.6
+    a = quantizer.initial_step_size(w) * 0.6
     low, high = uniform(bits, levels).low, uniform(bits, levels).high
     error = _lsq_reference(w, a, bits, levels)[0] / a - (w / a).clamp(low, high)
 
@@ -115,7 +115,7 @@ def test_lsq_gradients_are_finite_differences_of_its_own_definition(bits, levels
 def test_lsq_learns_one_step_a_group(granularity, groups, size):
     w, grad = _draw(4, 16), _draw(4, 16, seed=1)
     quantizer = fogzo.lsq(3, granularity=granularity)
-    step = quantizer.initial_step(w)
+    step = quantizer.initial_step_size(w)
     assert step.shape == (groups, 1)
     rows = w.reshape(groups, size)
     assert torch.allclose(step, 2 * rows.abs().mean(1, keepdim=True) / math.sqrt(3))
@@ -256,7 +256,7 @@ def test_no_fixed_step_has_a_smaller_error(bits, levels, shape):
             rounded = x.round().clamp(-half, half - 1)
         return (rounded * step[:, None] - w.flatten()).square().mean(1)
 
-    step = fogzo.fixed(bits, levels=levels).initial_step(w).flatten()
+    step = fogzo.fixed(bits, levels=levels).initial_step_size(w).flatten()
     scan = step * torch.logspace(-1.3, math.log10(60), 500, dtype=F64)
     least = min(error(part).min().item() for part in scan.split(100))
     assert error(step).item() <= least * 1.005
@@ -267,13 +267,13 @@ def test_no_fixed_step_has_a_smaller_error(bits, levels, shape):
 )
 def test_the_fixed_step_of_a_gaussian_is_the_known_multiple_of_its_rms(bits, levels, k):
     w = _draw(200, 1000, std=0.3)
-    step = fogzo.fixed(bits, levels=levels).initial_step(w).item()
+    step = fogzo.fixed(bits, levels=levels).initial_step_size(w).item()
     assert step == pytest.approx(k * w.square().mean().sqrt().item(), rel=0.01)
 
 
 def test_a_given_step_is_used_as_it_is():
-    quantizer, w = fogzo.fixed(3, step=0.25), _draw(4, 8)
-    step = quantizer.initial_step(w)
+    quantizer, w = fogzo.fixed(3, step_size=0.25), _draw(4, 8)
+    step = quantizer.initial_step_size(w)
     assert step.tolist() == [[0.25]]
     assert torch.equal(quantizer(w, step), 0.25 * (w / 0.25).round().clamp(-4, 3))
 
@@ -318,10 +318,10 @@ def test_transposed_convolutions_group_their_inputs_and_kernel():
 def test_step_sizes_broadcast_against_the_weight(preset, granularity, layout):
     shape, dim = layout
     quantizer, w = PRESETS[preset](granularity=granularity), _draw(*shape)
-    step = quantizer.step_size(w, quantizer.initial_step(w, dim), dim)
+    step = quantizer.step_size(w, quantizer.initial_step_size(w, dim), dim)
     assert torch.broadcast_shapes(step.shape, w.shape) == w.shape
     rounded = quantizer.grid.round(quantizer.rotate(w, dim) / step) * step
-    output = quantizer(w, quantizer.initial_step(w, dim), dim)
+    output = quantizer(w, quantizer.initial_step_size(w, dim), dim)
     assert torch.allclose(quantizer.rotate(rounded, dim), output)
 
 
@@ -338,8 +338,8 @@ def test_codes_dequantize_to_exactly_the_forwards_weight(preset, granularity, dt
     quantizer = PRESETS[preset](granularity=granularity, scale_dtype=scale_dtype)
     for shape, dim in (((6, 16), 0), ((16, 6), 1), ((4, 6, 2, 4), 0), ((4, 6, 2, 4), 1)):
         w = _draw(*shape, dtype=dtype, std=0.1)
-        step = quantizer.initial_step(w, dim)
-        codes, used = quantizer.codes(w, step, dim), quantizer.current_step(w, step, dim)
+        step = quantizer.initial_step_size(w, dim)
+        codes, used = quantizer.codes(w, step, dim), quantizer.current_step_size(w, step, dim)
         output = quantizer(w, step, dim)
         assert output.dtype == dtype and output.shape == w.shape
         assert codes.dtype == (torch.uint8 if quantizer.grid.low_code >= 0 else torch.int8)
@@ -360,8 +360,8 @@ def test_rounded_steps_are_exactly_representable(preset, dtype, scale_dtype, std
     quantizer = PRESETS[preset](scale_dtype=scale_dtype, granularity="channel")
     w = _draw(4, 16, dtype=dtype, std=std)
     w[0] = 0
-    step = quantizer.initial_step(w)
-    used = quantizer.current_step(w, step)
+    step = quantizer.initial_step_size(w)
+    used = quantizer.current_step_size(w, step)
     assert used.isfinite().all() and (used > 0).all()
     assert torch.equal(used.to(scale_dtype).to(dtype), used)
     assert quantizer(w, step).isfinite().all()
@@ -371,7 +371,7 @@ def test_rounded_steps_are_exactly_representable(preset, dtype, scale_dtype, std
 def test_zero_weights_stay_finite_forward_and_backward(preset, granularity, dtype):
     quantizer = PRESETS[preset](granularity=granularity)
     w = torch.zeros(4, 16, dtype=dtype)
-    step = quantizer.initial_step(w)
+    step = quantizer.initial_step_size(w)
     latent = w.requires_grad_()
     if step is not None:
         step.requires_grad_()
@@ -413,9 +413,9 @@ def test_any_weight_is_quantized_to_finite_levels_of_the_grid(
     w, dim = weights
     quantizer = PRESETS[preset](granularity=granularity, scale_dtype=scale_dtype)
     before, bits = w.clone(), quantizer.grid.bits
-    step = quantizer.initial_step(w, dim)
+    step = quantizer.initial_step_size(w, dim)
     output, codes = quantizer(w, step, dim), quantizer.codes(w, step, dim)
-    used = quantizer.current_step(w, step, dim)
+    used = quantizer.current_step_size(w, step, dim)
     assert torch.equal(w, before)
     assert output.isfinite().all() and (used > 0).all()
     assert codes.min() >= quantizer.grid.low_code and codes.max() <= quantizer.grid.high_code
@@ -436,7 +436,7 @@ def test_any_weight_is_quantized_to_finite_levels_of_the_grid(
 def test_scaling_a_weight_by_a_power_of_two_scales_its_quantization(preset, granularity, k, seed):
     quantizer = PRESETS[preset](granularity=granularity)
     w = _draw(4, 16, seed=seed)
-    step = quantizer.current_step(w, quantizer.initial_step(w))
+    step = quantizer.current_step_size(w, quantizer.initial_step_size(w))
     output = quantizer(w, step)
     assert torch.equal(quantizer(w * 2.0**k, step * 2.0**k), output * 2.0**k)
 
@@ -449,7 +449,7 @@ def test_scaling_a_weight_by_a_power_of_two_scales_its_quantization(preset, gran
 def test_vmap_maps_over_weights(make, granularity):
     quantizer = make(granularity=granularity)
     batch = _draw(3, 4, 16)
-    steps = [quantizer.initial_step(w) for w in batch]
+    steps = [quantizer.initial_step_size(w) for w in batch]
     with torch.no_grad():
         if steps[0] is None:
             mapped = torch.func.vmap(quantizer)(batch)
@@ -463,7 +463,7 @@ def test_a_composed_quantizer_equals_its_preset():
     w = _draw(4, 16)
     composed = Quantizer(uniform(2, "half"), learned_scale(), "identity")
     assert composed == fogzo.lsq(2)
-    step = composed.initial_step(w)
+    step = composed.initial_step_size(w)
     assert torch.equal(composed(w, step), fogzo.lsq(2)(w, step))
 
 
@@ -475,8 +475,8 @@ def test_a_composed_quantizer_equals_its_preset():
         (lambda: fogzo.lsq(2, granularity="row"), r"fogzo\.lsq\(bits=4, granularity=64\)"),
         (lambda: fogzo.lsq(2, granularity=0), r"fogzo\.lsq\(bits=4, granularity=64\)"),
         (lambda: fogzo.lsq(2, granularity=True), r"fogzo\.lsq\(bits=4, granularity=64\)"),
-        (lambda: fogzo.fixed(2, step=0.0), r"fixed_scale\(0\.05\)"),
-        (lambda: fogzo.fixed(2, step=math.nan), r"fixed_scale\(0\.05\)"),
+        (lambda: fogzo.fixed(2, step_size=0.0), r"fixed_scale\(0\.05\)"),
+        (lambda: fogzo.fixed(2, step_size=math.nan), r"fixed_scale\(0\.05\)"),
         (lambda: fogzo.fixed(2, init="best"), r'fixed_scale\(init="mse"\)'),
         (lambda: fogzo.lsq(2, scale_dtype=torch.int8), r"scale_dtype=torch\.float16"),
         (lambda: fogzo.sign(surrogate="hardtan"), r'surrogate="hardtanh"'),

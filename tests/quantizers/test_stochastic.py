@@ -33,7 +33,7 @@ def linear(quantizer, generator):
 
 @pytest.mark.parametrize("levels", ["half", "integer"])
 def test_the_mean_is_the_clipped_weight_and_the_slope_its_mask(levels):
-    quantizer = replace(fogzo.fixed(3, step=1.0, levels=levels), stochastic=True)
+    quantizer = replace(fogzo.fixed(3, step_size=1.0, levels=levels), stochastic=True)
     w = torch.linspace(-6, 6, 25).reshape(1, -1).requires_grad_()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_half_precision_rounds_up_as_often_as_it_should():
 
 
 def _rounds_at_random(name):
-    quantizer = replace(fogzo.fixed(2, step=1.0, surrogate=name), stochastic=True)
+    quantizer = replace(fogzo.fixed(2, step_size=1.0, surrogate=name), stochastic=True)
     return lambda w: quantizer(w, torch.ones(1, 1), training=True)
 
 

@@ -40,7 +40,7 @@ def _layer(rows, factor=0.0, inputs=16, outputs=8, dtype=torch.float32):
 def test_such_a_group_gets_the_median_step_of_the_others(kind, factor):
     quantizer = KEPT[kind](granularity="channel")
     layer = _layer([1, 5], factor)
-    own = quantizer.initial_step(_layer([]).weight)
+    own = quantizer.initial_step_size(_layer([]).weight)
     with pytest.warns(UserWarning, match=r"'' \(2 of 8 groups\)"):
         fogzo.quantize_(layer, quantizer, everything)
     others = [0, 2, 3, 4, 6, 7]
@@ -75,7 +75,7 @@ def test_a_layer_of_zeros_gets_the_steps_of_a_new_layer(kind, granularity, facto
     with pytest.warns(UserWarning, match="zero, or next to nothing"):
         fogzo.quantize_(layer, quantizer, everything)
     torch.manual_seed(1)
-    usual = quantizer.initial_step(nn.Linear(64, 64).weight)
+    usual = quantizer.initial_step_size(nn.Linear(64, 64).weight)
     assert layer.weight_step.mean().item() == pytest.approx(usual.mean().item(), rel=0.2)
 
 
@@ -84,7 +84,7 @@ def test_a_layer_of_zeros_gets_the_steps_of_a_new_layer(kind, granularity, facto
 def test_a_group_that_is_only_small_keeps_its_own_step(kind, factor):
     quantizer = KEPT[kind](granularity="channel")
     layer = _layer([1], factor)
-    expected = quantizer.initial_step(_layer([]).weight)[1] * factor
+    expected = quantizer.initial_step_size(_layer([]).weight)[1] * factor
     fogzo.quantize_(layer, quantizer, everything)  # without a warning, which would be an error
     torch.testing.assert_close(layer.weight_step[1], expected, rtol=1e-3, atol=0)
 
@@ -97,7 +97,7 @@ def test_a_small_layer_as_a_whole_keeps_its_steps():
 
 def test_a_step_that_was_given_is_kept():
     layer = _layer(slice(None))
-    fogzo.quantize_(layer, fogzo.fixed(2, step=0.25), everything)
+    fogzo.quantize_(layer, fogzo.fixed(2, step_size=0.25), everything)
     assert layer.weight_step.item() == 0.25
 
 

@@ -1,6 +1,6 @@
 """The standard error of a measured agreement, and how the agreement is shrunk by it.
 
-A probe moves most weights by far less than a step, so few codes change and the loss jumps by
+A probe moves most weights by far less than a step size, so few codes change and the loss jumps by
 whole levels. A weight that moves by ``eps |v|`` to each side crosses a threshold with probability
 ``p = 2 eps |v| / level``; if it does, the loss changes by ``level * g``. The mean of
 that is what the straight-through gradient predicts, its variance is the square of

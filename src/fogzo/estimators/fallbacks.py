@@ -17,7 +17,7 @@ _RESOLVED = 4
 
 ZERO_GRADIENT = "the first-order gradient is zero"
 BROKEN_GRADIENT = "the first-order gradient is not finite"
-NO_STEP = "the step size of every weight that has a gradient is zero"
+NO_STEP_SIZE = "the step size of every weight that has a gradient is zero"
 _RESOLVES = "resolves"
 
 
@@ -27,7 +27,7 @@ def nothing_to_follow(directions: Directions) -> str | None:
         return None
     if directions.norm != 0:
         return BROKEN_GRADIENT
-    return NO_STEP if directions.has_gradient() else ZERO_GRADIENT
+    return NO_STEP_SIZE if directions.has_gradient() else ZERO_GRADIENT
 
 
 def nothing_measured(directions: Directions, measured: Measurement) -> str | None:
@@ -103,9 +103,9 @@ def _advice(fallback: str) -> str | None:
             "Does the closure evaluate the model whose weights these are? Behind an adapter or a "
             "gate that starts at zero it may"
         ),
-        NO_STEP: (
-            "Layers of zeros have no step size: give the quantizer one, fogzo.fixed(2, step=0.05), "
-            "or leave them out with filter_fn"
+        NO_STEP_SIZE: (
+            "Layers of zeros have no step size: give the quantizer one, "
+            "fogzo.fixed(2, step_size=0.05), or leave them out with filter_fn"
         ),
         NOT_FINITE: "Look for an overflow in the closure, or lower the learning rate",
     }.get(fallback)

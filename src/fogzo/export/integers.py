@@ -119,7 +119,7 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
         )
     with torch.no_grad():
         weight = layer._whole_weight()
-        step = quantizer.current_step(weight, layer._step(), dim)
+        step = quantizer.current_step_size(weight, layer._step(), dim)
         codes = to_rows(layer.codes(), dim)
     stride = 2 if grid.offset else 1
     low, high = _integer(grid, grid.low_code), _integer(grid, grid.high_code)

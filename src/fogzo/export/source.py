@@ -15,7 +15,7 @@ from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.quantized_layer import plain_class
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.checks import require_type
-from fogzo.quantizers.steps import positive_step
+from fogzo.quantizers.step_sizes import positive_step_size
 
 ActivationChoice = Literal["keep", "drop"]
 
@@ -219,7 +219,7 @@ def _check(name: str, layer: QuantizedLayer) -> None:
             f"the weight of {name!r} is on the meta device, offloaded: "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
         )
-    layer._check_step_shape()
+    layer._check_step_size_shape()
 
 
 def _input_form(layer: QuantizedLayer) -> InputForm | None:
@@ -231,5 +231,5 @@ def _input_form(layer: QuantizedLayer) -> InputForm | None:
         return InputForm(quantizer, None, False)
     step, knee = layer.input_step.detach(), layer.input_step_knee
     if knee is not None:
-        step = positive_step(step, knee)
-    return InputForm(quantizer, quantizer.current_step(layer.weight.detach(), step), True)
+        step = positive_step_size(step, knee)
+    return InputForm(quantizer, quantizer.current_step_size(layer.weight.detach(), step), True)

@@ -3,7 +3,7 @@
 from fogzo.layers.activations import calibrate_
 from fogzo.layers.attach import (
     dequantize_,
-    measure_steps_,
+    measure_step_sizes_,
     quantize_,
     quantized_weights,
 )
@@ -15,7 +15,7 @@ __all__ = [
     "QuantizedWeight",
     "calibrate_",
     "dequantize_",
-    "measure_steps_",
+    "measure_step_sizes_",
     "quantize_",
     "quantized_weights",
 ]

@@ -22,7 +22,7 @@ from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.quantizers import Quantizer, unsigned
 from fogzo.quantizers.grids import TIE_MARGIN
 from fogzo.quantizers.reading import can_be_read, has_a_value
-from fogzo.quantizers.steps import knee_of, loaded_knee, positive_step, smallest_step
+from fogzo.quantizers.step_sizes import knee_of, loaded_knee, positive_step_size, smallest_step_size
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class FloatPhase:
 
 @dataclass
 class _Tally:
-    """Statistics of the inputs seen so far, from which a layer's step and levels follow."""
+    """Statistics of the inputs seen so far, from which a layer's step size and levels follow."""
 
     count: int = 0
     negative: bool = False
@@ -60,7 +60,7 @@ class _Tally:
         """Measure an input for both grids, as a later input may rule one out."""
         steps = torch.stack([quantizer.measure_input(x, feature_dim) for quantizer in candidates])
         # Zeros alone (a layer behind one that starts at zero) and overflows say nothing.
-        smallest = smallest_step(x.dtype, candidates[0].scale_dtype)
+        smallest = smallest_step_size(x.dtype, candidates[0].scale_dtype)
         if bool((steps.isfinite() & (steps >= smallest)).all()):
             self.count += 1
             # Below zero by more than the round-off of a sum that is zero in exact arithmetic.
@@ -75,9 +75,9 @@ class QuantizedInput(nn.Module):
     ``load_state_dict``, ``torch.func.functional_call``) quantizes as the model does.
 
     Attributes:
-        input_step: The step of a fixed scale (a buffer) or learned one (a parameter), else None.
-            Infinite until it is measured, so that no average with such a step passes for one.
-        input_step_knee: A buffer beside a learned step, which keeps the step in use positive.
+        input_step: The step size of a fixed scale (a buffer) or learned one (a parameter), or None.
+            Infinite until it is measured, so that no average with it passes for one.
+        input_step_knee: A buffer beside a learned one, which keeps what is in use positive.
         input_state: A buffer beside it: 0 not measured yet, 1 measured for the grid as given,
             2 measured for the unsigned grid of as many bits.
     """
@@ -104,7 +104,7 @@ class QuantizedInput(nn.Module):
     def activation_quantizer(self) -> Quantizer | None:
         """The quantizer in use, or None.
 
-        Once measured, its grid is the unsigned one if a step is kept and no input was negative.
+        Once measured, its grid is the unsigned one if a scale that is kept saw no negative input.
         """
         state = self.input_state
         if state is None or not has_a_value(state) or round(state.item()) != UNSIGNED:
@@ -134,14 +134,14 @@ class QuantizedInput(nn.Module):
 
     @property
     def measures_input(self) -> bool:
-        """Whether the input's step is measured once, from inputs, and then kept."""
+        """Whether the input's step size is measured once, from inputs, and then kept."""
         return _is_measured_from_inputs(self._given)
 
     @torch.no_grad()
-    def forget_input_step_(self) -> None:
-        """Measure the step of the input again, in the next training forward pass or `calibrate_`.
+    def forget_input_step_size_(self) -> None:
+        """Measure the input's step size again, in the next training pass or `calibrate_`.
 
-        Dynamic scales and steps that were given have nothing to measure.
+        Dynamic scales and step sizes that were given have nothing to measure.
         """
         if not self.measures_input:
             return
@@ -188,7 +188,7 @@ class QuantizedInput(nn.Module):
         elif state is None and self._without_negatives is not given:
             is_unsigned = buffer >= (AS_GIVEN + UNSIGNED) / 2
         if (knee := self.input_step_knee) is not None:
-            step = positive_step(step, knee)
+            step = positive_step_size(step, knee)
         if state is None and given.scale_dtype is not None:  # rounding would make it finite
             step = torch.where(step.isfinite(), step, math.nan)
         quantized = quantizer.quantize_input(x, step, feature_dim, self.training, is_unsigned)
@@ -284,7 +284,7 @@ class QuantizedInput(nn.Module):
             return
         step, state = f"{prefix}input_step", f"{prefix}input_state"
         if f"{prefix}weight" in state_dict and step not in state_dict and state not in state_dict:
-            # A float checkpoint knows no inputs: measure them anew instead of keeping stale steps.
+            # A float checkpoint knows no inputs: measure them anew instead of keeping stale ones.
             values = _initial(self._given)
             state_dict[step] = torch.full_like(self.input_step, values[0])
             state_dict[state] = torch.full_like(self.input_state, values[1])
@@ -320,10 +320,10 @@ def _new_quantized_input(plain: type) -> Any:
 def calibrate_(model: nn.Module) -> Iterator[None]:
     """Measure the step sizes of activations on what passes through, in any mode.
 
-    ``with fogzo.calibrate_(model): model(x)``. Each step becomes the mean over the forward
+    ``with fogzo.calibrate_(model): model(x)``. Each becomes the mean over the forward
     passes inside the block (over the calls, if a layer is called several times), and levels become
-    unsigned where no input was negative. A measurement overrides earlier and learned steps; steps
-    that were given (``fogzo.fixed(2, step=0.1)``) and dynamic scales have nothing to measure.
+    unsigned where no input was negative. A measurement overrides earlier and learned ones; step
+    sizes that were given (``fogzo.fixed(2, step_size=0.1)``) and dynamic scales have none.
     Across ranks, do it before DDP or ``fully_shard``, on the same inputs everywhere.
 
     >>> import fogzo
@@ -352,7 +352,7 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
     measuring = {name: m for name, m in layers.items() if _is_measured_from_inputs(m._given)}
     if any(is_sharded(layer.weight) for layer in measuring.values()):
         raise ValueError(
-            "this model is sharded, and a step measured now would be lost with the gathered "
+            "this model is sharded, and a step size measured now would be lost with the gathered "
             "parameters: call fogzo.calibrate_(model) before fully_shard(model)"
         )
     for layer in measuring.values():
@@ -406,8 +406,9 @@ def _check(name: str, layer: nn.Module, quantizer: object) -> None:
         )
     if quantizer.scale.has_state and quantizer.granularity != "tensor":
         raise ValueError(
-            f"a {quantizer.scale.kind} step of activations serves the whole tensor, as the number "
-            f"of tokens varies, but granularity={quantizer.granularity!r} was asked of {name!r}: "
+            f"a {quantizer.scale.kind} step size of activations serves the whole tensor, as the "
+            f"number of tokens varies, but {name!r} was given "
+            f"granularity={quantizer.granularity!r}: "
             'use granularity="tensor", for example activations=fogzo.lsq(2), or a scale that '
             'measures every input, fogzo.abs_max(8, granularity="token") or fogzo.quest(4)'
         )
@@ -435,7 +436,7 @@ def _is_measured_from_inputs(quantizer: Quantizer | None) -> bool:
 
 
 def _initial(quantizer: Quantizer) -> tuple[float, int]:
-    """The step and state of a layer that has seen no input: a step that was given needs none."""
+    """The step size and state of a layer that has seen no input: one that was given needs none."""
     value = quantizer.scale.value
     return (math.inf, UNMEASURED) if value is None else (value, AS_GIVEN)
 

@@ -33,7 +33,7 @@ from fogzo.layers.selection import (
 )
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers import Quantizer, Surrogate
-from fogzo.quantizers.steps import knee_of
+from fogzo.quantizers.step_sizes import knee_of
 from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def quantize_(
     float or quantizes the last layer.
 
     Do it before anything else takes hold of the layers: optimizers (which have to train learned
-    steps too), ``fully_shard``, ``accelerate.dispatch_model``, `torch.compile`. Initialise, tie
-    and prune the weights before.
+    step sizes too), ``fully_shard``, ``accelerate.dispatch_model``, `torch.compile`. Initialise,
+    tie and prune the weights before.
 
     Args:
         model: Any module; its layers keep their identity, hooks, names and parameters.
@@ -66,7 +66,7 @@ def quantize_(
         filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
         activations: How the first input of each of these layers is quantized, embeddings apart:
             a preset, or ``activations(module, name)`` that returns one or None. None leaves
-            inputs in float. `fixed` and `lsq` measure their step in the first training pass or
+            inputs in float. `fixed` and `lsq` measure theirs in the first training pass or
             by `calibrate_`, and take unsigned levels where no input is negative (after a ReLU);
             ``levels="unsigned"`` decides that beforehand.
 
@@ -91,7 +91,7 @@ def quantize_(
     if quantizer.granularity == "token":
         raise ValueError(
             'weights have no tokens, but the quantizer has granularity="token": use "channel", '
-            'one step per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
+            'one per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
         )
     reshard([model])
     layers = quantizable_layers(model)
@@ -107,7 +107,7 @@ def quantize_(
         if id(layer.weight) not in steps:
             weight, dim = cast(Tensor, layer.weight), output_dim(layer) or 0
             try:
-                step, empty = quantizer.find_step(weight, dim)
+                step, empty = quantizer.find_step_size(weight, dim)
                 quantizer.codes(weight, step, dim)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
@@ -193,7 +193,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
                 f"the weight of {layer._name!r} is on the meta device, offloaded: "
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
             )
-        layer._check_step_shape()
+        layer._check_step_size_shape()
         if layer.is_in_float:
             raise ValueError(
                 f"{layer._name!r} is in float until its quantization begins, and its step sizes "
@@ -228,11 +228,11 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
     return model
 
 
-def measure_steps_(model: nn.Module) -> None:
+def measure_step_sizes_(model: nn.Module) -> None:
     """Measure the step sizes of all quantized weights again, after initialising them anew."""
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            module.measure_step_()
+            module.measure_step_size_()
 
 
 def _attach(

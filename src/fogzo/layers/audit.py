@@ -1,4 +1,4 @@
-"""Mistakes that show only while layers train: bypassed layers and steps that nothing trains."""
+"""Mistakes that show only while layers train: bypassed layers, step sizes that stay."""
 
 import warnings
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers.activations import QuantizedInput
 from fogzo.layers.quantizable import parametrization
 from fogzo.quantizers import Quantizer
-from fogzo.quantizers.steps import loaded_knee, positive_step
+from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import listed
 
 
@@ -23,8 +23,9 @@ class QuantizedLayer(QuantizedInput):
     ``layer.weight`` stays the latent weight, under its own name, so optimizers, checkpoints and
     weight tying are untouched. ``layer.weight_step`` holds the step sizes of fixed scales (a
     buffer) and learned ones (a parameter, which an optimizer may move anywhere: `step_size` is
-    positive, by the buffer ``weight_step_knee``). To begin from steps of your own, load them:
-    ``layer.load_state_dict({"weight_step": steps}, strict=False)`` finds the knee that fits.
+    positive, by the buffer ``weight_step_knee``). To begin from your own, load them:
+    ``layer.load_state_dict({"weight_step": sizes}, strict=False)`` finds the knee that fits. (The
+    names ``weight_step`` and ``input_step`` are those of saved networks, and so they stay.)
     """
 
     quantizer: Quantizer
@@ -34,7 +35,7 @@ class QuantizedLayer(QuantizedInput):
     output_dim: int
     _name: str  # in the model that `quantize_` was given
     _held_step_size: Tensor | None
-    # Versions of the weight and its step when that was measured, until the first training pass.
+    # Versions of the weight and its step size when it was measured, until the first training pass.
     _versions: tuple[int, int, int] | None = None
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
@@ -83,7 +84,7 @@ class QuantizedLayer(QuantizedInput):
         step sizes, or the weight that they are measured from, are gathered.
         """
         step = self._step()
-        # Of a weight whose step is kept only the shape matters, so it is not gathered.
+        # Of a weight whose step size is kept only the shape matters, so it is not gathered.
         has_all = step is not None and self.quantizer.companding is None
         weight = self.weight if has_all else self._whole_weight()
         return self.quantizer.step_size(weight, step, self.output_dim)
@@ -99,7 +100,7 @@ class QuantizedLayer(QuantizedInput):
             yield
             return
         # Not by way of a local variable, which would keep a gathered weight until the end.
-        self._held_step_size = self.quantizer.current_step(
+        self._held_step_size = self.quantizer.current_step_size(
             self._whole_weight(), None, self.output_dim
         )
         try:
@@ -108,7 +109,7 @@ class QuantizedLayer(QuantizedInput):
             self._held_step_size = None
 
     @torch.no_grad()
-    def measure_step_(self) -> None:
+    def measure_step_size_(self) -> None:
         """Measure the step sizes on the present weights, as `quantize_` did.
 
         For weights that were initialised anew. Dynamic scales have nothing to measure.
@@ -123,29 +124,29 @@ class QuantizedLayer(QuantizedInput):
                 f"{self._name!r} is sharded, and no rank holds the weights to measure: initialise "
                 "them first, then fogzo.quantize_(model, quantizer), then fully_shard(model)"
             )
-        self._check_step_shape()
-        step = self.quantizer.initial_step(self.weight, self.output_dim)
+        self._check_step_size_shape()
+        step = self.quantizer.initial_step_size(self.weight, self.output_dim)
         self.load_state_dict({"weight_step": step}, strict=False)
         self._note_versions()
 
-    def step_mismatch(self) -> float:
-        """By how many powers of two (the median) the steps differ from what would be measured now.
+    def step_size_mismatch(self) -> float:
+        """By how many powers of two (the median) step sizes differ from those measured now.
 
-        Zero where nothing is measured: dynamic scales and steps that were given.
+        Zero where nothing is measured: dynamic scales and what was given.
         """
         if self.weight_step is None or self.quantizer.scale.value is not None:
             return 0.0
         with torch.no_grad():
             weight = self._whole_weight()
-            measured = self.quantizer.initial_step(weight, self.output_dim)
+            measured = self.quantizer.initial_step_size(weight, self.output_dim)
             step = self._step()
             assert measured is not None and step is not None
-            in_use = self.quantizer.current_step(weight, full(step))
+            in_use = self.quantizer.current_step_size(weight, full(step))
             ratios = (measured.double() / in_use.double())[measured > 0]  # zeros say nothing
             return float(ratios.log2().abs().median()) if ratios.numel() else 0.0
 
     def _note_versions(self) -> None:
-        """Remember which weights the step was measured on."""
+        """Remember which weights the step size was measured on."""
         self._versions = None
         step = self.weight_step
         if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
@@ -161,7 +162,7 @@ class QuantizedLayer(QuantizedInput):
                 f"computed and cannot be quantized: {how.way_out}"
             )
 
-    def _check_step_shape(self) -> None:
+    def _check_step_size_shape(self) -> None:
         """Raise a `ValueError` unless there is a step size for each group of weights."""
         shape, by = self.weight.shape, self.quantizer.granularity
         groups = shape.numel() // by if isinstance(by, int) else shape[self.output_dim]
@@ -187,7 +188,7 @@ class QuantizedLayer(QuantizedInput):
                 "be replaced. Tie, fuse (fuse_conv_bn_eval) or resize before fogzo.quantize_, or "
                 "after fogzo.dequantize_(model), which bakes the quantized weights in. To "
                 "initialise it anew: with torch.no_grad(): layer.weight.copy_(values); "
-                "layer.measure_step_()"
+                "layer.measure_step_size_()"
             )
         super().register_parameter(name, param)
 
@@ -195,7 +196,7 @@ class QuantizedLayer(QuantizedInput):
         try:
             return self.quantizer(self.weight, self._step(), self.output_dim, training)
         except RuntimeError:
-            self._check_step_shape()
+            self._check_step_size_shape()
             raise
 
     def _check_versions(self, measured: tuple[int, int, int]) -> None:
@@ -211,10 +212,10 @@ class QuantizedLayer(QuantizedInput):
         self._versions = None
         own, weight_version, step_version = measured  # FSDP lends a gathered weight instead
         changed = weight._version != weight_version and step._version == step_version
-        if id(weight) == own and changed and self.step_mismatch() > 1:
+        if id(weight) == own and changed and self.step_size_mismatch() > 1:
             self._stale.append(self._name)
             if len(self._stale) == 1:
-                warn_of_stale_steps(self._stale)
+                warn_of_stale_step_sizes(self._stale)
 
     def _step(self) -> Tensor | None:
         """Positive step sizes, outside of a forward pass gathered, if the scale keeps any."""
@@ -224,7 +225,7 @@ class QuantizedLayer(QuantizedInput):
         if step is None:
             return None
         step, knee = full(step), self.weight_step_knee
-        return step if knee is None else positive_step(step, knee)
+        return step if knee is None else positive_step_size(step, knee)
 
     def _whole_weight(self) -> Tensor:
         """The weight as a forward pass sees it, outside of one."""
@@ -238,7 +239,7 @@ class QuantizedLayer(QuantizedInput):
         if self.weight_step is not None and weight is not None and step not in state_dict:
             # A float checkpoint has no step sizes: measure its weights instead of keeping old ones.
             own = full(weight).to(self.weight.dtype)
-            measured, empty = self.quantizer.find_step(own, self.output_dim)
+            measured, empty = self.quantizer.find_step_size(own, self.output_dim)
             assert measured is not None
             state_dict[step] = distributed_like(measured, self.weight_step)
             warn_of_empty_groups(self.quantizer, {self._name: (empty, measured.numel())})
@@ -281,12 +282,12 @@ class QuantizedLayer(QuantizedInput):
         return _new_layer, (plain_class(self),), self.__getstate__()
 
 
-def warn_of_stale_steps(names: list[str]) -> None:
+def warn_of_stale_step_sizes(names: list[str]) -> None:
     """Say that these layers quantize with the step sizes of other weights."""
     warnings.warn(
         f"the weights of {listed(names)} are not of the size that their step sizes were measured "
         "on: initialise them before fogzo.quantize_, or measure again, "
-        "fogzo.measure_steps_(model)",
+        "fogzo.measure_step_sizes_(model)",
         UserWarning,
         stacklevel=3,
     )
@@ -301,7 +302,7 @@ def quantized_class(plain: Any) -> Any:
         def reset_parameters(self: QuantizedLayer) -> None:
             """The layer's own, and step sizes of the new weights."""
             plain.reset_parameters(self)
-            self.measure_step_()
+            self.measure_step_size_()
 
         members["reset_parameters"] = reset_parameters
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), members)

@@ -34,7 +34,7 @@ class QuantizedWeight:
             so the one in which it is perturbed; None perturbs the weight itself. It is
             given this rank's shard of a sharded weight.
         codes: Returns the current integer codes, for counting flips.
-        grid: The levels, in steps; None stands for evenly spaced ones, one step apart.
+        grid: The levels, in step sizes; None stands for evenly spaced ones, one apart.
         held: True where an entry must not move, such as the row of an embedding's ``padding_idx``;
             broadcastable to the weight. A weight that does not require a gradient is held whole.
         hold_step_size: A context in which the quantizer keeps its present step sizes although its

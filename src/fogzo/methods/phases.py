@@ -8,7 +8,7 @@ from fogzo.layers import QuantizedLayer
 from fogzo.layers.activations import FloatPhase
 from fogzo.methods.pull import step_of
 from fogzo.methods.ramps import check_count, check_start
-from fogzo.quantizers.steps import knee_of
+from fogzo.quantizers.step_sizes import knee_of
 
 
 class Switch:
@@ -112,11 +112,11 @@ def _check(layers: list[QuantizedLayer]) -> None:
 
 @torch.no_grad()
 def _measure_again_(layer: QuantizedLayer) -> None:
-    layer.forget_input_step_()
+    layer.forget_input_step_size_()
     if not is_sharded(layer.weight):
-        layer.measure_step_()
+        layer.measure_step_size_()
     elif layer.weight_step is not None:
-        step = layer.quantizer.initial_step(full(layer.weight), layer.output_dim)
+        step = layer.quantizer.initial_step_size(full(layer.weight), layer.output_dim)
         assert step is not None
         layer.weight_step.copy_(distributed_like(step, layer.weight_step))
         if layer.weight_step_knee is not None:

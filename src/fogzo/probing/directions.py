@@ -22,12 +22,12 @@ from torch import Generator, Tensor
 
 from fogzo.collectives import full, local, shard_like, sum_over_shards
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.quantizers.steps import MIN_STEP
+from fogzo.quantizers.step_sizes import MIN_STEP_SIZE
 
 NoiseShape = Literal["isotropic", "tensor_rms"]
 
 # A step size of zero is stored as the smallest that a quantizer divides by.
-_NO_STEP = 2 * MIN_STEP
+_NO_STEP_SIZE = 2 * MIN_STEP_SIZE
 # A step far below the others of its weight belongs to a dead group and is no radius to measure in.
 _SMALLEST_SHARE = 2**-8
 # Numbers of noise that are kept until the gradients are written; of large weights none is, as it
@@ -239,10 +239,10 @@ def _part(weight: QuantizedWeight, guided: bool) -> Part:
     grad = local(param.grad) if guided and param.grad is not None else None
     step = full(weight.step_size()).detach().to(param.device, dtype)
     if step.numel() > 1:
-        smallest = (step.amax() * _SMALLEST_SHARE).clamp(min=_NO_STEP)
+        smallest = (step.amax() * _SMALLEST_SHARE).clamp(min=_NO_STEP_SIZE)
         step = step * (step > smallest)
     else:
-        step = torch.threshold(step, _NO_STEP, 0.0)
+        step = torch.threshold(step, _NO_STEP_SIZE, 0.0)
     eps = step * weight.surrogate.radius
     if weight.held is not None:
         eps = eps * ~weight.held.to(param.device)

@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from fogzo.quantizers.grids import Grid
-from fogzo.quantizers.steps import MIN_STEP
+from fogzo.quantizers.step_sizes import MIN_STEP_SIZE
 
 
 @dataclass(frozen=True)
 class Bell:
     """The Gaussian's own curve, which makes all codes equally frequent (arXiv 2603.01599).
 
-    With t = w / rms of its group, ``x = num_levels * (Phi(t) - 1/2)`` steps from the middle of the
-    grid. Gradients pass through the curve and through the rms.
+    With t = w / rms of its group, ``x = num_levels * (Phi(t) - 1/2)`` step sizes from the middle
+    of the grid. Gradients pass through the curve and through the rms.
     """
 
     def compress(self, groups: Tensor, grid: Grid) -> Tensor:
-        """Weights of shape (groups, group size) in steps, float32 or finer, to be rounded."""
+        """Weights of shape (groups, group size) in step sizes, float32 or finer, to be rounded."""
         wide = groups.to(torch.promote_types(groups.dtype, torch.float32))
         rms = _rms(wide)
         # What is zero stays in the middle, with a slope that is finite.
-        rms = rms.where(rms > MIN_STEP, 1.0)
+        rms = rms.where(rms > MIN_STEP_SIZE, 1.0)
         share = 0.5 * torch.erf(wide / (rms * math.sqrt(2)))
         return grid.spacing * grid.num_levels * share + (grid.low + grid.high) / 2
 
@@ -37,10 +37,10 @@ class Bell:
         rms = _rms(wide)
         # Where Phi(t) is that of the last threshold.
         last = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 / grid.num_levels)).item()
-        t = (wide / rms.clamp(min=MIN_STEP)).clamp(-last, last)
+        t = (wide / rms.clamp(min=MIN_STEP_SIZE)).clamp(-last, last)
         density = torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
         cell = rms / (grid.num_levels * grid.spacing * density)
-        return cell.where(rms > MIN_STEP, 0.0).to(groups.dtype)
+        return cell.where(rms > MIN_STEP_SIZE, 0.0).to(groups.dtype)
 
 
 def _rms(groups: Tensor) -> Tensor:

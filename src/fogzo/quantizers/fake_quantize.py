@@ -25,9 +25,9 @@ def fake_quantize(
     """``w_q = a Q(w / a)`` with ``dw_q/dw = h'(x)`` and ``dw_q/da = Q(x) - x h'(x)``, x = w / a.
 
     For the clipped identity the second is LSQ's scale gradient, and so it is for rules that pass
-    gradients beyond the range (`Surrogate.pull_back_for_step`). The backward pass keeps the inputs
-    and, for a learned step, the result, all of which the layer itself holds on to. Forward-mode
-    derivatives (`torch.func.jvp`) are the same ones.
+    gradients beyond the range (`Surrogate.pull_back_for_step_size`). The backward pass keeps the
+    inputs and, for a learned step size, the result, all of which the layer itself holds on to.
+    Forward-mode derivatives (`torch.func.jvp`) are the same ones.
 
     Args:
         weight: The latent weight.
@@ -119,7 +119,7 @@ class _FakeQuantize(Function):
                 masked = _of_chosen(
                     second,
                     grids,
-                    lambda grid: surrogate.pull_back_for_step(grad, weight, step, grid),
+                    lambda grid: surrogate.pull_back_for_step_size(grad, weight, step, grid),
                 )
             if output is None:
                 output = fake_quantize(weight, step, grids, surrogate, grad_scales, dither, second)
@@ -149,7 +149,9 @@ class _ForwardModeFakeQuantize(_FakeQuantize):
             )
         if along_step is not None:
             masked = _of_chosen(
-                second, grids, lambda grid: surrogate.pull_back_for_step(weight, weight, step, grid)
+                second,
+                grids,
+                lambda grid: surrogate.pull_back_for_step_size(weight, weight, step, grid),
             )
             scale = _chosen_scale(second, ctx.grad_scales)
             tangent = tangent + (output - masked) / step * (scale * along_step).to(output.dtype)
@@ -167,7 +169,7 @@ def _chosen_scale(second: Tensor | None, grad_scales: Sequence[float]) -> float 
 
 
 def _sum_to(step: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The products a * b, summed over what shares a step, in float32 or finer."""
+    """The products a * b, summed over what shares a step size, in float32 or finer."""
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     if step.numel() == 1:

@@ -53,7 +53,7 @@ def to_groups(rows: Tensor, granularity: Granularity) -> Tensor:
     return rows.reshape(-1, granularity)
 
 
-def broadcast_step(
+def broadcast_step_size(
     step: Tensor, shape: Sequence[int], granularity: Granularity, output_dim: int
 ) -> Tensor:
     """Step sizes of shape (groups, 1), reshaped to broadcast against a weight of that shape."""

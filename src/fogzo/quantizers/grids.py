@@ -30,7 +30,7 @@ class Grid:
         high_code: Largest integer code.
         offset: Level of code 0, 0 or ``spacing / 2``.
         spacing: Distance between neighbouring levels.
-        margin: How far below their places the thresholds lie, in steps; see `for_inputs`.
+        margin: How far below their places the thresholds lie, in step sizes; see `for_inputs`.
     """
 
     name: str
@@ -77,24 +77,24 @@ class Grid:
 
     @property
     def low(self) -> float:
-        """Smallest level, in steps."""
+        """Smallest level, in step sizes."""
         return self.spacing * self.low_code + self.offset
 
     @property
     def high(self) -> float:
-        """Largest level, in steps."""
+        """Largest level, in step sizes."""
         return self.spacing * self.high_code + self.offset
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """Where the rounded value jumps by ``spacing``, ascending, in steps."""
+        """Where the rounded value jumps by ``spacing``, ascending, in step sizes."""
         codes = range(self.low_code, self.high_code)
         return tuple(self.spacing * (code + 0.5) + self.offset - self.margin for code in codes)
 
     @property
-    def gaussian_step(self) -> float:
+    def gaussian_step_size(self) -> float:
         """The step size with the smallest squared error on a unit Gaussian."""
-        return _gaussian_step(self)
+        return _gaussian_step_size(self)
 
     def round_to_code(self, x: Tensor) -> Tensor:
         """The code of the nearest level, as a float tensor of ``x``'s shape and dtype."""
@@ -108,13 +108,13 @@ class Grid:
         return torch.nn.functional.hardtanh_(code, self.low_code, self.high_code)
 
     def level(self, code: Tensor) -> Tensor:
-        """The level of each code, in steps."""
+        """The level of each code, in step sizes."""
         if self.spacing != 1.0:
             code = code * self.spacing
         return code + self.offset if self.offset else code
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest level, in steps.
+        """The nearest level, in step sizes.
 
         >>> import torch
         >>> uniform(2, "half").round(torch.tensor([-9.0, -0.2, 0.0, 0.7, 1.2]))
@@ -210,7 +210,7 @@ SIGN = Grid("sign", -1, 0, offset=1.0, spacing=2.0)
 
 
 @lru_cache(maxsize=64)
-def _gaussian_step(grid: Grid) -> float:
+def _gaussian_step_size(grid: Grid) -> float:
     """Golden-section search of ``E (x - a Q(x/a))^2`` for ``x ~ N(0, 1)``.
 
     With thresholds t_k: ``E[x Q] = spacing * sum_k phi(a t_k)`` and E[Q^2] is a sum of interval

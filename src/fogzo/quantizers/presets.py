@@ -22,15 +22,15 @@ from fogzo.quantizers.surrogates import Surrogate
 def fixed(
     bits: int,
     *,
-    step: float | None = None,
+    step_size: float | None = None,
     init: Rule = "mse",
     levels: Levels | None = None,
     surrogate: str | Surrogate = "identity",
     granularity: Granularity = "tensor",
     scale_dtype: torch.dtype | None = None,
 ) -> Quantizer:
-    """A constant step size (the paper's "fixed alpha"): `step`, or measured once by rule `init`."""
-    scale = fixed_scale(step, init)
+    """A constant step size (the paper's "fixed alpha"): given, or measured once by rule `init`."""
+    scale = fixed_scale(step_size, init)
     return Quantizer(uniform(bits, levels), scale, surrogate, None, granularity, scale_dtype)
 
 
@@ -57,7 +57,7 @@ def quest(
     scale_dtype: torch.dtype | None = None,
     detach_scale: bool = True,
 ) -> Quantizer:
-    """Hadamard rotation, Gaussian-optimal steps, trust mask (QuEST, arXiv 2502.05003).
+    """Hadamard rotation, Gaussian-optimal step sizes, trust mask (QuEST, arXiv 2502.05003).
 
     With ``detach_scale=False`` gradients also pass through the step size, as in later code of the
     authors of BBQ.
@@ -80,13 +80,13 @@ def bbq(
     """Bell Box Quantization: rotated, then codes of equal frequency (arXiv 2603.01599).
 
     Thresholds are the quantiles of a Gaussian of the weights' rms; levels are evenly spaced, with
-    a step of their own: ``learned``, or a multiple of the present rms. Gradients pass through the
-    rms. As published, levels are half up to 2 bits and integer above, where they lie half a step
+    a step size of their own: ``learned``, or a multiple of the rms. Gradients pass through the rms.
+    As published, levels are half up to 2 bits and integer above, where they lie half a step
     below the cells' middles: ``levels="half"`` is without that shift (squared error .074 against
     .119 on a unit Gaussian with 3 bits).
 
     Inference needs the Gaussian's quantiles to find the codes of inputs; weights are codes and
-    steps as ever. For inputs: ``activations=fogzo.bbq(2, granularity="tensor")``.
+    step sizes as ever. For inputs: ``activations=fogzo.bbq(2, granularity="tensor")``.
     """
     scale = learned_scale("bell") if learned else Scale("bell", "dynamic", detached=False)
     return Quantizer(
@@ -127,7 +127,7 @@ def abs_max(
     granularity: Granularity = "channel",
     scale_dtype: torch.dtype | None = None,
 ) -> Quantizer:
-    """Integer levels up to the largest magnitude: BitNet's 8-bit activations, one step per token.
+    """Integer levels up to the largest magnitude: BitNet's 8-bit activations, each token's own.
 
     Nothing lies beyond the range, so nothing is masked; a mask at the range would drop the gradient
     of about one maximum in seven, which its own division rounds to beyond the last level.

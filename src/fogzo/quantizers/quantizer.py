@@ -13,7 +13,7 @@ from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.fake_quantize import fake_quantize
 from fogzo.quantizers.granularity import (
     Granularity,
-    broadcast_step,
+    broadcast_step_size,
     check_granularity,
     from_rows,
     to_groups,
@@ -23,7 +23,7 @@ from fogzo.quantizers.grids import Grid, for_inputs, unsigned
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
 from fogzo.quantizers.smoothing import SmoothingLaw, Uniform
-from fogzo.quantizers.steps import effective_step, smallest_step
+from fogzo.quantizers.step_sizes import effective_step_size, smallest_step_size
 from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ class Quantizer:
         scale: Where step sizes come from.
         surrogate: The backward rule, by name or as an object.
         rotation: A change of basis along the input, undone after rounding, or None.
-        granularity: ``"tensor"``, ``"channel"`` (one step per output channel) or the number of
-            consecutive inputs that share a step. For activations ``"token"``, which is the same
-            as ``"channel"`` there: one step for all the features at one position.
+        granularity: ``"tensor"``, ``"channel"`` (one step size per output channel) or the number
+            of consecutive inputs that share one. For activations ``"token"``, which is the same
+            as ``"channel"`` there: one step size for all the features at one position.
         scale_dtype: Round step sizes to this dtype in the forward pass (``torch.float16``, say), so
             that what is trained is exactly what a low-bit file can hold.
         stochastic: In training, add noise of the surrogate's smoothing law before rounding. The
@@ -99,14 +99,14 @@ class Quantizer:
                 f"scale_dtype must be a floating-point dtype, got {self.scale_dtype!r}: "
                 "for example scale_dtype=torch.float16"
             )
-        self._check_step_fits(self.scale_dtype, "scale_dtype")
+        self._check_step_size_fits(self.scale_dtype, "scale_dtype")
 
-    def initial_step(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
+    def initial_step_size(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
         """Step sizes to keep for this weight, of shape (groups, 1); None for dynamic scales."""
-        return self.find_step(weight, output_dim)[0]
+        return self.find_step_size(weight, output_dim)[0]
 
-    def find_step(self, weight: Tensor, output_dim: int = 0) -> tuple[Tensor | None, int]:
-        """`initial_step`, and of how many groups it could not be measured.
+    def find_step_size(self, weight: Tensor, output_dim: int = 0) -> tuple[Tensor | None, int]:
+        """`initial_step_size`, and of how many groups it could not be measured.
 
         Those are zero, or so small beside the others that they are as good as zero, and get a step
         size from the layer's other groups (see `Scale.measure_once`).
@@ -120,21 +120,21 @@ class Quantizer:
         groups = self._groups(weight.detach(), output_dim)
         wide = torch.promote_types(groups.dtype, torch.float32)
         fan_in = weight.numel() // weight.shape[output_dim]
-        smallest = smallest_step(weight.dtype, self.scale_dtype)
+        smallest = smallest_step_size(weight.dtype, self.scale_dtype)
         step, empty = self.scale.measure_once(groups.to(wide), self.grid, fan_in, smallest)
         return step.to(weight.dtype), int(empty.sum())
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise a `ValueError` unless a step size that was given fits weights of this dtype."""
-        self._check_step_fits(dtype, "a weight of")
+        self._check_step_size_fits(dtype, "a weight of")
 
-    def _check_step_fits(self, dtype: torch.dtype, what: str) -> None:
+    def _check_step_size_fits(self, dtype: torch.dtype, what: str) -> None:
         limits, value = torch.finfo(dtype), self.scale.value
         if value is not None and not limits.smallest_normal <= value <= limits.max:
             raise ValueError(
                 f"a step size of {value:g} does not fit {what} {dtype}, which holds "
                 f"{limits.smallest_normal:.2g} to {limits.max:.2g}: use a wider dtype, "
-                "torch.bfloat16 or torch.float32, or leave step out to measure it from the weights"
+                "torch.bfloat16 or torch.float32, or leave step_size out to measure the weights"
             )
 
     def __call__(
@@ -148,8 +148,8 @@ class Quantizer:
 
         Args:
             weight: The latent weight, of two dimensions or more.
-            step: Step sizes of shape (groups, 1), as `initial_step` or `current_step` returns
-                them. None measures the weight.
+            step: Step sizes of shape (groups, 1), as `initial_step_size` or `current_step_size`
+                returns them. None measures the weight.
             output_dim: Which dimension holds the output channels.
             training: Whether a stochastic quantizer rounds at random or to nearest.
         """
@@ -171,8 +171,8 @@ class Quantizer:
             x: The input; all its features at one position are a token.
             step: Step sizes of shape (groups, 1), as `measure_input` returns them. None measures
                 this input.
-            feature_dim: Which dimension holds the features: those that rotate, share the step of
-                a token or group, and count in LSQ's gradient scale.
+            feature_dim: Which dimension holds the features: those that rotate, share the step
+                size of a token or group, and count in LSQ's gradient scale.
             training: Whether a stochastic quantizer rounds at random or to nearest.
             is_unsigned: A bool tensor of one element, true for the unsigned levels of as many bits
                 in place of the grid's, chosen without reading the tensor.
@@ -193,7 +193,7 @@ class Quantizer:
         tokens = self._features_last(x, feature_dim)
         return self._measure(self._groups(tokens.reshape(-1, tokens.shape[-1]), 0))
 
-    def current_step(
+    def current_step_size(
         self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0
     ) -> Tensor:
         """The (groups, 1) step sizes that a forward pass would use, after any rounding of them.
@@ -202,19 +202,19 @@ class Quantizer:
         """
         if step is None:
             step = self._measure(self._groups(weight.detach(), output_dim))
-        # A copy, as an optimizer moves a learned step in place.
-        return effective_step(step.detach().to(weight.dtype), self.scale_dtype).clone()
+        # A copy, as an optimizer moves a learned step size in place.
+        return effective_step_size(step.detach().to(weight.dtype), self.scale_dtype).clone()
 
     def step_size(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
-        """`current_step`, shaped to broadcast against the weight (rotated, if it is).
+        """`current_step_size`, shaped to broadcast against the weight (rotated, if it is).
 
-        Where weights are companded, what one step is at each weight, in the weight's units.
+        Where weights are companded, what the step size is at each weight, in the weight's units.
         """
         if self.companding is not None:
             groups = self._groups(weight.detach(), output_dim)
             return self._arrange(self.companding.cell(groups, self.grid), weight, output_dim)
-        step = self.current_step(weight, step, output_dim)
-        return broadcast_step(step, weight.shape, self.granularity, output_dim)
+        step = self.current_step_size(weight, step, output_dim)
+        return broadcast_step_size(step, weight.shape, self.granularity, output_dim)
 
     def codes(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
         """Integer codes of the weight's shape, in the rotated basis if there is one.
@@ -224,18 +224,18 @@ class Quantizer:
         with torch.no_grad():
             groups = self._groups(weight, output_dim)
             step = self._measure(groups) if step is None else step
-            step = effective_step(step.to(weight.dtype), self.scale_dtype)
+            step = effective_step_size(step.to(weight.dtype), self.scale_dtype)
             codes = self.grid.round_to_code(self._in_steps(groups, step))
             return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
 
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Exactly the weight that the forward pass used, from its codes and `current_step`.
+        """Exactly the weight that the forward pass used, from its codes and `current_step_size`.
 
         Args:
             codes: What `codes` returned.
-            step: What `current_step` returned for the same weight.
+            step: What `current_step_size` returned for the same weight.
             output_dim: As given to `codes`.
             dtype: The latent weight's dtype, by default that of ``step``.
         """
@@ -263,7 +263,7 @@ class Quantizer:
         groups = self._groups(tensor, output_dim)
         follows = step is None and not self.scale.detached
         step = self._measure(groups) if step is None else step
-        step = effective_step(step.to(tensor.dtype), self.scale_dtype)
+        step = effective_step_size(step.to(tensor.dtype), self.scale_dtype)
         if follows:
             step = _following(step, groups)
         size = features or groups.shape[1]
@@ -294,7 +294,7 @@ class Quantizer:
         return law.sample_(noise).mul_(law.radius)
 
     def _features_last(self, x: Tensor, feature_dim: int) -> Tensor:
-        # Where all values share one step, any order will do and none is copied.
+        # Where all values share one step size, any order will do and none is copied.
         one_step = self.granularity == "tensor" and self.rotation is None
         return x if one_step else x.movedim(feature_dim, -1)
 
@@ -328,12 +328,12 @@ def _following(step: Tensor, groups: Tensor) -> Tensor:
     """A step size in proportion to its group's rms, with the gradient of that."""
     norm = torch.linalg.vector_norm(groups, dim=1, keepdim=True)
     norm = norm.clamp(min=torch.finfo(groups.dtype).tiny)
-    # A quotient that is 1 exactly. Where all weights share a step there is one norm.
+    # A quotient that is 1 exactly. Where all weights share one there is one norm.
     return step * (norm / norm.detach())
 
 
 def _scale_grad(step: Tensor, factor: float) -> Tensor:
-    """The step with its gradient multiplied."""
+    """The step size with its gradient multiplied."""
     return step if factor == 1 else step.detach() + (step - step.detach()) * factor
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fogzo.quantizers.checks import require_positive
 from fogzo.quantizers.grids import Grid
-from fogzo.quantizers.steps import MIN_STEP, without_a_step
+from fogzo.quantizers.step_sizes import MIN_STEP_SIZE, without_a_step_size
 
 Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max", "range", "bell"]
 _KINDS = ("fixed", "learned", "dynamic")
@@ -24,8 +24,8 @@ class Scale:
         kind: ``"fixed"`` measures once and keeps it in a buffer, ``"learned"`` measures once and
             trains it (LSQ), ``"dynamic"`` measures the current weights at every forward pass.
         value: For fixed scales, the step size itself instead of a rule.
-        detached: Whether gradients stop at a measured step. If not, they pass through the rms, for
-            dynamic scales that are a multiple of it.
+        detached: Whether gradients stop at a measured step size. If not, they pass through the
+            rms, for dynamic scales that are a multiple of it.
     """
 
     rule: Rule
@@ -51,11 +51,11 @@ class Scale:
             )
         if self.value is None:
             return
-        example = "fogzo.fixed(2, step=0.05) or fixed_scale(0.05), or none to measure it"
-        require_positive("step", self.value, example)
-        if self.value < MIN_STEP:
+        example = "fogzo.fixed(2, step_size=0.05) or fixed_scale(0.05), or none to measure it"
+        require_positive("step_size", self.value, example)
+        if self.value < MIN_STEP_SIZE:
             raise ValueError(
-                f"step must be {MIN_STEP:g} or more, the smallest that is used, got "
+                f"step_size must be {MIN_STEP_SIZE:g} or more, the smallest that is used, got "
                 f"{self.value!r}: for example {example}"
             )
         if self.kind == "dynamic":
@@ -92,7 +92,7 @@ class Scale:
             smallest: The smallest step size that is worth keeping.
         """
         step = self.measure(groups, grid)
-        empty = without_a_step(step, smallest)
+        empty = without_a_step_size(step, smallest)
         if self.value is not None or not bool(empty.any()):
             return step, torch.zeros_like(empty)
         others = step[~empty]
@@ -123,11 +123,11 @@ def learned_scale(init: Rule = "lsq") -> Scale:
 
 
 def rms_scale(rule: Literal["rms", "quest"] = "rms", detached: bool = True) -> Scale:
-    """The best step for a Gaussian of the weights' current rms.
+    """The best step size for a Gaussian of the weights' current rms.
 
     ``"quest"`` takes the constants that QuEST published (arXiv 2502.05003), so that its models
     quantize to the same weights here; ``"rms"`` solves for the optimum (1% wider at 8 bits).
-    Not detached, the step's own dependence on the weights has a gradient, too.
+    Not detached, the step size's own dependence on the weights has a gradient, too.
 
     Raises:
         ValueError: If the rule is another.
@@ -156,7 +156,7 @@ def _largest(grid: Grid) -> float:
 
 
 def _rms(groups: Tensor, grid: Grid) -> Tensor:
-    return grid.gaussian_step * groups.square().mean(1, keepdim=True).sqrt() + MIN_STEP
+    return grid.gaussian_step_size * groups.square().mean(1, keepdim=True).sqrt() + MIN_STEP_SIZE
 
 
 # QuEST's end level of a half-integer grid on a unit Gaussian, by number of levels.
@@ -167,7 +167,7 @@ def _quest(groups: Tensor, grid: Grid) -> Tensor:
     if grid.offset == 0 or grid.num_levels not in _QUEST_EDGE:
         return _rms(groups, grid)
     rms = groups.square().mean(1, keepdim=True).sqrt()
-    return (_QUEST_EDGE[grid.num_levels] * rms + MIN_STEP) / grid.high
+    return (_QUEST_EDGE[grid.num_levels] * rms + MIN_STEP_SIZE) / grid.high
 
 
 def _abs_mean(groups: Tensor, grid: Grid) -> Tensor:
@@ -190,18 +190,18 @@ def _range(groups: Tensor, grid: Grid) -> Tensor:
 
 def _bell(groups: Tensor, grid: Grid) -> Tensor:
     rms = groups.square().mean(1, keepdim=True).sqrt()
-    return 1.694 * rms * 2 / (grid.num_levels * grid.spacing) + MIN_STEP
+    return 1.694 * rms * 2 / (grid.num_levels * grid.spacing) + MIN_STEP_SIZE
 
 
 def _mse(groups: Tensor, grid: Grid) -> Tensor:
-    """The step of least squared error on these weights: a scan over step sizes, then finer ones.
+    """The step size of least squared error on these weights: a scan, then finer ones.
 
     Layers are often initialised uniformly, not as Gaussians, so the closed form is only the start.
     """
     centre = _rms(groups, grid)
     low, high = torch.full_like(centre, 0.05), (_max(groups, grid) / centre).clamp(min=2.0)
     for count in (32, 16, 16):
-        # In equal ratios, as outliers can put the best step far from the Gaussian's.
+        # In equal ratios, as outliers can put the best one far from the Gaussian's.
         ratio = (high / low) ** (1 / count)
         best, best_error = centre, torch.full_like(centre, math.inf)
         for power in range(count + 1):

@@ -22,7 +22,7 @@ class SmoothingLaw(ABC):
     @property
     @abstractmethod
     def radius(self) -> float:
-        """Standard deviation of z: the paper's epsilon-bar, in steps."""
+        """Standard deviation of z: the paper's epsilon-bar, in step sizes."""
 
     @property
     @abstractmethod
@@ -257,7 +257,7 @@ class Scaled(SmoothingLaw):
 
 
 def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
-    """The law, stretched to a standard deviation of ``radius`` steps.
+    """The law, stretched to a standard deviation of ``radius`` step sizes.
 
     Raises:
         ValueError: If it is no law, or the radius is not positive and finite.

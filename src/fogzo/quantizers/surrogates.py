@@ -39,8 +39,9 @@ class Surrogate:
         name: What recipes, reports and ``surrogate=`` arguments call it.
         law: The law p with ``E Q(x + z) = h(x)``, or None where no law gives this slope.
         perturbation: The law FOGZO perturbs with: ``law`` itself, or what is used instead of one.
-        range_slack: For identity-like rules: the slope is 1 up to this many steps beyond the end
-            levels and 0 outside (infinity: never masked). None where the slope is a sum of kernels.
+        range_slack: For identity-like rules: the slope is 1 up to this many step sizes beyond
+            the end levels and 0 outside (infinity: never masked). None where the slope is a sum of
+            kernels.
         kernel: The density summed over thresholds where there is no law of finite variance, for
             example ``lambda z: gamma / (math.pi * (z * z + gamma**2))`` for an arctangent.
     """
@@ -59,7 +60,7 @@ class Surrogate:
         slack = self.range_slack
         if slack is not None and not (is_number(slack) and slack >= 0):
             raise ValueError(
-                f"range_slack must be a number of steps, 0 or more, or None, got {slack!r}: "
+                f"range_slack must be a number of step sizes, 0 or more, or None, got {slack!r}: "
                 "for example 0.0 for a mask at the end levels, math.inf for none"
             )
         if self.kernel is not None and not callable(self.kernel):
@@ -70,7 +71,7 @@ class Surrogate:
 
     @property
     def radius(self) -> float:
-        """Perturbation radius in steps, the paper's epsilon-bar."""
+        """Perturbation radius in step sizes, the paper's epsilon-bar."""
         return self.perturbation.radius
 
     @property
@@ -94,11 +95,13 @@ class Surrogate:
             return grad * self.slope(weight / step, grid)
         return grad if self.passes_all else _masked(grad, weight, step, grid, self.range_slack)
 
-    def pull_back_for_step(self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    def pull_back_for_step_size(
+        self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid
+    ) -> Tensor:
         """The same with the slope in the step size's gradient ``Q(x) - x h'(x)``.
 
         It is h' where a law gives one. A rule that lets gradients pass outside the range would
-        pull the step without bound there, against the levels that are really used, so its step
+        pull the step size without bound there, against the levels that are really used, so it
         gets LSQ's gradient, masked at the range.
         """
         if self.range_slack is None:
@@ -149,10 +152,10 @@ def identity_unmasked(spacing: float = 1.0) -> Surrogate:
 
 
 def trust(spacing: float = 1.0) -> Surrogate:
-    """QuEST's trust mask: slope 1 where the rounding error is at most half a step.
+    """QuEST's trust mask: slope 1 where the rounding error is at most half a step size.
 
-    That reaches half a step beyond the end levels (arXiv 2502.05003). No smoothing law gives it;
-    perturbs uniformly.
+    That reaches half a step size beyond the end levels (arXiv 2502.05003). No smoothing law gives
+    it; perturbs uniformly.
 
     >>> from fogzo.quantizers import Quantizer, fixed_scale, uniform
     >>> w = torch.tensor([[1.9, 2.1]], requires_grad=True)
@@ -165,7 +168,7 @@ def trust(spacing: float = 1.0) -> Surrogate:
 
 
 def hardtanh() -> Surrogate:
-    """Sign becomes clip(x, -1, 1); on finer grids each threshold is smoothed over two steps.
+    """Sign becomes clip(x, -1, 1); on finer grids each threshold is smoothed over two step sizes.
 
     >>> from fogzo.quantizers import SIGN, Quantizer, fixed_scale
     >>> w = torch.tensor([[0.2, -0.9, 1.1]], requires_grad=True)

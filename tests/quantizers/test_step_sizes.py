@@ -1,4 +1,4 @@
-"""Learned steps stay positive, whatever an optimizer does, and are LSQ's where that suffices."""
+"""Learned step sizes stay positive, whatever an optimizer does, and else are LSQ's."""
 
 import copy
 from functools import partial
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 import fogzo
-from fogzo.quantizers.steps import effective_step, knee_of, positive_step
+from fogzo.quantizers.step_sizes import effective_step_size, knee_of, positive_step_size
 from toolbox import everything
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -47,9 +47,9 @@ def test_from_the_knee_up_a_step_is_itself(dtype):
     knee = torch.tensor([[0.02], [0.5]], dtype=dtype)
     for factor in (1.0, 1.25, 2.0, 100.0):
         step = knee * factor
-        assert torch.equal(positive_step(step, knee), step)
+        assert torch.equal(positive_step_size(step, knee), step)
         with torch.device("cpu"):  # and by the arithmetic that devices and compilers run
-            batched = torch.func.vmap(positive_step)(step[None], knee[None])[0]
+            batched = torch.func.vmap(positive_step_size)(step[None], knee[None])[0]
         assert torch.equal(batched, step)
 
 
@@ -57,7 +57,7 @@ def test_from_the_knee_up_a_step_is_itself(dtype):
 def test_below_the_knee_it_falls_smoothly_and_stays_positive(dtype):
     knee = torch.tensor(0.02, dtype=dtype)
     raw = torch.linspace(-50, 2, 2000, dtype=torch.float64).to(dtype) * knee
-    found = positive_step(raw, knee)
+    found = positive_step_size(raw, knee)
     assert (found > 0).all() and (found.diff() >= 0).all()
     expected = torch.where(raw >= knee, raw, knee / (2 - raw / knee))
     torch.testing.assert_close(found, expected)
@@ -67,14 +67,19 @@ def test_below_the_knee_it_falls_smoothly_and_stays_positive(dtype):
 def test_the_map_has_no_corner_at_the_knee():
     knee = torch.tensor(0.02, dtype=torch.float64)
     raw = knee + torch.tensor([-1e-6, 0.0, 1e-6], dtype=torch.float64) * knee
-    below, above = positive_step(raw, knee).diff() / raw.diff()
+    below, above = positive_step_size(raw, knee).diff() / raw.diff()
     assert below.item() == pytest.approx(1, abs=1e-5) and above.item() == pytest.approx(1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
-@pytest.mark.parametrize("function", [partial(positive_step, knee=torch.tensor([[0.1]] * 4)),
-                                      partial(effective_step, dtype=None),
-                                      partial(effective_step, dtype=torch.float16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        partial(positive_step_size, knee=torch.tensor([[0.1]] * 4)),
+        partial(effective_step_size, dtype=None),
+        partial(effective_step_size, dtype=torch.float16),
+    ],
+)
 def test_the_gradient_passes_straight_through_in_every_mode(function):
     step = torch.tensor([[0.3], [0.1], [0.01], [-2.0]], requires_grad=True)
     weights = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
@@ -92,9 +97,9 @@ def test_the_gradient_passes_straight_through_in_every_mode(function):
 def test_compiled_it_is_the_same():
     knee = torch.full((3, 1), 0.1)
     step = torch.tensor([[0.3], [0.1], [-0.2]], requires_grad=True)
-    compiled = torch.compile(positive_step, backend="eager", fullgraph=True)
+    compiled = torch.compile(positive_step_size, backend="eager", fullgraph=True)
     found = compiled(step, knee)
-    assert torch.equal(found, positive_step(step, knee))
+    assert torch.equal(found, positive_step_size(step, knee))
     found.sum().backward()
     assert torch.equal(step.grad, torch.ones(3, 1))
 
@@ -235,12 +240,12 @@ def test_a_float_checkpoint_sets_steps_and_knees():
     model = _quantized(inputs=fogzo.lsq(2))
     _push(model, 20)
     model.load_state_dict(plain.state_dict())
-    assert torch.equal(model[0].step_size(), model[0].quantizer.initial_step(plain[0].weight))
+    assert torch.equal(model[0].step_size(), model[0].quantizer.initial_step_size(plain[0].weight))
     assert torch.equal(model[0].weight_step_knee, knee_of(model[0].weight_step))
 
 
 def test_a_given_step_is_not_asked_to_fit_a_checkpoint_of_lower_precision():
-    model = _quantized(fogzo.fixed(2, step=1e-5))
+    model = _quantized(fogzo.fixed(2, step_size=1e-5))
     plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).half()
     model.load_state_dict(plain.state_dict())
     assert model[0].step_size().item() == pytest.approx(1e-5)

@@ -5,38 +5,38 @@ from torch import Tensor
 
 from fogzo.quantizers.reading import can_be_read, needs_grad
 
-MIN_STEP = 1e-8
-# A group whose step is this much smaller than the layer's mean adds 1e-8 of a typical group's
+MIN_STEP_SIZE = 1e-8
+# A group whose step size is this much smaller than the layer's mean adds 1e-8 of a typical group's
 # energy to the output, below what bfloat16 and float16 resolve: a dead channel, not a small one.
 _DEAD = 1e-4
 
 
-def effective_step(step: Tensor, dtype: torch.dtype | None) -> Tensor:
+def effective_step_size(step: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The step size that the forward pass uses: positive, and rounded to ``dtype`` if one is given.
 
     The gradient passes straight through.
     """
     value = step.detach()
     if dtype is None:
-        if step.numel() == 1 and can_be_read(step) and step.item() >= MIN_STEP:
+        if step.numel() == 1 and can_be_read(step) and step.item() >= MIN_STEP_SIZE:
             return step
         value = value.clamp(min=_minimum(step.dtype))
     else:
         own, limits = torch.finfo(step.dtype), torch.finfo(dtype)
-        smallest = max(limits.smallest_normal, MIN_STEP)
-        # A bfloat16 step clamped at float16's maximum would round up, and then to infinity.
+        smallest = max(limits.smallest_normal, MIN_STEP_SIZE)
+        # A bfloat16 step size clamped at float16's maximum would round up, and then to infinity.
         largest = limits.max * (1 - own.eps)
         value = value.clamp(smallest, largest).to(dtype).to(step.dtype)
     return _straight_through(step, value)
 
 
 def knee_of(step: Tensor) -> Tensor:
-    """The knee of a learned step (see `positive_step`): half of the step that was measured."""
+    """The knee of a learned step size (see `positive_step_size`): half of what was measured."""
     return step.detach() / 2
 
 
 def loaded_knee(step: Tensor, own: Tensor) -> Tensor:
-    """The knee for a loaded step whose checkpoint, older than knees, has none.
+    """The knee for a loaded step size whose checkpoint, older than knees, has none.
 
     Args:
         step: Its forward remains the same to the bit, as long as it has not crossed zero.
@@ -45,10 +45,10 @@ def loaded_knee(step: Tensor, own: Tensor) -> Tensor:
     knee = knee_of(step)
     if step.shape != own.shape:
         return knee  # of another model, as loading will say
-    return knee.where(step > MIN_STEP, own.to(knee)).clamp(min=_minimum(knee.dtype))
+    return knee.where(step > MIN_STEP_SIZE, own.to(knee)).clamp(min=_minimum(knee.dtype))
 
 
-def positive_step(step: Tensor, knee: Tensor) -> Tensor:
+def positive_step_size(step: Tensor, knee: Tensor) -> Tensor:
     """The step size that a learned parameter stands for: positive, whatever an optimizer did.
 
     It is the parameter ``s`` itself from the knee ``k`` up, so LSQ to the bit, and
@@ -59,7 +59,7 @@ def positive_step(step: Tensor, knee: Tensor) -> Tensor:
     descent on the step size, with a logarithmic barrier at zero. The derivative of the map would
     instead hold a step that has become small where it is.
 
-    >>> positive_step(torch.tensor([0.2, 0.1, 0.05, 0.0, -1.0]), torch.tensor(0.1))
+    >>> positive_step_size(torch.tensor([0.2, 0.1, 0.05, 0.0, -1.0]), torch.tensor(0.1))
     tensor([0.2000, 0.1000, 0.0667, 0.0500, 0.0083])
     """
     knee = knee.to(step)
@@ -71,16 +71,18 @@ def positive_step(step: Tensor, knee: Tensor) -> Tensor:
     return _straight_through(step, torch.maximum(value, knee / (2 - value / knee).clamp(min=1)))
 
 
-def smallest_step(*dtypes: torch.dtype | None) -> float:
+def smallest_step_size(*dtypes: torch.dtype | None) -> float:
     """The smallest step size that is worth keeping in all of these dtypes.
 
     Twice the minimum, as some rules add the minimum to what they measure. A quarter of a dtype's
     smallest normal number still has 8 significant bits in float16.
     """
-    return max(2 * MIN_STEP, *(torch.finfo(dtype).smallest_normal / 4 for dtype in dtypes if dtype))
+    return max(
+        2 * MIN_STEP_SIZE, *(torch.finfo(dtype).smallest_normal / 4 for dtype in dtypes if dtype)
+    )
 
 
-def without_a_step(steps: Tensor, smallest: float) -> Tensor:
+def without_a_step_size(steps: Tensor, smallest: float) -> Tensor:
     """Which of a layer's measured step sizes are those of zeros, or of next to nothing."""
     measurable = steps >= smallest
     typical = steps.where(measurable, 0).sum() / measurable.sum().clamp(min=1)
@@ -88,9 +90,9 @@ def without_a_step(steps: Tensor, smallest: float) -> Tensor:
 
 
 def _minimum(dtype: torch.dtype) -> float:
-    # float16 has no MIN_STEP: there, its smallest number (subnormal) is the minimum.
+    # float16 has no MIN_STEP_SIZE: there, its smallest number (subnormal) is the minimum.
     limits = torch.finfo(dtype)
-    return max(limits.tiny * limits.eps, MIN_STEP)
+    return max(limits.tiny * limits.eps, MIN_STEP_SIZE)
 
 
 def _straight_through(step: Tensor, value: Tensor) -> Tensor:

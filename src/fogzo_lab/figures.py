@@ -1,18 +1,21 @@
 """Figures as SVG in which text stays text, and the same numbers give the same bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import matplotlib
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Draw = Callable[["Axes"], None]
 
 
 @contextmanager
 def drawing(
     target: Path | IO[str], size: tuple[float, float], font_size: float = 8
-) -> Iterator[Figure]:
+) -> "Iterator[Figure]":
     """A figure to draw into; it is written when the context ends without an error.
 
     Args:
@@ -20,6 +23,9 @@ def drawing(
         size: Width and height in inches.
         font_size: In points.
     """
+    import matplotlib  # here, as half of the commands draw nothing
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "fogzo", "font.size": font_size}
     ):

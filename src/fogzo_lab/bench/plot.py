@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
+from fogzo_lab.figures import Draw, drawing
 
-from fogzo_lab.figures import drawing
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CaseResults = Mapping[str, Any]
 """A case as results.json holds it."""
@@ -27,7 +28,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         results: What results.json holds.
         path: Where to write.
     """
-    panels: list[tuple[float, Callable[[Axes], None]]] = []
+    panels: list[tuple[float, Draw]] = []
     for name, section in results["sections"].items():
         cases = [case for case in section["cases"] if case["skipped"] is None]
         if cases:
@@ -41,7 +42,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             draw(axes)
 
 
-def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _steps(cases: list[CaseResults]) -> tuple[float, Draw]:
     rows: Dots = {}
     for case in cases:
         target = case["facts"]["target"]
@@ -56,7 +57,7 @@ def _steps(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     )
 
 
-def _memory(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _memory(cases: list[CaseResults]) -> tuple[float, Draw]:
     rows: Dots = {}
     kinds = {"default": "default", "lean": "lean"}
     for case in cases:
@@ -65,7 +66,7 @@ def _memory(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     return _dots(rows, "memory", "peak above the STE step's, in copies of the quantized weights")
 
 
-def _layers(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _layers(cases: list[CaseResults]) -> tuple[float, Draw]:
     return _dots(
         _over_base(cases, lambda facts: (facts["comparison"], facts["alternative"])),
         "layers",
@@ -74,7 +75,7 @@ def _layers(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     )
 
 
-def _compiled(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _compiled(cases: list[CaseResults]) -> tuple[float, Draw]:
     rows: Dots = {
         case["name"]: {
             kind: _spread(case["ratios"][f"{kind}, compiled / eager"])
@@ -85,7 +86,7 @@ def _compiled(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     return _dots(rows, "compiled", "time of a compiled step over an eager one's, and quartiles")
 
 
-def _probes(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _probes(cases: list[CaseResults]) -> tuple[float, Draw]:
     def place(facts: Mapping[str, Any]) -> tuple[str, str]:
         return f"{facts['comparison']}: {facts['alternative']}", facts["base"]
 
@@ -94,14 +95,14 @@ def _probes(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
     )
 
 
-def _scaling(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _scaling(cases: list[CaseResults]) -> tuple[float, Draw]:
     sweeps: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         if "FOGZO / STE" in case["ratios"]:
             facts, ratio = case["facts"], case["ratios"]["FOGZO / STE"]
             sweeps.setdefault(facts["sweep"], []).append((facts["value"], ratio["median"]))
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for number, (name, points) in enumerate(sweeps.items()):
             first = points[0][0]
             axes.plot(
@@ -146,9 +147,7 @@ def _over_base(
     return rows
 
 
-def _dots(
-    rows: Dots, title: str, xlabel: str, spread_out: bool = False
-) -> tuple[float, Callable[[Axes], None]]:
+def _dots(rows: Dots, title: str, xlabel: str, spread_out: bool = False) -> tuple[float, Draw]:
     """The height of a panel with one line a row, and what draws it.
 
     Args:
@@ -161,7 +160,7 @@ def _dots(
     names = dict.fromkeys(name for marks in rows.values() for name in marks)
     row = _ROW + _SERIES * (len(names) - 1) if spread_out else _ROW
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for number, (mark, name) in enumerate(zip(_MARKS, names, strict=False)):
             shift = _SERIES / row * (number - (len(names) - 1) / 2) if spread_out else 0.0
             places = [shift + place for place, marks in enumerate(rows.values()) if name in marks]
@@ -193,7 +192,7 @@ def _spread(ratio: Mapping[str, float]) -> tuple[float, float, float]:
     return ratio["median"], ratio["low"], ratio["high"]
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: "Axes") -> None:
     """Beside the axes, where it covers nothing."""
     if not axes.get_legend_handles_labels()[0]:
         return

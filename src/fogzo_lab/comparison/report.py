@@ -4,14 +4,13 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.axes import Axes
 
 from fogzo_lab.comparison import tables
 from fogzo_lab.comparison.compare import CompareConfig
@@ -19,12 +18,15 @@ from fogzo_lab.comparison.intervals import student_interval
 from fogzo_lab.comparison.metrics import Metric
 from fogzo_lab.comparison.results import Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
-from fogzo_lab.figures import drawing
+from fogzo_lab.figures import Draw, drawing
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import write_text
 from fogzo_lab.table import Table
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.run_folder import Metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # They differ in line style and marker as well as in colour, for print and colour-blind readers.
 _STYLES: dict[str, tuple[str, Any, str]] = {
@@ -63,7 +65,7 @@ class Plot:
 def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: Metrics) -> Path:
     """Write report.html of one run and return its path."""
 
-    def loss(axes: Axes) -> None:
+    def loss(axes: "Axes") -> None:
         axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="black")
         axes.set(xlabel="step", ylabel="training loss (nats)")
 
@@ -71,7 +73,7 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
     measured = [m for m in metrics if m.get("agreement") is not None]
     if measured:
 
-        def agreement(axes: Axes) -> None:
+        def agreement(axes: "Axes") -> None:
             steps = [m["step"] for m in measured]
             axes.plot(steps, _smooth([m["agreement"] for m in measured]), color="black")
             _mark_one(axes)
@@ -204,7 +206,7 @@ _AGREEMENT = (
 
 
 def _curves(
-    axes: Axes, rows: Sequence[RowResult], x: str, y: str, xlabel: str, ylabel: str
+    axes: "Axes", rows: Sequence[RowResult], x: str, y: str, xlabel: str, ylabel: str
 ) -> None:
     for number, row in enumerate(rows):
         points = [p for p in row.curve if p.get(y) is not None]
@@ -217,7 +219,9 @@ def _curves(
     _legend(axes)
 
 
-def _line(axes: Axes, row: RowResult, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+def _line(
+    axes: "Axes", row: RowResult, x: Sequence[float], y: Sequence[float], **style: Any
+) -> None:
     colour, dashes, marker = _STYLES[row.name]
     axes.plot(
         x,
@@ -232,7 +236,7 @@ def _line(axes: Axes, row: RowResult, x: Sequence[float], y: Sequence[float], **
     )
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: "Axes") -> None:
     """Below the axes, so that it covers no line however many rows there are."""
     axes.legend(
         fontsize=7,
@@ -244,7 +248,7 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _finals(axes: Axes, rows: Sequence[RowResult], metric: Metric) -> None:
+def _finals(axes: "Axes", rows: Sequence[RowResult], metric: Metric) -> None:
     titles: list[str] = []
     for row in reversed(rows):
         summary = row.summary(metric.key)
@@ -262,7 +266,7 @@ def _finals(axes: Axes, rows: Sequence[RowResult], metric: Metric) -> None:
     axes.set(xlabel=metric.heading)
 
 
-def _learning_rates(axes: Axes, rows: Sequence[RowResult]) -> None:
+def _learning_rates(axes: "Axes", rows: Sequence[RowResult]) -> None:
     for row in rows:
         losses = row.loss_by_rate
         found = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
@@ -285,11 +289,11 @@ def _learning_rates(axes: Axes, rows: Sequence[RowResult]) -> None:
     _legend(axes)
 
 
-def _flips(axes: Axes, rows: Sequence[RowResult]) -> None:
+def _flips(axes: "Axes", rows: Sequence[RowResult]) -> None:
     _curves(axes, rows, "step", "flip_rate", "step", "share of codes that flip")
 
 
-def _agreements(axes: Axes, rows: Sequence[RowResult]) -> None:
+def _agreements(axes: "Axes", rows: Sequence[RowResult]) -> None:
     smooth = []
     for row in rows:
         points = [p for p in row.curve if p.get("agreement") is not None]
@@ -306,7 +310,7 @@ def _smooth(values: Sequence[float], reach: int = 4) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _mark_one(axes: Axes) -> None:
+def _mark_one(axes: "Axes") -> None:
     axes.axhline(1.0, color="#888888", linewidth=0.6)
     axes.set(xlabel="step", ylabel="agreement")
 
@@ -316,7 +320,7 @@ def _at_equal_time(rows: Sequence[RowResult]) -> list[RowResult]:
     return list({row.name: row for row in rows}.values())
 
 
-def _plot(title: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
+def _plot(title: str, caption: str, draw: Draw, height: float = 3.2) -> Plot:
     text = io.StringIO()
     with drawing(text, (4.8, height), font_size=9) as figure:
         draw(figure.subplots())

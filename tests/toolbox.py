@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +18,7 @@ import fogzo
 from fogzo.probing import stacked
 from fogzo.probing.measure import Evaluate
 from fogzo.quantizers import Quantizer
+from forked import Python, finish
 
 # Rows of 8 weights hold groups of 4, and rotated blocks.
 PRESETS: dict[str, Callable[..., Quantizer]] = {
@@ -162,23 +160,7 @@ def run_ranks(program: str, folder: Path, count: int = 2, timeout: float = 180) 
     """
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)
+    finish(*[Python(program, rank, folder) for rank in range(count)], timeout=timeout)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 

@@ -485,7 +485,7 @@ def test_a_plain_tensor_passes_through_untouched():
     assert collectives.full(tensor) is tensor
     assert collectives.shard_like(tensor, tensor) is tensor
     assert collectives.sharded_dims(tensor) == set()
-    assert collectives.sum_over_shards([0.5, tensor], [tensor, tensor])[1] is tensor
+    assert collectives.sum_over_shards([0.5, tensor.sum()], [tensor, tensor]) == [0.5, 6.0]
 
 
 if __name__ == "__main__":

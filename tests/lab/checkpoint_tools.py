@@ -1,9 +1,6 @@
-"""What the tests of checkpoints share: comparing states bit for bit, and starting processes."""
+"""What the tests of checkpoints share: comparing states bit for bit."""
 
-import os
 import struct
-import subprocess
-import sys
 
 import torch
 
@@ -36,23 +33,3 @@ def state_of(step):
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def launch(file, *arguments):
-    """Start a test file as a program."""
-    return subprocess.Popen(
-        [sys.executable, file, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes):
-    """Wait for programs, which must succeed."""
-    try:
-        errors = [process.communicate(timeout=100)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "".join(errors)

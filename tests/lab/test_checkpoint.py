@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_tools import files, finish, launch, same, state_of
+from checkpoint_tools import files, same, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -35,6 +35,7 @@ from fogzo_lab.training.checkpoint import (
     rng_state,
     save_checkpoint,
 )
+from forked import Python, finish
 
 DTYPES = [
     torch.float64,
@@ -365,11 +366,11 @@ def killed_program(folder):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_what_to_do(tmp_path):
-    finish(launch(__file__, "full_disk", tmp_path / "run"))
+    finish(Python(__file__, "full_disk", tmp_path / "run"))
 
 
 def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    finish(launch(__file__, "killed", tmp_path / "run"))
+    finish(Python(__file__, "killed", tmp_path / "run"))
 
 
 def draws():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_tools import files, finish, launch, same, state_of
+from checkpoint_tools import files, same, state_of
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -25,6 +25,7 @@ from fogzo_lab.training.checkpoint import (
     save_checkpoint,
 )
 from fogzo_lab.training.parallel import leave_ranks
+from forked import Python, finish
 
 RANKS = 2
 
@@ -200,7 +201,7 @@ def ranks(tmp_path_factory):
         for step in (1, 2):
             train_step(model, optimizer, step)
         save_checkpoint(folder / f"one-{kind}", 2, state_dicts(model, optimizer), keep=1)
-    finish(*(launch(__file__, folder, rank) for rank in range(RANKS)))
+    finish(*(Python(__file__, folder, rank) for rank in range(RANKS)))
     return folder
 
 

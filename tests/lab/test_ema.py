@@ -1,7 +1,5 @@
 """The averaged weights: the recursion, what a quantized model makes of it, and giving back."""
 
-import os
-import subprocess
 import sys
 import warnings
 
@@ -17,6 +15,7 @@ from fogzo_lab.training.ema import Ema
 from fogzo_lab.training.model_config import MlpConfig
 from fogzo_lab.training.optimizers import build_optimizer
 from fogzo_lab.training.parallel import leave_ranks
+from forked import Python, finish
 
 SGD = TrainConfig(
     recipe="test", model=MlpConfig(), data=ImagesConfig(), optimizer="sgd", learning_rate=0.1
@@ -174,14 +173,7 @@ def test_what_cannot_work_is_refused():
 
 def test_sharded_by_fsdp_it_is_the_same_average(tmp_path):
     """Two real processes, each of which holds and averages its own rows."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(RANKS)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
-    finally:
-        for rank in ranks:
-            rank.kill()
+    finish(*[Python(__file__, tmp_path, rank) for rank in range(RANKS)])
 
 
 def one_rank(folder, rank):

@@ -18,6 +18,7 @@ from fogzo_lab.training.checkpoint import newest_checkpoint
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
 from fogzo_lab.training.loop import train
 from fogzo_lab.training.run_folder import read_metrics
+from forked import Python
 
 STEPS = 300
 OPTIONS = ("--max-steps", STEPS, "--log-every", 1, "--checkpoint-every", 150, "--device", "cpu")
@@ -31,14 +32,7 @@ def config(folder, **changes):
 def start(folder, *more):
     """A training in a process group of its own."""
     arguments = ("train", "digits-mlp", "--output-dir", folder, *OPTIONS, *more)
-    return subprocess.Popen(
-        [sys.executable, "-m", "fogzo_lab.cli.main", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return Python("-m", "fogzo_lab.cli.main", *arguments, new_session=True)
 
 
 def wait_for(folder, step, process):

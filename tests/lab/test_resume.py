@@ -1,12 +1,9 @@
 """Runs that are killed, and go on as if nothing had happened."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -19,6 +16,7 @@ from fogzo_lab.data.config import TextConfig
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.loop import train
 from fogzo_lab.training.run_folder import read_metrics
+from forked import Python
 
 RUNS = {
     # Dropout, random crops, an average of the weights, accumulation and clipping.
@@ -48,11 +46,7 @@ def command(name, folder, *more):
 
 def kill_in_the_middle(arguments, folder, steps):
     """Start a run in a process of its own and kill it once it has logged so many steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fogzo_lab.cli.main", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    process = Python("-m", "fogzo_lab.cli.main", *arguments)
     deadline = time.monotonic() + 120
     log = folder / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < steps:

@@ -1,6 +1,6 @@
 """Training on two ranks against one process: the same global batches, the same numbers.
 
-This file is also the program that each rank runs: ``torchrun test_train_ranks.py FOLDER``.
+This file is also the program that each rank runs.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from fogzo_lab.training.model_config import LlamaConfig
 from fogzo_lab.training.parallel import join_ranks
 from fogzo_lab.training.run_folder import read_metrics
 from fogzo_lab.training.state import Training
+from forked import Python, finish
 
 VARIANTS = {
     f"n={n}, accumulation {k}": {"num_samples": n, "accumulation": k}
@@ -113,21 +115,17 @@ def folder(tmp_path_factory):
         torch.set_default_dtype(torch.float32)
     shutil.copytree(folder / "alone" / "n=1, accumulation 1", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / f"step-{STEPS:06d}")
-    arguments = [*torchrun(), __file__, str(folder)]
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, env=quiet(), check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    # What torchrun tells its processes.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    finish(*[Python(__file__, folder, environment=rank) for rank in ranks], timeout=240)
     return folder
 
 
-def torchrun():
-    options = ("--standalone", "--nproc-per-node", "2")
-    return [sys.executable, "-m", "torch.distributed.run", *options]
-
-
-def quiet():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def assert_same_run(first, second):
@@ -169,11 +167,12 @@ def test_a_run_of_one_process_is_resumed_on_two(folder):
 def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):
     arguments = ("train", "digits-resnet", "--output-dir", tmp_path, "--max-steps", 4)
     arguments += ("--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     done = subprocess.run(
-        [*torchrun(), "-m", "fogzo_lab.cli.main", *map(str, arguments)],
+        [*torchrun, "--nproc-per-node=2", "-m", "fogzo_lab.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=quiet(),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
         timeout=240,
     )

@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 suite: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed  ## build the documentation in site/, an error on any broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

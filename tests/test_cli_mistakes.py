@@ -1,7 +1,6 @@
 """Everything a user can get wrong on the command line: one short message, exit code 2."""
 
 import resource
-import subprocess
 import sys
 
 import datasets
@@ -10,6 +9,7 @@ import pytest
 
 from fogzo_lab.cli.main import main
 from fogzo_lab.training.checkpoint import newest_checkpoint
+from forked import Python, finish
 
 SMALL_LLAMA = ("--model.width", "16", "--model.depth", "1", "--model.heads", "2")
 SMALL_LLAMA += ("--data.context", "16", "--max-steps", "4", "--batch-size", "4")
@@ -155,24 +155,19 @@ def test_a_config_of_another_version_is_refused(says, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_trained(tmp_path):
-    command = ["train", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 30]
+    command = [__file__, "train", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 30]
     command += ["--checkpoint-every", 10, "--model.hidden"]
-    program = [sys.executable, "-m", "fogzo_lab.cli.main", *map(str, command)]
-
-    def limit():
-        # No file may be longer: what a full disk looks like to a process.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
-
-    assert subprocess.run([*program, "16"], check=False, preexec_fn=limit).returncode == 0
-    done = subprocess.run(
-        [*program, "2000", "--overwrite"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=limit,
-    )
-    assert done.returncode == 2
-    assert "could not be written" in done.stderr
-    assert "--resume" in done.stderr
-    assert "Traceback" not in done.stderr
+    finish(Python(*command, 16))
+    process = Python(*command, 2000, "--overwrite")
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "could not be written" in told
+    assert "--resume" in told
+    assert "Traceback" not in told
     assert not list(tmp_path.rglob("*.partial"))
+
+
+if __name__ == "__main__":
+    # No file may be longer: what a full disk looks like to a process.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+    main(sys.argv[1:])

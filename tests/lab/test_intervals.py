@@ -119,7 +119,7 @@ def test_identical_estimators_have_no_winner_but_for_the_promised_errors():
     calls = 0
     for trial in range(60):
         first, second = (
-            [quadratic("fogzo", 5 * trial + seed, stream, steps=25) for seed in range(5)]
+            [quadratic("fogzo", 5 * trial + seed, stream, steps=15) for seed in range(5)]
             for stream in (1, 2)
         )
         calls += called(first, second) != "not significant"

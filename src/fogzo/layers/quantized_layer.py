@@ -84,9 +84,9 @@ class QuantizedLayer(QuantizedInput):
         step sizes, or the weight that they are measured from, are gathered.
         """
         step = self._step()
-        # Of a weight whose step size is kept only the shape matters, so it is not gathered.
-        has_all = step is not None and self.quantizer.companding is None
-        weight = self.weight if has_all else self._whole_weight()
+        # Beside a step size that is kept only the weight's shape matters, so it is not gathered.
+        measures = step is None or self.quantizer.companding is not None
+        weight = self._whole_weight() if measures else self.weight
         return self.quantizer.step_size(weight, step, self.output_dim)
 
     def codes(self) -> Tensor:

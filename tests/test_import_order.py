@@ -27,6 +27,7 @@ LEVELS = {
     "fogzo_lab.figures": 5,
     "fogzo_lab.interleaved": 5,
     "fogzo_lab.options": 5,
+    "fogzo_lab.executors": 5,
     "fogzo_lab.system": 5,
     "fogzo_lab.table": 5,
     "fogzo_lab.data": 6,
@@ -52,6 +53,8 @@ HEAVY = {
     "transformers",
     "datasets",
     "jinja2",
+    "ray",
+    "submitit",
 }
 
 

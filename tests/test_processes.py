@@ -15,7 +15,8 @@ from fogzo_lab.system.signals import Terminated, held_back, raised
 PROGRAM = """
 import logging, multiprocessing, os, pathlib, signal, sys, time
 from fogzo_lab.system import signals
-from fogzo_lab.system.workers import Call, Workers
+from fogzo_lab.executors.calls import Call
+from fogzo_lab.executors.local import Workers
 
 here = pathlib.Path(__file__).parent
 

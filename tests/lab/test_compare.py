@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -40,14 +41,10 @@ def small(folder, **changes):
     return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
 
 
-class InThisProcess:
-    """A pool without processes, each of which would take seconds to import torch."""
+class InThisProcess(contextlib.nullcontext):
+    """An executor without processes, each of which would take seconds to import torch."""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+    shares_files = True
 
     def results(self, calls):
         for call in calls:
@@ -57,7 +54,7 @@ class InThisProcess:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Compare without worker processes, which `comparison` and test_compare_signals.py have."""
-    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
+    monkeypatch.setattr(module, "start_executor", lambda *_: InThisProcess())
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +362,12 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
     config = small(tmp_path, equal_time=False, learning_rates=(1e-2,))
     results = compare(config)
     monkeypatch.setattr(module, "code_version", lambda: "0123456789ab")
-    monkeypatch.setattr(module, "start_pool", lambda workers: pytest.fail("it has begun"))
+    monkeypatch.setattr(module, "start_executor", lambda *_: pytest.fail("it has begun"))
     for refused in (compare, plan):
         with pytest.raises(ValueError, match="--mix-versions") as error:
             refused(config)
         assert "--output-dir" in str(error.value)
-    monkeypatch.setattr(module, "start_pool", lambda workers: InThisProcess())
+    monkeypatch.setattr(module, "start_executor", lambda *_: InThisProcess())
     before = sorted((tmp_path / "runs").iterdir())
     mixed = compare(replace(config, mix_versions=True))
     assert sorted((tmp_path / "runs").iterdir()) == before

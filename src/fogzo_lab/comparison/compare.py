@@ -8,23 +8,30 @@ that FOGZO took. Finished runs are kept and never repeated.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
+from fogzo_lab.comparison.execution import (
+    ExecutionConfig,
+    execute,
+    machines,
+    measure_seconds,
+    start_executor,
+)
 from fogzo_lab.comparison.results import Budget, Comparison
 from fogzo_lab.comparison.rows import ROWS, check_rows
 from fogzo_lab.comparison.run_cache import RunCache, code_version, config_hash
-from fogzo_lab.comparison.runs import Run, execute, missing, start_pool
+from fogzo_lab.comparison.runs import Run, missing
 from fogzo_lab.comparison.summary import best_candidate, summarise, validation_losses
-from fogzo_lab.comparison.timing import run_seconds
+from fogzo_lab.executors.calls import Call, Executor
 from fogzo_lab.options import Example, NonNegativeFloat, Options, PositiveFloat, PositiveInt
 from fogzo_lab.system.devices import find_device
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import dumps, write_text
-from fogzo_lab.system.workers import Call, Workers
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.optimizers import optimizer_class
 from fogzo_lab.training.state import find_weights
@@ -53,7 +60,11 @@ class CompareConfig(Options):
     equal_time: bool = True
     """Also give every row as many steps as fit into FOGZO's seconds."""
     workers: PositiveInt = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes, each of one thread."""
+    """Runs at a time: processes, tasks or jobs."""
+    execution: Annotated[ExecutionConfig, tyro.conf.arg(name="")] = field(
+        default_factory=ExecutionConfig
+    )
+    """Where they are computed."""
     plan: bool = False
     """Only say what would run, and for how long."""
     mix_versions: bool = False
@@ -120,22 +131,26 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
     """
     folder = config.base.output_dir
     cache = _open(config)
-    with cache.lock(), start_pool(config.workers) as pool:
+    executor = start_executor(config.execution, config.workers, folder)
+    with cache.lock(), executor:
         write_text(folder / "config.json", to_json(config))
         # First and alone, so that nothing else runs on the machine meanwhile.
-        seconds = _seconds(config, cache, pool)
+        seconds = _seconds(config, cache, executor)
         cells = _cells(config, seconds)
         tuning = [run for cell in cells for run in cell.tuning(config)]
         rest = len(cells) * (config.num_seeds - (config.tuning_seeds or config.num_seeds))
         progress = _Progress(on_run, len(tuning) + rest, len(tuning) - len(missing(cache, tuning)))
-        execute(pool, cache, tuning, progress.one_more)
+        threads = config.execution.cpus_per_run
+        execute(executor, cache, tuning, threads, progress.one_more)
         chosen = {cell: cell.chosen(config, cache) for cell in cells}
-        execute(pool, cache, [run for runs in chosen.values() for run in runs], progress.one_more)
+        reported = [run for runs in chosen.values() for run in runs]
+        execute(executor, cache, reported, threads, progress.one_more)
     progress.finish()
+    paths = {run.path(cache) for run in [*tuning, *reported]}
     found = Comparison(
         recipe=config.base.recipe,
-        environment=environment(),
-        code=_codes(cache, [*tuning, *(run for runs in chosen.values() for run in runs)]),
+        environment={**environment(), **machines(sorted(paths))},
+        code=_codes(cache, paths),
         grid=config.grid,
         kappas=config.kappas or (config.base.kappa,),
         num_seeds=config.num_seeds,
@@ -196,8 +211,8 @@ def plan(config: CompareConfig) -> Plan:
     Nothing is trained or written; step times that were never measured are measured briefly.
     """
     cache = _open(config)
-    with start_pool(1) as pool:
-        seconds = _seconds(config, cache, pool, rounds=3, keep=False)
+    with start_executor(config.execution, 1, config.base.output_dir) as executor:
+        seconds = _seconds(config, cache, executor, rounds=3, keep=False)
     rows = []
     for cell in _cells(config, seconds):
         tuning = cell.tuning(config)
@@ -259,7 +274,7 @@ def _cells(config: CompareConfig, seconds: dict[str, float]) -> list[_Cell]:
 def _seconds(
     config: CompareConfig,
     cache: RunCache,
-    pool: Workers,
+    executor: Executor[Any],
     rounds: int = 15,
     keep: bool = True,
 ) -> dict[str, float]:
@@ -278,9 +293,13 @@ def _seconds(
         reference = keys["fogzo" if "fogzo" in keys else config.rows[0]]
         unknown = {k: c for k, c in by_key.items() if k not in found or k == reference}
         steps = min(20, max(5, config.base.max_steps // rounds))
-        call = Call("the measurement of step times", run_seconds, (unknown, rounds, steps))
+        call = Call(
+            "the measurement of step times",
+            measure_seconds,
+            (unknown, rounds, steps, config.execution.cpus_per_run),
+        )
         measured: dict[str, float]
-        [measured] = pool.results([call])
+        [measured] = executor.results([call])
         # Should the machine be busier than it was then, it is so for the reference too.
         pace = found.get(reference, measured[reference]) / measured[reference]
         found = {key: seconds * pace for key, seconds in measured.items()} | found
@@ -289,8 +308,8 @@ def _seconds(
     return {name: found[keys[name]] for name in config.rows}
 
 
-def _codes(cache: RunCache, runs: Sequence[Run]) -> dict[str, object]:
-    used = {run.path(cache).name.rpartition("-")[2] for run in runs}
+def _codes(cache: RunCache, paths: Iterable[Path]) -> dict[str, object]:
+    used = {path.name.rpartition("-")[2] for path in paths}
     return {"version": cache.code, "versions_of_runs": sorted(used)}
 
 

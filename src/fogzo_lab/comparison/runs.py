@@ -1,17 +1,14 @@
-"""The runs a comparison is made of, and the processes that train them."""
+"""The runs a comparison is made of, and how one is computed."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.run_cache import RunCache, config_hash, finish
-from fogzo_lab.system.workers import Call, Workers
 from fogzo_lab.training.checkpoint import newest_checkpoint
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
@@ -71,37 +68,19 @@ class Run:
         return cache.path(self.label, self.key)
 
 
-def start_pool(workers: int) -> Workers:
-    """Processes of one thread each."""
-    return Workers(workers, _use_one_thread)
-
-
-def execute(
-    pool: Workers, cache: RunCache, runs: Iterable[Run], on_run: Callable[[], None]
-) -> None:
-    """Run what is not finished; what trains comes before what is quantized from it."""
-    runs = list(runs)
-    trainings = [run.trained for run in runs]
-    for wave in (trainings, [run for run in runs if run.trained is not run]):
-        waiting = {run.path(cache): run for run in wave if cache.result(run.path(cache)) is None}
-        calls = [
-            Call(run.label, _run, (run, path, run.trained.path(cache)))
-            for path, run in waiting.items()
-        ]
-        for _ in pool.results(calls):
-            on_run()
-
-
 def missing(cache: RunCache, runs: Sequence[Run]) -> list[Run]:
     """The runs that are not finished."""
     return [run for run in runs if cache.result(run.path(cache)) is None]
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
+def run_in(run: Run, path: Path, trained: Path) -> None:
+    """Compute a run in its folder.
 
-
-def _run(run: Run, path: Path, trained: Path) -> None:
+    Args:
+        run: What to compute.
+        path: Its folder, whose name is its identity.
+        trained: The folder of the run that trains the network, where that is another one.
+    """
     config = dataclasses.replace(run.config, output_dir=path, resume=False, overwrite=True)
     result = _quantize(run, trained) if ROWS[run.row].quantized_after else _train(config)
     finish(path, config, result)

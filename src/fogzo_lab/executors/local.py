@@ -6,62 +6,43 @@ ends the process. The pool ends its workers in the same way. Workers of joblib o
 that is killed.
 """
 
-import logging
 import os
 import pickle
 import signal
 import threading
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import active_children, connection, get_context
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
 
+from fogzo_lab.executors.calls import Call, Died, Executor, outcome
 from fogzo_lab.system.signals import ENDING, held_back
 
-_LOG = logging.getLogger(__name__)
 _SPAWN = get_context("spawn")
 # Seconds after which an ending worker is killed.
 _PATIENCE = 5.0
 _PATIENCE_AFTER_ERROR = 0.5
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call for a worker to compute.
-
-    Attributes:
-        name: Its name in messages.
-        function: A function that can be pickled, as can its arguments and its result.
-        arguments: Its arguments.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-class Workers:
+class Workers(Executor["_Worker"]):
     """Processes that compute one call at a time each, started when there is work for them.
 
-    Within the ``with`` block `results` may be called repeatedly. If the block ends with an
-    exception, calls that are being computed end with it.
-
     Args:
-        count: Maximum number of processes.
+        at_once: Maximum number of processes.
         prepare: Function that each calls first.
     """
 
-    def __init__(self, count: int, prepare: Callable[[], object] = object) -> None:
-        self._count = count
+    shares_files = True
+    advice = "If memory ran out, use fewer --workers; what is finished is kept"
+
+    def __init__(self, at_once: int, prepare: Callable[[], object] = object) -> None:
+        super().__init__(at_once)
         self._prepare = pickle.dumps(prepare)
         self._all: list[_Worker] = []
-        self._computing: dict[Any, tuple[_Worker, Call]] = {}  # by connection
         self._lifeline, self._hold = _SPAWN.Pipe(duplex=False)
 
     def __enter__(self) -> "Workers":
@@ -79,55 +60,29 @@ class Workers:
             _join(self._all, _PATIENCE_AFTER_ERROR)
             self._lifeline.close()
 
-    def results(self, calls: Iterable[Call]) -> Iterator[Any]:
-        """Compute calls, and yield their results in the order of completion.
+    def _start(self, call: Call) -> "_Worker":
+        worker = next((one for one in self._all if one not in self._computing), None)
+        if worker is None:
+            with held_back():  # so that a started process is always one of the pool
+                worker = _Worker(self._lifeline, self._prepare)
+                self._all.append(worker)
+        worker.give(call)
+        return worker
 
-        A call whose process dies (killed for memory, say) is computed again, once. After an
-        exception the pool computes nothing more.
+    def _wait(self, computing: Collection["_Worker"]) -> Iterable["_Worker"]:
+        ready = connection.wait([worker.connection for worker in computing])
+        return [worker for worker in computing if worker.connection in ready]
 
-        Raises:
-            ChildProcessError: If a process dies in a call for the second time.
-            Exception: The exception of a call, with the worker's traceback as a note.
-        """
-        waiting = deque(calls)
-        deaths: Counter[int] = Counter()
-        computing = self._computing
-        assert not computing, "its results were not taken, or it has raised an exception"
-        while waiting or computing:
-            while waiting and (worker := self._idle()) is not None:
-                call = waiting.popleft()
-                worker.give(call)
-                computing[worker.connection] = worker, call
-            for ready in connection.wait(list(computing)):
-                worker, call = computing.pop(ready)
-                try:
-                    answer = worker.connection.recv_bytes()
-                except (EOFError, OSError):
-                    self._all.remove(worker)
-                    how = worker.death()
-                    deaths[id(call)] += 1
-                    if deaths[id(call)] > 1:
-                        raise ChildProcessError(
-                            f"{call.name}: its process died twice, now {how}. If memory ran out, "
-                            "use fewer --workers; what is finished is kept"
-                        ) from None
-                    _LOG.warning("%s: its process died (%s); it runs again", call.name, how)
-                    waiting.appendleft(call)
-                    continue
-                value, error = pickle.loads(answer)
-                if error is not None:
-                    raise error
-                yield value
-
-    def _idle(self) -> "_Worker | None":
-        for worker in self._all:
-            if worker.connection not in self._computing:
-                return worker
-        if len(self._all) == self._count:
-            return None
-        with held_back():  # so that a started process is always one of the pool
-            self._all.append(_Worker(self._lifeline, self._prepare))
-        return self._all[-1]
+    def _answer(self, worker: "_Worker") -> Any:
+        try:
+            answer = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            self._all.remove(worker)
+            raise Died(worker.death()) from None
+        value, error = pickle.loads(answer)
+        if error is not None:
+            raise error
+        return value
 
 
 class _Worker:
@@ -191,13 +146,7 @@ def _work(calls: connection.Connection, lifeline: connection.Connection, prepare
             sent = calls.recv_bytes()
         except (EOFError, OSError):
             return
-        value, failure = None, None
-        try:
-            function, arguments = pickle.loads(sent)
-            value = function(*arguments)
-        except Exception as error:
-            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-            failure = error
+        value, failure = outcome(_call, (sent,))
         try:
             answer = pickle.dumps((value, failure))
             if failure is not None:
@@ -207,6 +156,11 @@ def _work(calls: connection.Connection, lifeline: connection.Connection, prepare
             answer = pickle.dumps((None, RuntimeError(f"a worker has failed:\n{said}")))
         with suppress(OSError):  # the parent no longer waits for it
             calls.send_bytes(answer)
+
+
+def _call(sent: bytes) -> Any:
+    function, arguments = pickle.loads(sent)
+    return function(*arguments)
 
 
 def _die_with(lifeline: connection.Connection) -> None:

@@ -1,0 +1,1 @@
+"""Where calls are computed: in processes here, on a Ray cluster, or as jobs of Slurm."""

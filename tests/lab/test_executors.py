@@ -1,0 +1,166 @@
+"""Comparisons whose runs other machines compute: the same numbers, whoever dies meanwhile."""
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from fogzo_lab.comparison import compare as module
+from fogzo_lab.comparison.compare import CompareConfig, compare
+from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
+from fogzo_lab.comparison.run_cache import code_version
+from fogzo_lab.comparison.runs import Run
+from fogzo_lab.recipes import RECIPES
+
+
+def config_in(folder, rows=("ptq", "fogzo"), **execution):
+    # A float network is quantized after training, so that its checkpoint has to travel.
+    base = replace(RECIPES["digits-mlp"](), max_steps=60, output_dir=folder)
+    return CompareConfig(
+        base=base,
+        rows=rows,
+        learning_rates=(3e-3,),
+        num_seeds=2,
+        equal_time=False,
+        workers=2,
+        execution=ExecutionConfig(**execution),
+    )
+
+
+def numbers(folder):
+    """What does not depend on the speed or the name of a machine."""
+    results = json.loads((folder / "results.json").read_text())
+    for row in results["rows"]:
+        del row["seconds"]
+        for part in (*row["seeds"], *row["curve"]):
+            del part["seconds"]
+    return {name: results[name] for name in ("code", "grid", "rows", "differences")}
+
+
+class HereAndNow(contextlib.nullcontext):
+    """An executor without processes."""
+
+    def __init__(self, shares_files):
+        super().__init__(self)
+        self.shares_files = shares_files
+
+    def results(self, calls):
+        for call in calls:
+            yield call.function(*call.arguments)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A comparison whose runs share files, and its numbers."""
+    folder = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "start_executor", lambda *_: HereAndNow(shares_files=True))
+        found = compare(config_in(folder))
+    assert "machines" not in found.environment
+    return folder
+
+
+def in_known_time(folder, local):
+    """A folder of a comparison that need not measure step times."""
+    shutil.copy(local / "timing.json", folder)
+    return folder
+
+
+def test_files_travel_where_they_are_not_shared(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "start_executor", lambda *_: HereAndNow(shares_files=False))
+    found = compare(config_in(tmp_path))
+    assert numbers(tmp_path) == numbers(local)
+    # Two of FOGZO, two that are quantized; the float ones behind them are no row.
+    assert found.environment["machines"].startswith("4 runs: ")
+    compare(config_in(tmp_path))  # nothing is left to run
+    assert numbers(tmp_path) == numbers(local)
+
+
+@contextlib.contextmanager
+def one_death(is_at_work):
+    """Kill one of the processes that are at work on a run, as soon as there is one."""
+    killed, over = [], threading.Event()
+
+    def watch():
+        while not killed and not over.is_set():
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if is_at_work(process):
+                        process.kill()
+                        killed.append(process)
+                        return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_ray_computes_the_same_and_a_worker_may_die(local, tmp_path, caplog):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'fogzo[ray]'")
+    with one_death(lambda process: "ray::fogzo-lr" in " ".join(process.cmdline())) as killed:
+        found = compare(config_in(in_known_time(tmp_path, local), executor="ray"))
+    assert killed
+    assert "its process died" in caplog.text
+    assert numbers(tmp_path) == numbers(local)
+    assert found.environment["machines"].startswith("4 runs: ")
+
+
+def test_submitit_computes_the_same_and_a_job_may_die(local, tmp_path, caplog, monkeypatch):
+    submitit = pytest.importorskip(
+        "submitit", reason="submitit is not installed: pip install 'fogzo[slurm]'"
+    )
+    # It waits for the answer of a dead job, which a slow file system may bring late.
+    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 1)
+    with one_death(
+        lambda process: (
+            "submitit.core._submit" in process.cmdline() and process.cpu_times().user > 1
+        )
+    ) as killed:
+        compare(
+            config_in(
+                in_known_time(tmp_path, local),
+                rows=("fogzo",),
+                executor="slurm",
+                slurm_cluster="local",
+            )
+        )
+    assert killed
+    assert "its process died" in caplog.text
+    assert numbers(tmp_path)["rows"] == numbers(local)["rows"][1:]
+
+
+def test_other_code_or_other_data_are_refused(tmp_path, monkeypatch):
+    run = Run("fogzo", replace(RECIPES["digits-mlp"](), max_steps=1))
+    with pytest.raises(ValueError, match="another version of fogzo or torch"):
+        run_elsewhere(run, tmp_path / "a-b-c", {}, 1, "0123456789ab")
+    with pytest.raises(ValueError, match="other data than the driver at ImagesConfig"):
+        run_elsewhere(run, tmp_path / "fogzo-0123-4567", {}, 1, code_version())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"gpus_per_run": 1}, "--executor ray"),
+        ({"executor": "slurm", "gpus_per_run": 0.5}, "--gpus-per-run 1, or --executor ray"),
+        ({"executor": "dask"}, "one of local, ray, slurm"),
+    ],
+)
+def test_what_an_executor_cannot_do_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        ExecutionConfig(**options)
+
+
+def test_without_slurm_the_message_says_how_to_try(tmp_path):
+    pytest.importorskip("submitit")
+    with pytest.raises(ValueError, match=r"no srun.*--slurm-cluster local"):
+        compare(config_in(tmp_path, executor="slurm"))

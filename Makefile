@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # What keeps glibc from handing memory back to the system between two forwards.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
-.PHONY: demo test lint suite docs benchmarks results results-check clean
+.PHONY: demo test lint suite docs benchmarks gpu results results-check clean
 
 demo: .venv/installed  ## train and compare on real digits, write runs/demo/report.html
 	$(BIN)/fogzo compare digits-mlp --output-dir runs/demo
@@ -32,6 +32,9 @@ benchmarks: .venv/installed  ## measure again what is said of cost, 20 minutes o
 		--output-dir benchmarks/two-threads
 	$(KEEP_MEMORY) $(BIN)/fogzo bench --suite full --only steps --output-dir benchmarks/kept-memory
 	$(BIN)/python experiments/tables.py
+
+gpu:  ## on a machine with a GPU, by its own Python and torch: tests, costs, two networks at full width
+	$(PYTHON) experiments/gpu.py --resume
 
 results: .venv/installed  ## rewrite the tables of docs/ and the reports from the committed JSON
 	$(BIN)/python experiments/tables.py

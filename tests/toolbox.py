@@ -86,16 +86,19 @@ EVERY_WAY = pytest.mark.parametrize("evaluate", WAYS)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that do not depend on the global stream."""
-    return torch.randn(*shape, generator=Generator().manual_seed(seed), dtype=dtype)
+    """Normal numbers that do not depend on the global stream, the same on every device."""
+    generator = Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def fill(model: nn.Module, std: float = 0.3, seed: int = 0) -> nn.Module:
     """The model with parameters that do not depend on the global stream."""
-    generator = Generator().manual_seed(seed)
+    generator = Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
-            param.normal_(0, std, generator=generator)
+            drawn = torch.empty(param.shape, dtype=param.dtype, device="cpu")
+            param.copy_(drawn.normal_(0, std, generator=generator))
     return model
 
 
@@ -146,7 +149,7 @@ def in_chunks_of(
     """Let stacked probes of these weights take so many directions at a time."""
     params = [weight.param for weight in weights]
     size = sum(p.numel() * (p.itemsize + max(p.itemsize, 4)) for p in params)
-    monkeypatch.setitem(stacked._MAX_BYTES, "cpu", count * size)
+    monkeypatch.setitem(stacked._MAX_BYTES, torch.get_default_device().type, count * size)
 
 
 def run_ranks(program: str, folder: Path, count: int = 2, timeout: float = 180) -> list[Any]:
@@ -184,7 +187,7 @@ def streams_put_back(seed: int | None = None) -> Iterator[None]:
     """Let a test draw from the global streams, from a seed, without shifting those of others."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             if seed is not None:
                 torch.manual_seed(seed)
                 random.seed(seed)
@@ -217,7 +220,8 @@ class Snapshot:
         }
         self.modes = [m.training for m in model.modules()]
         self.hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-        self.streams = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        self.torch_streams = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.streams = random.getstate(), str(np.random.get_state())
         self.gradients_on = torch.is_grad_enabled()
 
     def assert_same(self, rewritten: Collection[str] = ()) -> None:
@@ -234,8 +238,8 @@ class Snapshot:
                 assert_bits_equal(grad, value)
         assert now.modes == self.modes
         assert now.hooks == self.hooks
-        assert torch.equal(now.streams[0], self.streams[0])
-        assert now.streams[1:] == self.streams[1:]
+        assert all(map(torch.equal, now.torch_streams, self.torch_streams))
+        assert now.streams == self.streams
         assert now.gradients_on == self.gradients_on
 
 

@@ -27,7 +27,7 @@ def mlp():
     with torch.device("meta"):
         layers = [nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Tanh()]
         model = nn.Sequential(*layers, nn.Linear(8, 3, bias=False))
-    return fill(model.to_empty(device="cpu"), 0.5)
+    return fill(model.to_empty(device=torch.get_default_device()), 0.5)
 
 
 @cache

@@ -486,7 +486,7 @@ def test_one_shared_autocast_block_does_not_hide_the_perturbation(evaluate):
     x, y = batch()
     triples = [("w", linear.weight, 0.5)]
     estimator = fogzo.FogzoEstimator(triples, noise_share=0.5, model=linear, evaluate=evaluate)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         loss = backward(lambda: mse_loss(linear(x).float(), y))
         stats = estimator.refine_grads_(lambda: mse_loss(linear(x).float(), y), expected_loss=loss)
         after = mse_loss(linear(x).float(), y)
@@ -501,7 +501,7 @@ def test_an_error_in_a_shared_autocast_block_leaves_no_perturbed_cast_behind(eva
     x, y = batch()
     triples = [("w", linear.weight, 0.5)]
     estimator = fogzo.FogzoEstimator(triples, noise_share=0.5, model=linear, evaluate=evaluate)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         loss = backward(lambda: mse_loss(linear(x).float(), y))
 
         def closure():

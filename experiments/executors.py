@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     path = arguments.output_dir / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
     rows = {
         name: measure(name, arguments.runs, arguments.at_once) for name in arguments.only or WAYS

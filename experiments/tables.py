@@ -105,7 +105,16 @@ KAPPAS = {
     "LLaMA, kappa 0.01": "shakespeare-llama-identity",
 }
 SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept-memory"}
-SCRIPTS = ("agreement", "embedded", "forwards", "regression", "step-cost", "synthetic-law", "toy")
+SCRIPTS = (
+    "agreement",
+    "embedded",
+    "executors",
+    "forwards",
+    "regression",
+    "step-cost",
+    "synthetic-law",
+    "toy",
+)
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def test_there_are_no_cycles():
 
 def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight():
     program = (
-        "import sys, fogzo, fogzo_lab.cli.main, fogzo_lab.system.workers;"
+        "import sys, fogzo, fogzo_lab.cli.main, fogzo_lab.executors.local;"
         "assert 'torch' not in sys.modules; fogzo.lsq;"
         "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         quantize_,
         quantized_weights,
     )
+    from fogzo.probing import LinearizedLoss
     from fogzo.quantizers import Quantizer, abs_max, bbq, fixed, lsq, quest, sign, ternary
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "ControlVariateEstimator",
     "FogzoEstimator",
     "GradientEstimator",
+    "LinearizedLoss",
     "PlaceboEstimator",
     "QuantizedLayer",
     "QuantizedWeight",
@@ -66,7 +68,7 @@ def __getattr__(name: str) -> Any:
     # Torch takes a second or more to import, and comes with the first name that is asked for:
     # before it, a command must be able to answer Ctrl-C, and a worker to see its parent die.
     if not name.startswith("__") and "quantize_" not in globals():
-        sources = ("estimators", "layers", "quantizers")
+        sources = ("estimators", "layers", "probing", "quantizers")
         found = [vars(import_module(f"{__name__}.{source}")) for source in sources]
         globals().update({n: names[n] for names in found for n in __all__ if n in names})
         import_module(f"{__name__}.methods")  # a room of its own: fogzo.methods.cage

@@ -1,7 +1,7 @@
 """A layer whose own forward sees quantized weights."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -41,6 +41,8 @@ class QuantizedLayer(QuantizedInput):
     _loading: bool = False
     # In which the last forward pass saw the weight, as FSDP gathers it in another. None before.
     _forward_dtype: torch.dtype | None = None
+    observe_quantized_weight: Callable[[Tensor], None] | None = None
+    """Called with the quantized weight of every eager forward pass; no copy of the layer has it."""
 
     @property
     def forward_ran(self) -> bool:
@@ -71,6 +73,8 @@ class QuantizedLayer(QuantizedInput):
                 return super().forward(*args, **kwargs)
             finally:
                 del self.__dict__["weight"]
+        if self.observe_quantized_weight is not None:
+            self.observe_quantized_weight(weight)
         # Threads may share the layer, so the quantized weight lives on an object of this call's.
         view = object.__new__(_view_class(type(self)))
         object.__setattr__(view, "__dict__", self.__dict__)
@@ -279,7 +283,9 @@ class QuantizedLayer(QuantizedInput):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so pickle must be told how to make it again.
-        return _new_layer, (plain_class(self),), self.__getstate__()
+        state = self.__getstate__()
+        state.pop("observe_quantized_weight", None)
+        return _new_layer, (plain_class(self),), state
 
 
 def warn_of_stale_step_sizes(names: list[str]) -> None:

@@ -1,0 +1,102 @@
+"""The loss to first order in the rounded weights: probes that need no forward pass."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import is_sharded
+from fogzo.layers.quantized_layer import QuantizedLayer
+
+
+class LinearizedLoss:
+    """``sum g . Q(w)``: backward's exact gradient g at the rounded weights, times their values.
+
+    A closure for `refine_grads_` that stands for the loss itself. A probe then measures
+    ``g . [Q(w + v) - Q(w - v)] / 2``, two roundings and a product, instead of two forward passes.
+    It is exact where the loss is linear between the probes. What the loss's curvature adds is all
+    that forward passes know beyond it.
+
+    Unlike ``param.grad``, g is what reaches the rounded weights, before the surrogate masks or
+    scales it. It is added up over the backward passes of a step, and begins anew after a probe or
+    when the weights have changed.
+
+    Example::
+
+        linear = fogzo.LinearizedLoss(model)
+        ...
+        loss.backward()
+        estimator.refine_grads_(linear)
+
+    With gradients that are scaled against underflow, give the closure ``lambda: linear() / scale``.
+
+    Args:
+        model: A model after `quantize_`. It keeps one gradient more per quantized weight.
+
+    Raises:
+        ValueError: If it has no quantized layers, or another linearized loss already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+        if not self._layers:
+            raise ValueError(
+                "the model has no quantized layers whose gradients could be kept: "
+                "fogzo.quantize_(model, fogzo.lsq(bits=2)); fogzo.LinearizedLoss(model)"
+            )
+        if any(layer.observe_quantized_weight is not None for layer in self._layers):
+            raise ValueError(
+                "the model has a LinearizedLoss already, which would no longer be told of its "
+                "gradients: use that one, or call its close() first"
+            )
+        self._grads: dict[QuantizedLayer, Tensor] = {}
+        self._versions: dict[QuantizedLayer, int] = {}
+        self._probed = False
+        for layer in self._layers:
+            layer.observe_quantized_weight = partial(self._observe, layer)
+
+    def __call__(self) -> Tensor:
+        """The value at the present weights, float64.
+
+        Raises:
+            ValueError: If no backward pass has reached the quantized weights, or they are sharded.
+        """
+        if not self._grads:
+            raise ValueError(
+                "no gradient has reached the rounded weights since they changed: compute the loss "
+                "and call backward after fogzo.LinearizedLoss(model) and before the estimator. "
+                "Compiled models and closures of their own do not tell it"
+            )
+        self._probed = True
+        terms = [
+            torch.sum(grad.double() * layer.quantized_weight().double())
+            for layer, grad in self._grads.items()
+        ]
+        return torch.stack(terms).sum()
+
+    def close(self) -> None:
+        """Keep no gradients any more."""
+        for layer in self._layers:
+            layer.observe_quantized_weight = None
+        self._grads.clear()
+
+    def _observe(self, layer: QuantizedLayer, weight: Tensor) -> None:
+        """Called with the quantized weight of every forward pass."""
+        if is_sharded(layer.weight):
+            raise ValueError(
+                "a LinearizedLoss needs whole gradients, and FSDP's ranks hold shards: use DDP, or "
+                "let the estimator measure the loss itself"
+            )
+        if weight.requires_grad:
+            weight.register_hook(partial(self._add, layer))
+
+    def _add(self, layer: QuantizedLayer, grad: Tensor) -> None:
+        version = layer.weight._version
+        if self._probed or self._versions.get(layer, version) != version:
+            # Another step: what is left of the last one is of other weights.
+            self._grads.clear()
+            self._versions.clear()
+            self._probed = False
+        self._versions[layer] = version
+        kept = self._grads.get(layer)
+        self._grads[layer] = grad.detach().clone() if kept is None else kept + grad.detach()

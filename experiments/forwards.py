@@ -178,7 +178,7 @@ def outcome(cell: Cell, row: RowResult) -> dict[str, Any]:
         "steps": cell.steps,
         "forwards": row.forward_equivalents,
         "learning_rate": row.learning_rate,
-        "kappa": row.kappa,
+        "kappa": row.value,
         "at_edge_of_grid": row.at_edge_of_grid,
         "tuning_runs": row.tuning_runs,
         "train_loss": row.values("train_loss"),

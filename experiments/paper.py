@@ -1,4 +1,4 @@
-"""The paper's comparisons, at a size that two CPU cores train.
+"""The paper's comparisons, and of other methods, at a size that two CPU cores train.
 
     python experiments/paper.py [NAME ...] [--plan] [--workers 2]
 
@@ -28,6 +28,10 @@ MIXED_ROWS = (*CORE_ROWS, "ste-then-fogzo")
 CHEAPER_ROWS = (*CORE_ROWS, "fogzo-one-sided", "fogzo-eighth", "fogzo-every-4")
 LAW_ROWS = tuple(f"fogzo-{law}" for law in ("triangular", "normal", "logistic", "rademacher"))
 LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
+
+METHOD_ROWS = ("float", "ptq", *CORE_ROWS, "ste-stable-qat", "ste-bbq", "float-then-ste")
+METHOD_ROWS += ("ste-cage", "ste-winq", "ste-dampening", "ste-cewt", "parq")
+PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
 LITERAL: dict[str, Any] = {"agreement": "measured"}
 """The paper's estimator takes the measured agreement as it is."""
@@ -85,6 +89,10 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"radius-{radius:g}-mnist-mlp"] = small(
             replace(short, radius=radius), equal_time=False
         )
+    found["methods-mnist-mlp"] = methods(
+        QuantizerConfig(preset="fixed", bits=2), METHOD_ROWS + PUBLISHED_ROWS
+    )
+    found["methods-mnist-mlp-lsq"] = methods(QuantizerConfig(preset="lsq", bits=2), METHOD_ROWS)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -97,6 +105,20 @@ def mnist_mlp() -> TrainConfig:
     """784-10-10, six epochs."""
     recipe = replace(RECIPES["mnist-mlp"](), kappa=0.1, noise_shape="isotropic", **LITERAL)
     return replace(recipe, data=replace(recipe.data, dataset="data/mnist"), log_every=50)
+
+
+def methods(quantizer: QuantizerConfig, rows: tuple[str, ...]) -> CompareConfig:
+    """The methods that a user would weigh, three epochs, FOGZO with the defaults."""
+    recipe = replace(RECIPES["mnist-mlp"](), quantizer=quantizer, log_every=50)
+    data = replace(recipe.data, dataset="data/mnist")
+    base = replace(recipe, data=data, max_steps=recipe.max_steps // 2)
+    return CompareConfig(
+        base=base,
+        rows=rows,
+        learning_rates=(9.49e-4, 3e-3, 9.49e-3, 0.03),
+        kappas=(1e-3, 0.03, 1.0),
+        tuning_seeds=1,
+    )
 
 
 def deep_images() -> dict[str, TrainConfig]:

@@ -83,9 +83,20 @@ def export_run(config: ExportConfig) -> ExportReport:
             f"{folder} was trained in float, and there are no integers to export: train it with "
             f"--quantizer.preset lsq --initial-weights {folder}"
         )
+    if settings.method.name == "parq":
+        raise ValueError(
+            f"{folder} was trained by PARQ, which has no quantized layers but weights on levels of "
+            "torchao's: train it with --method.name cage, or export with torchao_convert of its "
+            "QuantOptimizer"
+        )
     task = load_task(settings)
     model = build_model(settings, task.shapes)
-    load_weights(model, config.run)
+    step = load_weights(model, config.run)
+    if step < round(settings.quantize_from * settings.max_steps):
+        raise ValueError(
+            f"{config.run} is still in float at step {step}, before its quantization begins: "
+            f"go on, fogzo train {settings.recipe} --output-dir {folder} --resume"
+        )
     return export(
         model.eval(),
         config.output or folder / "export" / config.format,

@@ -1,8 +1,8 @@
 """Comparing estimators: every row gets the same weights, data order, seeds and learning rates.
 
-The learning rate of each row, and kappa where it has one, is chosen by mean validation loss over
-grids that the rows share, and reported on test data. A second budget gives every row the seconds
-that FOGZO took. Finished runs are kept and never repeated.
+The learning rate of each row, and a parameter of its own where it has one (such as kappa), is
+chosen by mean validation loss over grids, and reported on test data. A second budget gives every
+row the seconds that FOGZO took. Finished runs are kept and never repeated.
 """
 
 import json
@@ -34,6 +34,7 @@ from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import dumps, write_text
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.optimizers import optimizer_class
+from fogzo_lab.training.parq import check_installed
 from fogzo_lab.training.state import find_weights
 
 _GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
@@ -53,8 +54,10 @@ class CompareConfig(Options):
     """The grid for every row; by default half-decades around the recipe's learning rate."""
     kappas: Annotated[tuple[NonNegativeFloat, ...] | None, Example((0.01, 0.1))] = None
     """The grid for every row that has a kappa; by default the recipe's alone."""
+    tune_methods: bool = True
+    """Tune the strength, or the like, of each method too; otherwise take the authors'."""
     num_seeds: PositiveInt = 5
-    """Seeds of the chosen learning rate and kappa."""
+    """Seeds of the candidate that is chosen."""
     tuning_seeds: Annotated[PositiveInt | None, Example(2)] = None
     """Seeds that the grids are tried with; by default all."""
     equal_time: bool = True
@@ -87,6 +90,22 @@ class CompareConfig(Options):
         centre = self.base.learning_rate
         return self.learning_rates or tuple(float(f"{centre * f:.3g}") for f in _GRID)
 
+    def values(self, row: str) -> tuple[float | None, ...]:
+        """The values of a row's own parameter that are tried; None where it has none."""
+        parameter = ROWS[row].parameter
+        if parameter is None:
+            return (None,)
+        if parameter.published is None:
+            return self.kappas or (self.base.kappa,)
+        return parameter.grid if self.tune_methods else (parameter.published,)
+
+    def usual_value(self, row: str) -> float | None:
+        """The value that step times are measured with, on which they do not depend."""
+        parameter = ROWS[row].parameter
+        if parameter is None:
+            return None
+        return self.base.kappa if parameter.published is None else parameter.published
+
 
 @dataclass(frozen=True)
 class _Cell:
@@ -97,16 +116,17 @@ class _Cell:
     steps: int
 
     def tuning(self, config: CompareConfig) -> list[Run]:
-        kappas = (config.kappas or (config.base.kappa,)) if ROWS[self.row].has_kappa else (0.0,)
-        candidates = [(rate, kappa) for kappa in kappas for rate in config.grid]
+        candidates = [(rate, own) for own in config.values(self.row) for rate in config.grid]
         seeds = config.tuning_seeds or config.num_seeds
         return [run for c in candidates for run in self.seeds(config, c, seeds)]
 
-    def seeds(self, config: CompareConfig, candidate: tuple[float, float], count: int) -> list[Run]:
-        rate, kappa = candidate
-        recipe = replace(_plain(config.base), max_steps=self.steps, learning_rate=rate, kappa=kappa)
+    def seeds(
+        self, config: CompareConfig, candidate: tuple[float, float | None], count: int
+    ) -> list[Run]:
+        rate, own = candidate
+        recipe = replace(_plain(config.base), max_steps=self.steps, learning_rate=rate)
         first = config.base.seed
-        return [Run(self.row, replace(recipe, seed=first + i)) for i in range(count)]
+        return [Run(self.row, replace(recipe, seed=first + i), own) for i in range(count)]
 
     def chosen(self, config: CompareConfig, cache: RunCache) -> list[Run]:
         """All seeds of the best candidate; the tuning must be finished."""
@@ -232,8 +252,8 @@ def plan(config: CompareConfig) -> Plan:
 
 
 def _plain(base: TrainConfig) -> TrainConfig:
-    """The recipe without what is not compared."""
-    return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=())
+    """The recipe without what is not compared, and without kappa, which rows put in."""
+    return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=(), kappa=0.0)
 
 
 def _check_possible(recipe: TrainConfig) -> None:
@@ -246,6 +266,8 @@ def _check_possible(recipe: TrainConfig) -> None:
 
 def _open(config: CompareConfig) -> RunCache:
     _check_possible(config.base)
+    if "parq" in config.rows:
+        check_installed()
     cache = RunCache(config.base.output_dir, code_version(), config.mix_versions)
     cells = [_Cell(name, "steps", config.base.max_steps) for name in config.rows]
     cache.check_versions((run.label, run.key) for cell in cells for run in cell.tuning(config))
@@ -284,7 +306,7 @@ def _seconds(
     """
     # A small rate, so that no weights diverge while they are timed; and the same for every grid.
     base = replace(_plain(config.base), learning_rate=config.base.learning_rate / 100)
-    configs = {name: ROWS[name].change(base) for name in config.rows}
+    configs = {name: ROWS[name].config(base, config.usual_value(name)) for name in config.rows}
     keys = {name: config_hash(row) for name, row in configs.items()}
     by_key = {keys[name]: row for name, row in configs.items()}
     timing = cache.timing()

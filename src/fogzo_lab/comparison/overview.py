@@ -127,7 +127,7 @@ def tuning_table(comparisons: Mapping[str, Comparison]) -> Table:
                 )
             gap = main.called(comparison.interval(row, main))
             edge = " (edge)" if row.at_edge_of_grid else ""
-            kappa = "" if row.kappa is None else f"{row.kappa:g}"
+            kappa = "" if row.value is None else f"{row.value:g}"
             reached = main.spread(row.summary(main.key))
             rows.append([label, row.label, f"{row.learning_rate:g}{edge}", kappa, reached, gap])
     heading = ["comparison", "gradient", "learning rate", "kappa", "test metric", "FOGZO − row"]

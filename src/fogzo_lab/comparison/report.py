@@ -46,6 +46,19 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     "fogzo-normal": ("#88CCEE", (0, (1, 2)), "p"),
     "fogzo-logistic": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
     "fogzo-rademacher": ("#44AA99", (0, (7, 2)), "X"),
+    "ste-stable-qat": ("#E69F00", "solid", "P"),
+    "ste-bbq": ("#56B4E9", "solid", "s"),
+    "fogzo-bbq": ("#56B4E9", "dashed", "o"),
+    "float-then-ste": ("#D55E00", "dotted", "<"),
+    "float-then-fogzo": ("#000000", "dotted", ">"),
+    "ste-cage": ("#117733", "solid", "^"),
+    "ste-cage-published": ("#117733", "dotted", "^"),
+    "ste-winq": ("#882255", "solid", "v"),
+    "ste-winq-published": ("#882255", "dotted", "v"),
+    "ste-dampening": ("#332288", "solid", "p"),
+    "ste-dampening-published": ("#332288", "dotted", "p"),
+    "ste-cewt": ("#44AA99", "dashdot", "X"),
+    "parq": ("#999933", "dashed", "8"),
     "fogzo-one-sided": ("#332288", (0, (5, 1)), "<"),
     "fogzo-eighth": ("#117733", (0, (3, 1, 1, 1)), ">"),
     "fogzo-every-4": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
@@ -142,13 +155,11 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
     ]
     chosen = [
         dataclasses.asdict(
-            ROWS[row.name].change(
+            ROWS[row.name].config(
                 dataclasses.replace(
-                    config.base,
-                    learning_rate=row.learning_rate,
-                    kappa=config.base.kappa if row.kappa is None else row.kappa,
-                    max_steps=row.steps,
-                )
+                    config.base, learning_rate=row.learning_rate, max_steps=row.steps
+                ),
+                row.value,
             )
         )
         | {"row": row.title}
@@ -180,11 +191,16 @@ _QUESTION = (
 
 def _method(config: CompareConfig, comparison: Comparison) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in comparison.grid)
-    kappas = ", ".join(f"{kappa:g}" for kappa in comparison.kappas)
+    own = {
+        f"{row.label} ({row.parameter} {', '.join(f'{value:g}' for value in tried)})": None
+        for row in comparison.rows
+        if (tried := list(dict.fromkeys(c.value for c in row.tuning if c.value is not None)))
+    }
+    also = f", each of them with every value of a parameter of its own: {'; '.join(own)}"
     return [
-        f"Every row tried the learning rates {rates} with {comparison.tuning_seeds} seeds, rows "
-        f"with a kappa each of them with kappa {kappas}; the candidate of lowest mean validation "
-        f"loss was run with {comparison.num_seeds} seeds and is reported on test data. All rows "
+        f"Every row tried the learning rates {rates} with {comparison.tuning_seeds} seeds"
+        f"{also if own else ''}. The candidate of lowest mean validation loss was run with "
+        f"{comparison.num_seeds} seeds and is reported on test data. All rows "
         "share initial weights, batches and seeds.",
         "The rows: "
         + "; ".join(f"{ROWS[name].label}, {ROWS[name].meaning}" for name in config.rows)

@@ -18,6 +18,12 @@ Budget = Literal["steps", "time"]
 Json = dict[str, Any]
 
 
+def _value(stored: Json) -> float | None:
+    """Of a row's own parameter, which was kappa alone in earlier versions."""
+    found: float | None = stored["value"] if "value" in stored else stored["kappa"]
+    return found
+
+
 def row_title(name: str, budget: Budget) -> str:
     """A row's name for people, with its budget where that is not the usual one."""
     return ROWS[name].label + (" (same time as FOGZO)" if budget == "time" else "")
@@ -25,16 +31,16 @@ def row_title(name: str, budget: Budget) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A learning rate and a kappa that a row tried.
+    """A learning rate and a value of its own parameter that a row tried.
 
     Attributes:
         learning_rate: Of the run.
-        kappa: Of the run; None in a row that follows none.
+        value: Of the row's parameter; None in a row that has none.
         loss: Mean validation loss over the tuning seeds; infinite where one diverged.
     """
 
     learning_rate: float
-    kappa: float | None
+    value: float | None
     loss: float
 
 
@@ -47,7 +53,7 @@ class RowResult:
         budget: Whether its steps are those of all rows or those that fit into FOGZO's seconds.
         steps: Training steps of a run.
         learning_rate: The one of lowest validation loss.
-        kappa: The one of lowest validation loss; None in a row that follows none.
+        value: That of the row's own parameter of lowest validation loss; None if it has none.
         extra_forwards: Forward passes over a batch beyond one per step; None if all seeds diverged.
         tuning: All candidates.
         tuning_runs: Runs that it took to try them.
@@ -61,7 +67,7 @@ class RowResult:
     budget: Budget
     steps: int
     learning_rate: float
-    kappa: float | None
+    value: float | None
     extra_forwards: float | None
     tuning: Sequence[Candidate]
     tuning_runs: int
@@ -74,6 +80,17 @@ class RowResult:
     def label(self) -> str:
         """Its name for people, whatever the budget."""
         return ROWS[self.name].label
+
+    @property
+    def parameter(self) -> str | None:
+        """What its own parameter is called."""
+        own = ROWS[self.name].parameter
+        return None if own is None else own.name
+
+    @property
+    def chosen_value(self) -> str:
+        """Its own parameter in words; empty if it has none."""
+        return "" if self.value is None else f"{self.parameter} {self.value:g}"
 
     @property
     def title(self) -> str:
@@ -124,12 +141,12 @@ class RowResult:
             budget=stored["budget"],
             steps=stored["steps"],
             learning_rate=stored["learning_rate"],
-            kappa=stored["kappa"],
+            value=_value(stored),
             extra_forwards=stored["extra_forwards"],
             tuning=[
                 Candidate(
                     tried["learning_rate"],
-                    tried["kappa"],
+                    _value(tried),
                     math.inf if tried["loss"] is None else tried["loss"],
                 )
                 for tried in stored["tuning"]
@@ -149,7 +166,8 @@ class RowResult:
             "label": self.label,
             "budget": self.budget,
             "learning_rate": self.learning_rate,
-            "kappa": self.kappa,
+            "parameter": self.parameter,
+            "value": self.value,
             "at_edge_of_grid": self.at_edge_of_grid,
             "tuning_runs": self.tuning_runs,
             "tuning": [vars(candidate) for candidate in self.tuning],

@@ -22,22 +22,24 @@ class Run:
 
     Attributes:
         row: Name of the row.
-        recipe: The recipe with the run's learning rate, kappa, seed and number of steps, before
-            the row changes it.
+        recipe: The recipe with the run's learning rate, seed and number of steps, before the row
+            changes it.
+        value: Of the row's own parameter, if it has one.
     """
 
     row: str
     recipe: TrainConfig
+    value: float | None = None
 
     @property
-    def candidate(self) -> tuple[float, float]:
-        """What is tuned: learning rate and kappa."""
-        return self.recipe.learning_rate, self.recipe.kappa
+    def candidate(self) -> tuple[float, float | None]:
+        """What is tuned: the learning rate and the row's own parameter."""
+        return self.recipe.learning_rate, self.value
 
     @cached_property
     def config(self) -> TrainConfig:
         """What is trained."""
-        return ROWS[self.row].change(self.recipe)
+        return ROWS[self.row].config(self.recipe, self.value)
 
     @property
     def trained(self) -> "Run":
@@ -47,11 +49,10 @@ class Run:
     @property
     def label(self) -> str:
         """The readable part of its folder's name."""
-        kappa = f"-kappa{self.recipe.kappa:g}" if ROWS[self.row].has_kappa else ""
-        recipe = self.recipe
+        parameter, recipe = ROWS[self.row].parameter, self.recipe
+        own = "" if parameter is None else f"-{parameter.name.replace(' ', '-')}{self.value:g}"
         return (
-            f"{self.row}-lr{recipe.learning_rate:g}{kappa}-steps{recipe.max_steps}"
-            f"-seed{recipe.seed}"
+            f"{self.row}-lr{recipe.learning_rate:g}{own}-steps{recipe.max_steps}-seed{recipe.seed}"
         )
 
     @cached_property

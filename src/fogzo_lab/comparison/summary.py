@@ -7,7 +7,6 @@ from typing import Any
 
 from fogzo_lab.comparison.intervals import mean
 from fogzo_lab.comparison.results import Budget, Candidate, RowResult
-from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.run_cache import RunCache
 from fogzo_lab.comparison.runs import Run
 from fogzo_lab.training.run_folder import Metrics, read_metrics
@@ -18,9 +17,11 @@ def best_candidate(validation: Mapping[Any, float]) -> Any:
     return min(validation, key=lambda candidate: validation[candidate])
 
 
-def validation_losses(cache: RunCache, runs: Sequence[Run]) -> dict[tuple[float, float], float]:
+def validation_losses(
+    cache: RunCache, runs: Sequence[Run]
+) -> dict[tuple[float, float | None], float]:
     """The mean over seeds, for each candidate; infinite where one of them diverged."""
-    losses: dict[tuple[float, float], list[float]] = {}
+    losses: dict[tuple[float, float | None], list[float]] = {}
     for run in runs:
         loss = _outcome(cache, run).get("validation_loss")
         losses.setdefault(run.candidate, []).append(math.inf if loss is None else loss)
@@ -39,8 +40,7 @@ def summarise(
         chosen: All runs of the best one.
     """
     name = chosen[0].row
-    has_kappa = ROWS[name].has_kappa
-    learning_rate, kappa = chosen[0].candidate
+    learning_rate, value = chosen[0].candidate
     seeds = [_outcome(cache, run) for run in chosen]
     whole = [seed for seed in seeds if not seed.get("diverged")]
     fallbacks: Counter[str] = Counter()
@@ -51,10 +51,10 @@ def summarise(
         budget=budget,
         steps=chosen[0].recipe.max_steps,
         learning_rate=learning_rate,
-        kappa=kappa if has_kappa else None,
+        value=value,
         extra_forwards=next((s["extra_forwards"] for s in whole if "extra_forwards" in s), None),
         tuning=[
-            Candidate(rate, tried if has_kappa else None, loss)
+            Candidate(rate, tried, loss)
             for (rate, tried), loss in validation_losses(cache, tuning).items()
         ],
         tuning_runs=len(tuning),

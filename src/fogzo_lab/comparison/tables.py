@@ -54,22 +54,22 @@ def page_table(comparison: Comparison) -> Table:
 def quality_table(comparison: Comparison) -> Table:
     """What every row reached."""
     metrics, main = comparison.metrics, comparison.main_metric
-    with_kappa = any(row.kappa is not None for row in comparison.rows)
+    with_own = any(row.value is not None for row in comparison.rows)
     heading = ["row", *(metric.heading for metric in metrics), "learning rate"]
-    heading += [*(["kappa"] if with_kappa else []), "steps", "seconds"]
+    heading += [*(["own parameter"] if with_own else []), "steps", "seconds"]
     heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
     rows = []
     for row in comparison.rows:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")]
-        cells += ["" if row.kappa is None else f"{row.kappa:g}"] if with_kappa else []
+        cells += [row.chosen_value] if with_own else []
         seconds = row.summary("seconds")
         cells += [str(row.steps), "–" if seconds is None else f"{seconds.mean:.2f}"]
         rows.append([*cells, main.interval(comparison.interval(row, main))])
     caption = (
-        "Mean ± standard deviation over seeds, at the learning rate and kappa of lowest mean "
-        'validation loss; "(edge)" marks a rate at the end of the grid, where a better one may lie '
-        "beyond."
+        "Mean ± standard deviation over seeds, at the learning rate, and the row's own parameter, "
+        'of lowest mean validation loss; "(edge)" marks a rate at the end of the grid, where a '
+        "better one may lie beyond."
     )
     return Table("Final quality", heading, rows, caption)
 
@@ -109,8 +109,8 @@ def cost_table(comparison: Comparison) -> Table:
         rows.append([*cells, str(row.tuning_runs)])
     caption = (
         "Step times come from interleaved timing on one machine. Passes are over a whole batch, in "
-        "one run; a backward pass counts as two forward passes. Rows with a kappa may have been "
-        "tuned over more candidates than the others: tuning runs says so."
+        "one run; a backward pass counts as two forward passes. Rows with a parameter of "
+        "their own have been tuned over more candidates than the others: tuning runs says so."
     )
     return Table("Cost", heading, rows, caption)
 

@@ -1,5 +1,6 @@
 """What a training step of each row takes, by interleaved timing."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 from fogzo_lab.interleaved import Timed, take_turns
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.loop import training_step
+from fogzo_lab.training.method_config import MethodConfig
 from fogzo_lab.training.parallel import Ranks, join_ranks
 from fogzo_lab.training.state import Training, own_random_streams
 
@@ -24,16 +26,12 @@ def run_seconds(
         steps: Steps per turn.
         limit: Seconds to measure for, about: slow steps get shorter turns, and fewer of them.
     """
-    # A run that begins with plain STE is as long as its two parts.
-    parts = {name: replace(config, start=0.0) for name, config in configs.items()}
-    parts |= {
-        f"{name} before": replace(config, start=0.0, estimator="ste")
-        for name, config in configs.items()
-        if config.start
-    }
+    phases = {name: phases_of(config) for name, config in configs.items()}
+    alike = dict.fromkeys(part for parts in phases.values() for part, _ in parts)
+    names = {part: f"part {number}" for number, part in enumerate(alike)}
     some = next(iter(configs.values()))
     with join_ranks(some.device) as ranks, own_random_streams(some.seed):
-        turns = {name: _turn(config, ranks) for name, config in parts.items()}
+        turns = {name: _turn(part, ranks) for part, name in names.items()}
         for turn in turns.values():
             turn(1)  # warm up
         each = sum(turn(1) for turn in turns.values())
@@ -41,10 +39,34 @@ def run_seconds(
         rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
         step = take_turns(turns, dict.fromkeys(turns, steps), rounds).seconds()
     return {
-        name: config.max_steps
-        * ((1 - config.start) * step[name] + config.start * step.get(f"{name} before", 0.0))
-        for name, config in configs.items()
+        name: configs[name].max_steps * sum(share * step[names[part]] for part, share in parts)
+        for name, parts in phases.items()
     }
+
+
+def phases_of(config: TrainConfig) -> list[tuple[TrainConfig, float]]:
+    """Runs whose steps are all alike, and which fraction of a run's steps are like theirs.
+
+    A run changes where its probes, its quantization or the pull to the grid begin.
+    """
+    probing = max(config.start, config.quantize_from)
+    method = config.method
+    pulling = method.options.get("start", 0.0)
+    bounds = sorted({0.0, 1.0, config.quantize_from, probing, pulling})
+    found = []
+    for begin, end in itertools.pairwise(bounds):
+        acts = begin >= pulling
+        alike = replace(
+            config,
+            start=0.0,
+            estimator=config.estimator if begin >= probing else "ste",
+            quantize_from=0.0 if begin >= config.quantize_from else 1.0,
+            method=replace(method, start=0.0 if "start" in method.options else None)
+            if acts
+            else MethodConfig(),
+        )
+        found.append((alike, end - begin))
+    return found
 
 
 def _turn(config: TrainConfig, ranks: Ranks) -> Timed:

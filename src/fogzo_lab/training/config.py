@@ -24,6 +24,7 @@ from fogzo_lab.options import (
     from_dict,
 )
 from fogzo_lab.system.devices import Device
+from fogzo_lab.training.method_config import MethodConfig
 from fogzo_lab.training.model_config import ModelConfig, QuantizerConfig, check_quantizers
 
 __all__ = ["TrainConfig", "from_dict", "to_json"]
@@ -118,6 +119,10 @@ class TrainConfig(Options):
     """How weights are quantized."""
     activations: QuantizerConfig = field(default_factory=QuantizerConfig)
     """How the inputs of quantized layers are quantized."""
+    quantize_from: Share = 0.0
+    """Fraction of the steps in float, before quantization begins; 1 quantizes after training."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """What acts on quantized weights beside the estimator."""
     quantize_first: bool = False
     """Quantize the first layer too: the stem, the patch projection or the embedding."""
     quantize_last: bool = False
@@ -152,9 +157,10 @@ class TrainConfig(Options):
                 "one-sided differences start from the step's own loss, of the whole batch in its "
                 "own precision: leave --probe-fraction and --probe-precision out, or --one-sided"
             )
-        if self.start and self.estimator in ("spsa", "control-variate"):
+        if self.estimator in ("spsa", "control-variate") and (self.start or self.quantize_from):
+            option = "--start" if self.start else "--quantize-from"
             raise ValueError(
-                f"{self.estimator} has no STE phase before it: leave --start out, or this row"
+                f"{self.estimator} has no STE phase before it: leave {option} out, or this row"
             )
         if (self.model.family == "llama") != (self.data.kind == "text"):
             raise ValueError(
@@ -167,6 +173,54 @@ class TrainConfig(Options):
                 f"{self.final_fraction}: --final-fraction 0, or --schedule linear"
             )
         check_quantizers(self.quantizer, self.activations)
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raise a `ValueError` if the method, or the float phase, cannot be had with the rest."""
+        name, begin = self.method.name, self.quantize_from
+        if self.quantizer.preset == "none" and (begin or name != "none"):
+            option = f"--method.name {name}" if name != "none" else f"--quantize-from {begin:g}"
+            raise ValueError(
+                f"{option} is about quantized weights, and there are none: --quantizer.preset lsq"
+            )
+        if begin == 1 and self.estimator != "ste":
+            raise ValueError(
+                f"--quantize-from 1 trains in float to the end, where {self.estimator} has nothing "
+                "to measure: --estimator ste, or --quantize-from 0.5"
+            )
+        if name in ("cage", "dampening") and self.method.options["start"] < begin:
+            raise ValueError(
+                f"{name} would pull weights to the grid of a network that is in float: "
+                f"--method.start {begin:g}, or --quantize-from 0"
+            )
+        if begin and name in ("winq", "parq"):
+            raise ValueError(f"{name} cannot wait for quantization to begin: --quantize-from 0")
+        if name in ("cewt", "parq") and self.parallel == "fsdp":
+            raise ValueError(
+                f"{name} needs all of a weight, of which fsdp gives a rank a part: --parallel ddp"
+            )
+        if name == "parq":
+            self._check_parq()
+
+    def _check_parq(self) -> None:
+        if self.estimator != "ste":
+            raise ValueError(
+                f"parq trains weights that no layer rounds, and {self.estimator} measures what "
+                "rounding does: --estimator ste"
+            )
+        if self.activations.preset != "none":
+            raise ValueError(
+                "parq has no quantized layers and no quantized inputs: --activations.preset none"
+            )
+        if isinstance(self.quantizer.granularity, int):
+            raise ValueError(
+                "parq has a step per tensor or per channel here, got groups of "
+                f"{self.quantizer.granularity}: --quantizer.granularity channel"
+            )
+        if self.ema_decay is not None:
+            raise ValueError("an average of parq's weights is not on the grid: --ema-decay None")
+        if self.precision == "fp16":
+            raise ValueError("parq cannot skip a step, as fp16 may have to: --precision bf16")
 
 
 def to_json(config: Any) -> str:

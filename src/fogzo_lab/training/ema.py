@@ -73,6 +73,10 @@ class Ema:
             torch._foreach_lerp_(average, live, 1 - decay)
         self.updates += 1
 
+    def restart(self) -> None:
+        """Begin the average anew at the next update."""
+        self.updates = 0
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights within the block, then its own, bit for bit."""

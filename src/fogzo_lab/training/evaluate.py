@@ -10,6 +10,7 @@ import tyro
 from fogzo_lab.data.record import changed_data, digest_data
 from fogzo_lab.options import Example, Options, PositiveInt
 from fogzo_lab.system.devices import Device
+from fogzo_lab.training.methods import start_in_float
 from fogzo_lab.training.model_config import QuantizerConfig, check_quantizers
 from fogzo_lab.training.models import build_model
 from fogzo_lab.training.parallel import join_ranks
@@ -66,6 +67,8 @@ def evaluate_run(config: EvalConfig) -> Metrics:
         task = load_task(run)
         model = build_model(run, task.shapes)
         step = load_weights(model, config.run)
+        if run.quantize_from:
+            start_in_float(run, model, step)
         model.to(ranks.device)
         if config.quantizer.preset != "none":
             calibrate_activations(model, run, task, ranks.device)

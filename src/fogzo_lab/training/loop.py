@@ -204,13 +204,13 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
             training.flip_rate = estimator.flip_rate()
         stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
         training.count(stats)
+    training.methods.before_step()
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    if training.ema is not None:
-        training.ema.update()
+    training.after_step()
     return mean_loss, stats
 
 
@@ -223,7 +223,7 @@ def _part(batch: Batch, fraction: float) -> Batch:
 
 def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metrics:
     metrics: Metrics = {"step": training.step, "loss": loss, "seconds": training.seconds}
-    metrics |= {"learning_rate": training.optimizer.param_groups[0]["lr"]}
+    metrics |= {"learning_rate": training.learning_rate} | training.methods.metrics()
     if stats is not None:
         metrics |= {"agreement": stats.agreement, "agreement_error": stats.agreement_error}
         metrics |= {"loss_gap": stats.loss_gap}

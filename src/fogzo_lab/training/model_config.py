@@ -31,10 +31,10 @@ class QuantizerConfig(Options):
 
     PREFIX: ClassVar[str] = "quantizer."
 
-    preset: Literal["none", "fixed", "lsq", "quest", "ternary", "sign", "abs_max"] = "none"
+    preset: Literal["none", "fixed", "lsq", "quest", "bbq", "ternary", "sign", "abs_max"] = "none"
     """none keeps floating point."""
     bits: Annotated[_Bits | None, Example(2)] = None
-    """Bits of fixed, lsq, quest (by default 2) and abs_max (8)."""
+    """Bits of fixed, lsq, quest, bbq (by default 2) and abs_max (8)."""
     surrogate: Annotated[_Surrogate | None, Example("identity")] = None
     """Backward rule; by default the preset's own."""
     granularity: Annotated[
@@ -45,10 +45,12 @@ class QuantizerConfig(Options):
     init: Annotated[Literal["mse", "rms", "abs_mean", "lsq", "max"] | None, Example("mse")] = None
     """How fixed and lsq find their first step size; by default the preset's own."""
     levels: Annotated[Literal["half", "integer", "unsigned"] | None, Example("integer")] = None
-    """Levels of fixed and lsq: half (±1/2, ±3/2, ...), integer or, for inputs that cannot be
+    """Levels of fixed, lsq and bbq: half (±1/2, ±3/2, ...), integer or, for inputs that cannot be
     negative, unsigned; by default half up to 2 bits, integer above."""
     scale_dtype: Annotated[Literal["float16", "bfloat16"] | None, Example("float16")] = None
     """Round step sizes to this dtype in training, as the file to be exported holds them."""
+    detach_scale: bool | None = None
+    """Whether quest's gradient stops at its step size, by default true."""
     stochastic: bool = False
     """In training, round up or down at random, more often to the nearer level."""
 
@@ -64,8 +66,12 @@ class QuantizerConfig(Options):
                 f"{self.preset} measures its step size in every forward pass and takes no init, "
                 f"got {self.init}: --{prefix}init None, or --{prefix}preset fixed"
             )
-
-        if self.preset not in ("none", "fixed", "lsq") and self.levels is not None:
+        if self.preset not in ("none", "quest") and self.detach_scale is not None:
+            raise ValueError(
+                f"{self.preset} has no choice of gradients through its step size, which quest "
+                f"has: --{prefix}detach-scale None, or --{prefix}preset quest"
+            )
+        if self.preset not in ("none", "fixed", "lsq", "bbq") and self.levels is not None:
             raise ValueError(
                 f"{self.preset} has levels of its own and takes none, got {self.levels}: "
                 f"--{prefix}levels None, or --{prefix}preset lsq"
@@ -81,13 +87,19 @@ class QuantizerConfig(Options):
             "init": self.init,
             "bits": self.bits,
             "levels": self.levels,
+            "detach_scale": self.detach_scale,
             "scale_dtype": self.scale_dtype and getattr(torch, self.scale_dtype),
         }
         given = {name: value for name, value in options.items() if value is not None}
-        if self.preset in ("fixed", "lsq", "quest"):
+        if self.preset in ("fixed", "lsq", "quest", "bbq"):
             given.setdefault("bits", 2)
         quantizer = typing.cast(Quantizer, getattr(quantizers, self.preset)(**given))
         return replace(quantizer, stochastic=self.stochastic)
+
+    def build_for_inputs(self) -> Quantizer | None:
+        """The quantizer of the inputs of layers, where one step that is kept serves all tokens."""
+        kept = self.preset == "bbq" and self.granularity is None
+        return (replace(self, granularity="tensor") if kept else self).build()
 
 
 def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:
@@ -97,6 +109,11 @@ def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> 
             "activations are quantized only where weights are: add --quantizer.preset lsq, or "
             "--activations.preset none"
         )
+    if activations.preset == "bbq" and activations.levels == "unsigned":
+        raise ValueError(
+            "bbq's levels are two-sided, as a bell is: --activations.levels None, or "
+            "--activations.preset lsq"
+        )
     if weights.levels == "unsigned":
         raise ValueError(
             "weights have both signs and unsigned levels only one: --quantizer.levels integer"
@@ -105,7 +122,7 @@ def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> 
         raise ValueError(
             "weights have no tokens, but channels: --quantizer.granularity channel, or tensor"
         )
-    kept = activations.preset in ("fixed", "lsq")
+    kept = activations.preset in ("fixed", "lsq", "bbq")
     if kept and activations.granularity not in (None, "tensor"):
         raise ValueError(
             f"{activations.preset} keeps the step sizes of activations, whose tokens vary in "

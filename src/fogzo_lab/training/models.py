@@ -56,24 +56,32 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
             ) from error
     weights = config.quantizer.build()
     if weights is not None:
-        first, last = _first_and_last(model)
-        left_out = {first} if not config.quantize_first else set()
-        left_out |= {last} if not config.quantize_last else set()
-        if not any(
-            layer not in left_out and not isinstance(layer, nn.Embedding)
-            for layer in _quantizable(model)
-        ):
+        chosen = _layers_to_quantize(config, model)
+        if all(isinstance(layer, nn.Embedding) for layer in chosen):
             raise ValueError(
                 "between the first and the last layer there is nothing to quantize: add "
                 "--quantize-first or --quantize-last, or a hidden layer"
             )
-        quantize_(
-            model,
-            weights,
-            lambda module, _: module not in left_out,
-            activations=config.activations.build(),
-        )
+        if config.method.name != "parq":
+            quantize_(
+                model,
+                weights,
+                lambda module, _: module in chosen,
+                activations=config.activations.build_for_inputs(),
+            )
     return model
+
+
+def weights_to_quantize(config: TrainConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a float network that a run's config means to be quantized."""
+    return [layer.get_parameter("weight") for layer in _layers_to_quantize(config, model)]
+
+
+def _layers_to_quantize(config: TrainConfig, model: nn.Module) -> list[nn.Module]:
+    layers, (first, last) = _quantizable(model), _first_and_last(model)
+    left_out = {first} if not config.quantize_first else set()
+    left_out |= {last} if not config.quantize_last else set()
+    return [layer for layer in layers if layer not in left_out]
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:

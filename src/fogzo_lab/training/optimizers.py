@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fogzo import quantized_weights
 from fogzo.collectives import reshard
 from fogzo.wording import nearest
+from fogzo_lab.training import parq
 from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.models import weights_to_quantize
 
 _UNUSABLE = {
     "lbfgs": "evaluates the loss again within a step, where no estimator can refine the gradient",
@@ -26,6 +29,9 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     Weights of layers decay: matrices and kernels, embeddings among them. Norms, biases, learned
     step sizes, class tokens and tables of positions do not. Tied parameters count once. With FSDP,
     call it after the model is sharded.
+
+    The weights of a method that keeps their norm are in a group of their own, without decay, whose
+    ``rate_factor`` multiplies the learning rate.
 
     Args:
         config: ``optimizer`` is the name of any class of torch.optim in any case, of which adamw
@@ -45,6 +51,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     reshard([model])  # else FSDP may expose weights that it has gathered for a forward pass
     decays = _trained_parameters(model)
     if name == "muon":
+        if config.method.name == "parq":
+            raise ValueError("parq goes around one optimizer, and muon is two: --optimizer adamw")
         return _muon(config, cls, model, decays)
     if name == "rprop" and config.weight_decay:
         raise ValueError(
@@ -53,7 +61,11 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         )
     options: dict[str, Any] = {"sgd": {"momentum": 0.9}, "adamw": _betas(config)}.get(name, {})
     build: Callable[..., Optimizer] = cls
-    return build(_groups(decays, config.weight_decay), lr=config.learning_rate, **options)
+    groups = _groups(decays, config, model)
+    if config.method.name != "parq":
+        return build(groups, lr=config.learning_rate, **options)
+    groups = parq.mark_groups(config, groups, weights_to_quantize(config, model))
+    return parq.around(config, build(groups, lr=config.learning_rate, **options))
 
 
 class JointOptimizer(Optimizer):
@@ -134,11 +146,22 @@ def _trained_parameters(model: nn.Module) -> dict[nn.Parameter, bool]:
     return decays
 
 
-def _groups(decays: Mapping[nn.Parameter, bool], weight_decay: float) -> list[dict[str, Any]]:
-    groups = (
-        {"params": [p for p, decayed in decays.items() if decayed], "weight_decay": weight_decay},
-        {"params": [p for p, decayed in decays.items() if not decayed], "weight_decay": 0.0},
-    )
+def _groups(
+    decays: Mapping[nn.Parameter, bool], config: TrainConfig, model: nn.Module
+) -> list[dict[str, Any]]:
+    constrained: set[nn.Parameter] = set()
+    if config.method.name == "cewt":
+        constrained = {weight.param for weight in quantized_weights(model)}
+    free = {p: decayed for p, decayed in decays.items() if p not in constrained}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, decayed in free.items() if decayed]},
+        {"params": [p for p, decayed in free.items() if not decayed]},
+        {"params": [p for p in decays if p in constrained]},
+    ]
+    for group, decay in zip(groups, (config.weight_decay, 0.0, 0.0), strict=True):
+        group["weight_decay"] = decay
+    if constrained:
+        groups[2]["rate_factor"] = config.method.options["rate_factor"]
     return [group for group in groups if group["params"]]
 
 
@@ -166,12 +189,12 @@ def _muon(
             f"muon is for the weight matrices of hidden layers, and {type(model).__name__} has "
             "none (kernels of convolutions are not matrices): --optimizer adamw"
         )
-    lr, weight_decay = config.learning_rate, config.weight_decay
+    lr = config.learning_rate
     # Updates as large as AdamW's, so that one learning rate suits both.
-    matrices = muon(_groups(hidden, weight_decay), lr=lr, adjust_lr_fn="match_rms_adamw")
+    matrices = muon(_groups(hidden, config, model), lr=lr, adjust_lr_fn="match_rms_adamw")
     if not rest:
         return matrices
-    others = torch.optim.AdamW(_groups(rest, weight_decay), lr=lr, **_betas(config))
+    others = torch.optim.AdamW(_groups(rest, config, model), lr=lr, **_betas(config))
     return JointOptimizer([matrices, others])
 
 
@@ -195,13 +218,22 @@ def load_optimizer(optimizer: Optimizer, given: OptimizerState) -> None:
     if unknown:
         raise ValueError(f"its optimizer has a parameter {unknown.pop()}")
     number = 0
-    for each in optimizer.optimizers if isinstance(optimizer, JointOptimizer) else [optimizer]:
+    for each in _parts(optimizer):
         for group in each.param_groups:
             for parameter in group["params"]:
                 if found := given["state"].get(number):
+                    if "quant_bits" in group:
+                        found = parq.own_state(number, parameter, found)
                     _check_state(number, parameter, found, _state_of_small(each, group, parameter))
                 number += 1
     optimizer.load_state_dict({"state": given["state"], "param_groups": own})
+
+
+def _parts(optimizer: Optimizer) -> Sequence[Optimizer]:
+    """The optimizers of torch that it consists of."""
+    if isinstance(optimizer, JointOptimizer):
+        return optimizer.optimizers
+    return [getattr(optimizer, "base_optimizer", optimizer)]  # of torchao's PARQ
 
 
 def _state_of_small(

@@ -95,15 +95,26 @@ def leave_ranks() -> None:
     dist.destroy_process_group()
 
 
-def parallelize(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module:
+def parallelize(
+    model: nn.Module, strategy: str, ranks: Ranks, some_unused: bool = False
+) -> nn.Module:
     """The network for this rank: itself, wrapped by DDP, or sharded in place by FSDP2.
 
     FSDP2 gathers the weights of one block at a time.
+
+    Args:
+        model: The network.
+        strategy: ddp or fsdp.
+        ranks: This process among the others.
+        some_unused: Whether parameters may be without a gradient in some steps, for which DDP
+            has to look.
     """
     if ranks.count == 1:
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=some_unused
+        )
     from torch.distributed.fsdp import fully_shard  # here, as it takes a second
 
     for block in blocks(model):

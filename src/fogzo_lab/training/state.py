@@ -39,6 +39,7 @@ from fogzo_lab.training.checkpoint_format import invalid, step_of
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.ema import Ema, EmaState
 from fogzo_lab.training.learning_rates import learning_rate_factor
+from fogzo_lab.training.methods import Methods
 from fogzo_lab.training.models import build_model, calibrate, checkpoint_blocks_
 from fogzo_lab.training.optimizers import OptimizerState, build_optimizer, load_optimizer
 from fogzo_lab.training.parallel import Ranks, parallelize, share_buffers
@@ -68,6 +69,7 @@ class TrainingState(TypedDict):
     model: dict[str, Tensor]
     optimizer: OptimizerState
     estimator: dict[str, Any] | None
+    methods: NotRequired[dict[str, Any]]
     scaler: dict[str, float]
     ema: EmaState | None
     windows: dict[str, Any]
@@ -93,6 +95,7 @@ class Training:
         parallel: The same network for training: wrapped if several ranks share the work.
         estimator: None for plain backward.
         optimizer: Any optimizer of torch.
+        methods: What acts on quantized weights beside the estimator, and when that begins.
         scaler: Does nothing unless the precision is fp16.
         ema: None unless asked for.
         step: Optimizer steps taken.
@@ -101,6 +104,7 @@ class Training:
         refined_steps: Steps in which the estimator was asked to measure.
         fallbacks: Number of them that kept the gradient of backward, by reason.
         first_loss: The loss of the first step, once it is taken.
+        learning_rate: Of the present step, where no method has another.
         diverged_steps: Number of consecutive steps, up to now, with a loss far beyond the first.
         flip_rate: Fraction of codes that differ between this step's first two probes, if tracked.
         log_position: The state of the log when the checkpoint was written.
@@ -119,13 +123,15 @@ class Training:
             checkpoint_blocks_(self.model)
         if config.compile:
             self.model.compile()
-        self.parallel = parallelize(self.model, config.parallel, ranks)
+        # Learned step sizes have no gradient before quantization begins.
+        self.parallel = parallelize(self.model, config.parallel, ranks, config.quantize_from > 0)
         self.estimator = build_estimator(config, self.model)
         self.optimizer = build_optimizer(config, self.model)
+        self.methods = Methods(config, self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self._learning_rate = learning_rate_factor(config)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.learning_rate = 0, 0.0, 0.0
         self.extra_forwards: float = 0
         self.refined_steps, self.fallbacks = 0, Counter[str]()
         self.first_loss: float | None = None
@@ -150,9 +156,18 @@ class Training:
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the coming step, which depends only on the step."""
-        rate = self.config.learning_rate * self._learning_rate(self.step)
+        self.learning_rate = self.config.learning_rate * self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.learning_rate * group.get("rate_factor", 1.0)
+
+    def after_step(self) -> None:
+        """What follows a step of the optimizer: the method's part, and the average."""
+        if self.methods.after_step():
+            calibrate_activations(self.model, self.config, self.task, self.ranks.device)
+            if self.ema is not None:
+                self.ema.restart()  # step sizes were measured anew
+        if self.ema is not None:
+            self.ema.update()
 
     def watch(self, loss: float) -> None:
         """Count consecutive losses above 1000 times the first one, and above 1000 nats.
@@ -207,6 +222,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict() if self.estimator else None,
+            "methods": self.methods.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "windows": self.windows.state_dict(),
@@ -251,6 +267,7 @@ class Training:
             self.estimator.load_state_dict(state["estimator"])
             if (self.estimator.step, self.estimator.seed) != (self.step, self.config.seed):
                 raise ValueError(f"estimator.step is {self.estimator.step}")
+        self.methods.load_state_dict(state.get("methods", {}))
         if not 0 < state["scaler"].get("scale", 1.0) < math.inf:
             raise ValueError(f"scaler.scale is {state['scaler']['scale']}")
         self.scaler.load_state_dict(state["scaler"])
@@ -283,7 +300,7 @@ def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator 
     schedule: NoiseShare = linear_noise_share(
         kappa=0.0 if config.estimator == "lambda" else config.kappa,
         total_steps=config.max_steps,
-        start=config.start,
+        start=max(config.start, config.quantize_from),
     )
     if config.probe_every > 1:
         schedule = every(config.probe_every, schedule)

@@ -1,0 +1,112 @@
+"""The method of a run beside its estimator, at the places of the loop where it acts."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fogzo.methods import (
+    Cewt,
+    GridPenalty,
+    GridPull,
+    Switch,
+    cage,
+    cewt,
+    dampening,
+    quantize_from,
+    winq,
+)
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.parq import Annealing
+from fogzo_lab.training.run_folder import Metrics
+
+
+class Methods:
+    """When quantization begins, and what acts on quantized weights before and after a step.
+
+    Args:
+        config: Of the run.
+        model: Quantized and, with FSDP, sharded.
+        optimizer: Of its parameters.
+
+    Attributes:
+        switch: Ends the float phase; None for a run that is quantized throughout.
+        acting: What acts on weights or gradients; None for nothing.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, optimizer: Optimizer) -> None:
+        self.switch: Switch | None = None
+        if config.quantize_from:
+            self.switch = start_in_float(config, model)
+        self.acting = _build(config, model, optimizer)
+
+    def before_step(self) -> None:
+        """Add to gradients that are unscaled and refined, but not clipped yet."""
+        if isinstance(self.acting, GridPenalty):
+            self.acting.add_grads_()
+
+    def after_step(self) -> bool:
+        """Pull weights, and count the step; whether quantization begins now."""
+        if isinstance(self.acting, GridPull):
+            self.acting.pull_()
+        if self.switch is None or self.switch.is_quantized:
+            return False
+        self.switch.advance_()
+        return self.switch.is_quantized
+
+    def metrics(self) -> Metrics:
+        """How strong the last pull was, and whether layers are quantized already."""
+        found: Metrics = {}
+        if isinstance(self.acting, GridPull | GridPenalty):
+            found["pull_strength"] = self.acting.strength(max(0, self.acting.step - 1))
+        if isinstance(self.acting, Annealing):
+            found["softness"] = self.acting.softness
+        if self.switch is not None:
+            found["is_quantized"] = self.switch.is_quantized
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "switch": None if self.switch is None else self.switch.state_dict(),
+            "acting": None if self.acting is None else self.acting.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it is of other methods.
+        """
+        for name, own in (("switch", self.switch), ("acting", self.acting)):
+            given = state.get(name)
+            if (given is None) != (own is None):
+                raise ValueError(f"methods.{name} is {given!r:.80}")
+            if own is not None and given is not None:
+                own.load_state_dict(given)
+
+
+def start_in_float(config: TrainConfig, model: nn.Module, step: int = 0) -> Switch:
+    """Let the network of a run compute in float as it did, or will, at that step."""
+    switch = quantize_from(model, config.quantize_from, total_steps=config.max_steps)
+    switch.load_state_dict({"step": step})
+    return switch
+
+
+def _build(
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer
+) -> GridPull | GridPenalty | Cewt | Annealing | None:
+    options, steps = config.method.options, config.max_steps
+    match config.method.name:
+        case "cage":
+            return cage(model, optimizer, total_steps=steps, **options)
+        case "winq":
+            return winq(model, every=max(1, steps // options["resets"]), keep=options["keep"])
+        case "dampening":
+            return dampening(model, total_steps=steps, **options)
+        case "cewt":
+            return cewt(model, optimizer, project=options["project"])
+        case "parq":
+            return Annealing(optimizer)
+        case "none":
+            return None

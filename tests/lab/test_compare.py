@@ -83,10 +83,10 @@ def test_every_row_tries_every_candidate_and_reports_the_best_on_validation(comp
     config, results, progress = comparison
     assert list(by_name(results)) == list(SOME)
     for row in results.rows:
-        kappas = {0.1, 1.0} if ROWS[row.name].has_kappa else {None}
-        losses = {(tried.learning_rate, tried.kappa): tried.loss for tried in row.tuning}
-        assert set(losses) == {(rate, kappa) for rate in (3e-3, 2e-2) for kappa in kappas}
-        assert losses[row.learning_rate, row.kappa] == min(losses.values()) == row.best_loss
+        own = {0.1, 1.0} if row.parameter == "kappa" else {None}
+        losses = {(tried.learning_rate, tried.value): tried.loss for tried in row.tuning}
+        assert set(losses) == {(rate, value) for rate in (3e-3, 2e-2) for value in own}
+        assert losses[row.learning_rate, row.value] == min(losses.values()) == row.best_loss
         assert row.tuning_runs == len(losses) * config.tuning_seeds
         assert len(row.seeds) == 3
         assert row.summary("train_loss").mean > 0
@@ -150,6 +150,21 @@ def test_the_files_on_disk_say_the_same(comparison):
     assert stored["code"]["versions_of_runs"] == [stored["code"]["version"]]
 
 
+def test_a_method_is_tuned_over_its_own_parameter_and_results_name_it(tmp_path):
+    config = small(tmp_path, rows=("ste-winq",), learning_rates=(1e-3,), num_seeds=1)
+    (found,) = compare(config).rows
+    assert [tried.value for tried in found.tuning] == [0.2, 0.5, 0.8]
+    assert found.chosen_value == f"keep {found.value:g}"
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert (stored["rows"][0]["parameter"], stored["rows"][0]["value"]) == ("keep", found.value)
+    assert len(list(tmp_path.glob("runs/ste-winq-lr0.001-keep0.5-steps10-seed0-*"))) == 1
+    html = write_compare_report(config, Comparison.from_dict(stored)).read_text()
+    assert "a parameter of its own: STE, WinQ (keep 0.2, 0.5, 0.8)" in html
+    for part in (stored["rows"][0], *stored["rows"][0]["tuning"]):
+        part["kappa"] = part.pop("value")  # as it was called when there was no other
+    assert Comparison.from_dict(stored).rows[0].value == found.value
+
+
 def test_the_report_is_one_file_with_every_row_table_and_plot(comparison):
     config, results, _ = comparison
     html = write_compare_report(config, results).read_text()
@@ -175,7 +190,7 @@ def row(name, accuracies, **changes):
         budget="steps",
         steps=100,
         learning_rate=0.01,
-        kappa=None,
+        value=None,
         extra_forwards=0,
         tuning=[Candidate(0.01, None, 0.5)],
         tuning_runs=1,
@@ -441,7 +456,7 @@ def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path,
 def test_every_row_can_be_made_of_every_recipe():
     for recipe in RECIPES.values():
         for row in ROWS.values():
-            changed = row.change(recipe())
+            changed = row.config(recipe(), None)
             assert (changed.seed, changed.data, changed.model) == (
                 recipe().seed,
                 recipe().data,

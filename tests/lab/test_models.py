@@ -27,7 +27,7 @@ FAMILIES = {
     "deit": (DeitConfig(width=16, depth=2, heads=2, patch_size=4), IMAGES),
     "llama": (LlamaConfig(width=16, depth=2, heads=2), TEXT),
 }
-PRESETS = ("fixed", "lsq", "quest", "ternary", "sign")
+PRESETS = ("fixed", "lsq", "quest", "bbq", "ternary", "sign")
 # What the paper reports, or what the sizes of its models come to.
 EMBEDDED = {
     "digits-mlp": (Shapes(10, 1, 8), 2_410),

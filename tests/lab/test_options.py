@@ -19,6 +19,7 @@ from fogzo_lab.options import Options, from_dict
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.evaluate import EvalConfig
+from fogzo_lab.training.method_config import MethodConfig
 from fogzo_lab.training.model_config import (
     DeitConfig,
     LlamaConfig,
@@ -38,6 +39,7 @@ CONFIGS = [
     ImagesConfig(),
     TextConfig(),
     QuantizerConfig(preset="lsq"),
+    MethodConfig(),
     MlpConfig(),
     ResNetConfig(),
     DeitConfig(),
@@ -53,6 +55,7 @@ ANY_COUNT_FROM_ZERO = {
 ANY_SIZE_FROM_ZERO = {
     "kappa": "no noise",
     "start": "no STE phase",
+    "quantize_from": "no float phase",
     "warmup_fraction": "no warm-up",
     "final_fraction": "down to nothing",
     "weight_decay": "no decay",
@@ -86,6 +89,8 @@ NONE_HAS_A_MEANING = {
     "init": "the preset's",
     "levels": "the preset's",
     "scale_dtype": "that of the weights",
+    "detach_scale": "the preset's",
+    **dict.fromkeys((field.name for field in dataclasses.fields(MethodConfig)[1:]), "the method's"),
     "output": "in the run's folder",
     "variant": "the format's own",
     "vocab_size": "the tokenizer's",
@@ -101,13 +106,15 @@ MAY_BE_EMPTY = {
     "only": "all sections",
 }
 FRACTIONS = {"validation_fraction", "probe_fraction", "warmup_fraction", "final_fraction", "start"}
-FRACTIONS |= {"ema_decay", "dropout", "label_smoothing"}
+FRACTIONS |= {"quantize_from", "ema_decay", "dropout", "label_smoothing"}
 FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup"}
 FLOATS |= {"cutmix", "seconds"} | FRACTIONS
 
 
 def why_meant(config, name, value):
     """Why a value of the list above is a good one for a field, or None."""
+    if isinstance(config, MethodConfig):  # without a method it has no options
+        return "the method's" if value is None and name != "name" else None
     if value is None:
         return NONE_HAS_A_MEANING.get(name)
     if isinstance(value, bool):

@@ -14,6 +14,7 @@ from fogzo.estimators import RefineStats
 from fogzo_lab.data.record import check_unchanged, digest_data, record_data
 from fogzo_lab.system.signals import held_back
 from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.methods import warn_of_little_to_measure
 from fogzo_lab.training.parallel import Ranks, join_ranks, without_sync
 from fogzo_lab.training.run_folder import Metrics, RunFolder
 from fogzo_lab.training.state import Training, own_random_streams
@@ -60,6 +61,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> Metrics:
 def _train(config: TrainConfig, ranks: Ranks, on_step: OnStep | None) -> Metrics:
     # In a separate function, so that the model is freed before the process group is destroyed.
     check_trackers(config)
+    if ranks.rank == 0:
+        warn_of_little_to_measure(config)
     digests = digest_data(config.data)
     with RunFolder(config, writes=ranks.rank == 0) as folder:
 

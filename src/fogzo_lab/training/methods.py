@@ -1,5 +1,6 @@
 """The method of a run beside its estimator, at the places of the loop where it acts."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ from fogzo.methods import (
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.parq import Annealing
 from fogzo_lab.training.run_folder import Metrics
+
+_LOG = logging.getLogger(__name__)
 
 
 class Methods:
@@ -62,7 +65,7 @@ class Methods:
         if isinstance(self.acting, Annealing):
             found["softness"] = self.acting.softness
         if self.switch is not None:
-            found["is_quantized"] = self.switch.is_quantized
+            found["quantized"] = int(self.switch.is_quantized)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,6 +87,19 @@ class Methods:
                 raise ValueError(f"methods.{name} is {given!r:.80}")
             if own is not None and given is not None:
                 own.load_state_dict(given)
+
+
+def warn_of_little_to_measure(config: TrainConfig) -> None:
+    """Say so if probes are to measure weights that a pull holds on the grid."""
+    pulls = config.method.name in ("cage", "winq", "dampening")
+    if pulls and config.estimator not in ("ste", "placebo"):
+        _LOG.warning(
+            "%s measures how the loss changes when weights round differently, and %s is a pull to "
+            "the grid, where they do not: on the toy of docs/methods.md the two are no better than "
+            "the pull alone. --estimator ste, or --method.name none",
+            config.estimator,
+            config.method.name,
+        )
 
 
 def start_in_float(config: TrainConfig, model: nn.Module, step: int = 0) -> Switch:

@@ -89,8 +89,10 @@ class Annealing:
     @property
     def softness(self) -> float:
         """What the proximal map leaves of distances to the midpoint: from 1 to 0."""
-        groups = self.optimizer.regularized_param_groups()
-        return min((float(group.get("inv_slope", 0.0)) for group in groups), default=0.0)
+        if self.optimizer.num_steps > self.optimizer.prox_map.anneal_end:
+            return 0.0  # which the groups are not told
+        (slope,) = {group["inv_slope"] for group in self.optimizer.regularized_param_groups()}
+        return float(slope)
 
     def state_dict(self) -> dict[str, int]:
         """Steps taken."""

@@ -90,7 +90,6 @@ NONE_HAS_A_MEANING = {
     "levels": "the preset's",
     "scale_dtype": "that of the weights",
     "detach_scale": "the preset's",
-    **dict.fromkeys((field.name for field in dataclasses.fields(MethodConfig)[1:]), "the method's"),
     "output": "in the run's folder",
     "variant": "the format's own",
     "vocab_size": "the tokenizer's",

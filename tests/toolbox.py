@@ -28,6 +28,7 @@ PRESETS: dict[str, Callable[..., Quantizer]] = {
     "lsq per channel": lambda **options: fogzo.lsq(3, granularity="channel", **options),
     "lsq per group": lambda **options: fogzo.lsq(4, granularity=4, **options),
     "quest": lambda **options: fogzo.quest(2, **options),
+    "bbq": lambda **options: fogzo.bbq(2, **options),
     "ternary": lambda **options: fogzo.ternary(**options),
     "sign": lambda **options: fogzo.sign(**options),
     "abs_max": lambda **options: fogzo.abs_max(4, **options),

@@ -200,3 +200,16 @@ def test_the_half_grid_holds_paretoqs_stretched_levels(bits):
     n, s = (1.5, 0.0) if bits < 2 else (2.0, 0.5)
     expected = a * (((w / a).clamp(-0.99, 0.99) * n - s).round() + s) / n
     assert torch.allclose(quantizer(w, quantizer.initial_step_size(w)), expected, atol=1e-12)
+
+
+def test_the_authors_vision_models_have_wider_levels_that_follow_the_rms():
+    quantizer = fogzo.bbq(2, block=32, init="bell_wide", learned=False)
+    assert quantizer.rotation.block == 32 and quantizer.granularity == "channel"
+    w = gaussian(3, 64) * torch.tensor([[0.1], [1.0], [3.0]], dtype=F64)
+    rms = w.square().mean(1, keepdim=True).sqrt()  # which a rotation keeps
+    assert quantizer.initial_step_size(w) is None
+    # s / 2^(b-1) with s = 2.45 rms.
+    assert torch.allclose(quantizer.current_step_size(w), 2.45 * rms / 2, rtol=1e-6)
+    w.requires_grad_()
+    quantizer(w).sum().backward()
+    assert w.grad.abs().min() > 0

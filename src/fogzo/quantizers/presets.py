@@ -71,6 +71,7 @@ def bbq(
     bits: int,
     *,
     block: int = 128,
+    init: Rule = "bell",
     levels: Levels | None = None,
     learned: bool = True,
     surrogate: str | Surrogate = "identity_unmasked",
@@ -85,10 +86,13 @@ def bbq(
     below the cells' middles: ``levels="half"`` is without that shift (squared error .074 against
     .119 on a unit Gaussian with 3 bits).
 
+    The authors' vision models have no learned steps, wider levels and shorter rotations:
+    ``fogzo.bbq(2, block=32, init="bell_wide", learned=False)``.
+
     Inference needs the Gaussian's quantiles to find the codes of inputs; weights are codes and
     step sizes as ever. For inputs: ``activations=fogzo.bbq(2, granularity="tensor")``.
     """
-    scale = learned_scale("bell") if learned else Scale("bell", "dynamic", detached=False)
+    scale = learned_scale(init) if learned else Scale(init, "dynamic", detached=False)
     return Quantizer(
         uniform(bits, levels),
         scale,

@@ -8,7 +8,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from fogzo.quantizers.checks import require_type
+from fogzo.quantizers.checks import is_number, require_type
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.fake_quantize import fake_quantize
 from fogzo.quantizers.granularity import (
@@ -54,6 +54,10 @@ class Quantizer:
             those of rounding to nearest.
         companding: A curve that weights pass before they are rounded, or None. Step sizes are then
             those of the output alone.
+        noise: In training, round ``w + N(0, noise^2)`` in place of a weight w, and move a learned
+            largest level likewise, anew in each forward pass: WinQ's noise (arXiv 2605.17471),
+            0.001 there, in the weights' own units. Inputs get none, codes are those without it,
+            and the draws are replayed as those of stochastic rounding are.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
     >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
@@ -70,6 +74,7 @@ class Quantizer:
     scale_dtype: torch.dtype | None = None
     stochastic: bool = False
     companding: Bell | None = None
+    noise: float = 0.0
     # Here and not when they are needed, as the compiler cannot follow how grids are made.
     _input_grids: tuple[Grid, Grid] = field(init=False, repr=False, compare=False)
 
@@ -80,6 +85,10 @@ class Quantizer:
         require_type("stochastic", self.stochastic, bool, "stochastic=True")
         require_type("companding", self.companding, (Bell, NoneType), "companding=Bell()")
         check_granularity(self.granularity)
+        if not (is_number(self.noise) and 0 <= self.noise < math.inf):
+            raise ValueError(
+                f"noise must be a standard deviation, 0 or more, got {self.noise!r}: noise=0.001"
+            )
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
         object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))
@@ -151,8 +160,11 @@ class Quantizer:
             step: Step sizes of shape (groups, 1), as `initial_step_size` or `current_step_size`
                 returns them. None measures the weight.
             output_dim: Which dimension holds the output channels.
-            training: Whether a stochastic quantizer rounds at random or to nearest.
+            training: Whether a stochastic quantizer rounds at random or to nearest, and whether
+                there is `noise`.
         """
+        if self.noise and training:
+            weight, step = self._noisy(weight, step)
         return self._quantize(weight, step, output_dim, training, (self.grid,))
 
     def quantize_input(
@@ -285,6 +297,15 @@ class Quantizer:
         if self.companding is None:
             return groups / step
         return self.companding.compress(groups, self.grid)
+
+    def _noisy(self, weight: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight, and a learned step size whose largest level is moved as far."""
+        moved = weight + self.noise * torch.empty_like(weight, requires_grad=False).normal_()
+        if step is None or self.scale.kind != "learned":
+            return moved, step
+        largest = max(-self.grid.low, self.grid.high)
+        noise = self.noise / largest * torch.empty_like(step, requires_grad=False).normal_()
+        return moved, step + noise.clamp(min=-0.5 * step.detach())  # which stays positive
 
     def _dither(self, groups: Tensor, surrogate: Surrogate) -> Tensor:
         law: SmoothingLaw = surrogate.law or Uniform(self.grid.spacing)

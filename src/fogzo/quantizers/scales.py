@@ -11,7 +11,7 @@ from fogzo.quantizers.checks import require_positive
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.step_sizes import MIN_STEP_SIZE, without_a_step_size
 
-Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max", "range", "bell"]
+Rule = Literal["mse", "rms", "quest", "abs_mean", "lsq", "max", "range", "bell", "bell_wide"]
 _KINDS = ("fixed", "learned", "dynamic")
 
 
@@ -188,9 +188,13 @@ def _range(groups: Tensor, grid: Grid) -> Tensor:
     return groups.abs().amax(1, keepdim=True) * 2 / (grid.num_levels * grid.spacing)
 
 
-def _bell(groups: Tensor, grid: Grid) -> Tensor:
+def _bell(groups: Tensor, grid: Grid, reach: float = 1.694) -> Tensor:
     rms = groups.square().mean(1, keepdim=True).sqrt()
-    return 1.694 * rms * 2 / (grid.num_levels * grid.spacing) + MIN_STEP_SIZE
+    return reach * rms * 2 / (grid.num_levels * grid.spacing) + MIN_STEP_SIZE
+
+
+def _bell_wide(groups: Tensor, grid: Grid) -> Tensor:
+    return _bell(groups, grid, reach=2.45)
 
 
 def _mse(groups: Tensor, grid: Grid) -> Tensor:
@@ -224,5 +228,6 @@ _RULES = {
     "max": _max,
     "range": _range,
     "bell": _bell,
+    "bell_wide": _bell_wide,
 }
-_MULTIPLES_OF_RMS = ("rms", "quest", "bell")
+_MULTIPLES_OF_RMS = ("rms", "quest", "bell", "bell_wide")

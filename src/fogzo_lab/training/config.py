@@ -193,6 +193,11 @@ class TrainConfig(Options):
                 f"{name} would pull weights to the grid of a network that is in float: "
                 f"--method.start {begin:g}, or --quantize-from 0"
             )
+        if self.quantizer.preset == "bbq" and name in ("cage", "winq", "dampening"):
+            raise ValueError(
+                f"{name} pulls weights to the level that they round to, and bbq's are not among "
+                "the weights: --quantizer.preset quest"
+            )
         if begin and name in ("winq", "parq"):
             raise ValueError(f"{name} cannot wait for quantization to begin: --quantize-from 0")
         if name in ("cewt", "parq") and self.parallel == "fsdp":

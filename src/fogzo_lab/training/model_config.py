@@ -13,6 +13,7 @@ from fogzo.quantizers import Quantizer
 from fogzo.quantizers.surrogates import SURROGATE_NAMES
 from fogzo_lab.options import (
     Example,
+    NonNegativeFloat,
     OneOf,
     Options,
     PositiveInt,
@@ -22,6 +23,7 @@ from fogzo_lab.options import (
 )
 
 _Bits = Annotated[int, Rule(lambda bits: 1 <= bits <= 8, "from 1 to 8")]
+_OF_FEW = {"detach_scale": ("quest",), "learned": ("bbq",), "block": ("quest", "bbq")}
 _Surrogate = Annotated[str, OneOf(SURROGATE_NAMES)]
 
 
@@ -42,8 +44,11 @@ class QuantizerConfig(Options):
     ] = None
     """Values that share a step size: tensor, channel (of weights), token (of inputs) or a group
     size; by default the preset's own."""
-    init: Annotated[Literal["mse", "rms", "abs_mean", "lsq", "max"] | None, Example("mse")] = None
-    """How fixed and lsq find their first step size; by default the preset's own."""
+    init: Annotated[
+        Literal["mse", "rms", "abs_mean", "lsq", "max", "range", "bell", "bell_wide"] | None,
+        Example("mse"),
+    ] = None
+    """How fixed, lsq and bbq find their first step size; by default the preset's own."""
     levels: Annotated[Literal["half", "integer", "unsigned"] | None, Example("integer")] = None
     """Levels of fixed, lsq and bbq: half (±1/2, ±3/2, ...), integer or, for inputs that cannot be
     negative, unsigned; by default half up to 2 bits, integer above."""
@@ -51,6 +56,16 @@ class QuantizerConfig(Options):
     """Round step sizes to this dtype in training, as the file to be exported holds them."""
     detach_scale: bool | None = None
     """Whether quest's gradient stops at its step size, by default true."""
+    learned: bool | None = None
+    """Whether bbq learns its step sizes (the default) or takes a multiple of the present rms."""
+    block: Annotated[
+        Annotated[int, Rule(lambda size: size > 0 and not size & (size - 1), "a power of 2")]
+        | None,
+        Example(128),
+    ] = None
+    """Inputs that quest and bbq rotate together, by default 128."""
+    noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise on weights in training, as in WinQ; 0.001 there."""
     stochastic: bool = False
     """In training, round up or down at random, more often to the nearer level."""
 
@@ -61,16 +76,18 @@ class QuantizerConfig(Options):
                 f"{self.preset} has levels of its own and takes no bits, got {self.bits}: "
                 f"--{prefix}bits None, or --{prefix}preset lsq"
             )
-        if self.preset not in ("none", "fixed", "lsq") and self.init is not None:
+        if self.preset not in ("none", "fixed", "lsq", "bbq") and self.init is not None:
             raise ValueError(
                 f"{self.preset} measures its step size in every forward pass and takes no init, "
                 f"got {self.init}: --{prefix}init None, or --{prefix}preset fixed"
             )
-        if self.preset not in ("none", "quest") and self.detach_scale is not None:
-            raise ValueError(
-                f"{self.preset} has no choice of gradients through its step size, which quest "
-                f"has: --{prefix}detach-scale None, or --{prefix}preset quest"
-            )
+        for name, owners in _OF_FEW.items():
+            if getattr(self, name) is not None and self.preset not in ("none", *owners):
+                option = f"{prefix}{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{self.preset} has no {name.replace('_', ' ')} to choose, which "
+                    f"{' and '.join(owners)} have: --{option} None, or --{prefix}preset {owners[0]}"
+                )
         if self.preset not in ("none", "fixed", "lsq", "bbq") and self.levels is not None:
             raise ValueError(
                 f"{self.preset} has levels of its own and takes none, got {self.levels}: "
@@ -88,17 +105,19 @@ class QuantizerConfig(Options):
             "bits": self.bits,
             "levels": self.levels,
             "detach_scale": self.detach_scale,
+            "learned": self.learned,
+            "block": self.block,
             "scale_dtype": self.scale_dtype and getattr(torch, self.scale_dtype),
         }
         given = {name: value for name, value in options.items() if value is not None}
         if self.preset in ("fixed", "lsq", "quest", "bbq"):
             given.setdefault("bits", 2)
         quantizer = typing.cast(Quantizer, getattr(quantizers, self.preset)(**given))
-        return replace(quantizer, stochastic=self.stochastic)
+        return replace(quantizer, stochastic=self.stochastic, noise=self.noise)
 
     def build_for_inputs(self) -> Quantizer | None:
         """The quantizer of the inputs of layers, where one step that is kept serves all tokens."""
-        kept = self.preset == "bbq" and self.granularity is None
+        kept = self.preset == "bbq" and self.granularity is None and self.learned is not False
         return (replace(self, granularity="tensor") if kept else self).build()
 
 
@@ -122,7 +141,10 @@ def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> 
         raise ValueError(
             "weights have no tokens, but channels: --quantizer.granularity channel, or tensor"
         )
-    kept = activations.preset in ("fixed", "lsq", "bbq")
+    if activations.noise and activations.preset != "none":
+        raise ValueError("only weights get noise, not inputs: --activations.noise 0")
+    kept = activations.preset in ("fixed", "lsq")
+    kept |= activations.preset == "bbq" and activations.learned is not False
     if kept and activations.granularity not in (None, "tensor"):
         raise ValueError(
             f"{activations.preset} keeps the step sizes of activations, whose tokens vary in "

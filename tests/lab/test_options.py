@@ -60,6 +60,7 @@ ANY_SIZE_FROM_ZERO = {
     "final_fraction": "down to nothing",
     "weight_decay": "no decay",
     "dropout": "no dropout",
+    "noise": "no noise",
     "mixup": "no mixup",
     "cutmix": "no cutmix",
     "label_smoothing": "no smoothing",
@@ -90,6 +91,8 @@ NONE_HAS_A_MEANING = {
     "levels": "the preset's",
     "scale_dtype": "that of the weights",
     "detach_scale": "the preset's",
+    "learned": "the preset's",
+    "block": "the preset's",
     "output": "in the run's folder",
     "variant": "the format's own",
     "vocab_size": "the tokenizer's",
@@ -106,7 +109,7 @@ MAY_BE_EMPTY = {
 }
 FRACTIONS = {"validation_fraction", "probe_fraction", "warmup_fraction", "final_fraction", "start"}
 FRACTIONS |= {"quantize_from", "ema_decay", "dropout", "label_smoothing"}
-FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup"}
+FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup", "noise"}
 FLOATS |= {"cutmix", "seconds"} | FRACTIONS
 
 

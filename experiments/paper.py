@@ -89,10 +89,11 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"radius-{radius:g}-mnist-mlp"] = small(
             replace(short, radius=radius), equal_time=False
         )
-    found["methods-mnist-mlp"] = methods(
-        QuantizerConfig(preset="fixed", bits=2), METHOD_ROWS + PUBLISHED_ROWS
+    fixed, lsq = (QuantizerConfig(preset=preset, bits=2) for preset in ("fixed", "lsq"))
+    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, (9.49e-4, 3e-3, 9.49e-3))
+    found["methods-mnist-mlp-lsq"] = methods(
+        lsq, METHOD_ROWS + PUBLISHED_ROWS, (3e-3, 9.49e-3, 0.03), equal_time=False
     )
-    found["methods-mnist-mlp-lsq"] = methods(QuantizerConfig(preset="lsq", bits=2), METHOD_ROWS)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -107,17 +108,16 @@ def mnist_mlp() -> TrainConfig:
     return replace(recipe, data=replace(recipe.data, dataset="data/mnist"), log_every=50)
 
 
-def methods(quantizer: QuantizerConfig, rows: tuple[str, ...]) -> CompareConfig:
+def methods(
+    quantizer: QuantizerConfig, rows: tuple[str, ...], rates: tuple[float, ...], **options: Any
+) -> CompareConfig:
     """The methods that a user would weigh, three epochs, FOGZO with the defaults."""
     recipe = replace(RECIPES["mnist-mlp"](), quantizer=quantizer, log_every=50)
     data = replace(recipe.data, dataset="data/mnist")
     base = replace(recipe, data=data, max_steps=recipe.max_steps // 2)
+    kappas = (1e-3, 0.03, 1.0)
     return CompareConfig(
-        base=base,
-        rows=rows,
-        learning_rates=(9.49e-4, 3e-3, 9.49e-3, 0.03),
-        kappas=(1e-3, 0.03, 1.0),
-        tuning_seeds=1,
+        base=base, rows=rows, learning_rates=rates, kappas=kappas, tuning_seeds=1, **options
     )
 
 

@@ -28,7 +28,7 @@ def falls_back_in_every_third_step(monkeypatch):
             fallback=None if stats.step % 3 else REASON,
             agreement=stats.agreement if stats.step % 3 else None,
             noise_share=None,  # as estimators have it that follow none
-            value=None,
+            kappa=None,
         )
 
     monkeypatch.setattr(GradientEstimator, "refine_grads_", refine_grads_)

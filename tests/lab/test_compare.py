@@ -482,7 +482,7 @@ def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path
 
 
 def assert_close(new, old):
-    """Equal to rounding; earlier versions also wrote a bootstrap interval, and kappa by its name."""
+    """Equal to rounding; earlier versions also wrote a bootstrap interval, and called all kappa."""
     if isinstance(new, dict):
         if "kappa" in old:
             assert new.pop("parameter", None) in (None, "kappa")

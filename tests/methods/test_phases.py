@@ -170,6 +170,7 @@ def test_a_step_that_was_given_stays():
 def test_a_compiled_model_notices_the_switch():
     model = network("lsq per channel")
     switch = quantize_from(model, 1.0, total_steps=1)
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")
     x, _ = batch(0)
     plain = network()

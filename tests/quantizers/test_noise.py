@@ -31,7 +31,7 @@ def test_it_is_off_in_evaluation_codes_and_baked_weights(preset):
 
 
 def test_weights_are_rounded_as_often_as_a_gaussian_carries_them_over():
-    quantizer = replace(fogzo.fixed(4, step=1.0, levels="integer"), noise=0.2)
+    quantizer = replace(fogzo.fixed(4, step_size=1.0, levels="integer"), noise=0.2)
     w = torch.full((1, 200_000), 0.3, requires_grad=True)  # one sigma below the threshold
     with streams_put_back(0):
         rounded = quantizer(w, torch.ones(1, 1), training=True)

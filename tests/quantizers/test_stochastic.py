@@ -49,7 +49,7 @@ def test_the_mean_loss_is_lotions_which_is_exact_for_diagonal_quadratics():
     # arXiv 2510.08757: L(w) + 1/2 sum of h a^2 f (1 - f), f the fraction of w / a.
     step, h = 0.4, torch.tensor([[0.5, 1.0, 2.0, 4.0]])
     w, target = torch.tensor([[0.1, -0.33, 0.57, 0.2]]), torch.tensor([[0.3, -0.5, 0.1, 0.0]])
-    quantizer = replace(fogzo.fixed(4, step=step, levels="integer"), stochastic=True)
+    quantizer = replace(fogzo.fixed(4, step_size=step, levels="integer"), stochastic=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rounded = quantizer(w.expand(100_000, -1), torch.full((1, 1), step), training=True)

@@ -87,7 +87,7 @@ class LinearizedLoss:
                 "a LinearizedLoss needs whole gradients, and FSDP's ranks hold shards: use DDP, or "
                 "let the estimator measure the loss itself"
             )
-        if weight.requires_grad:
+        if weight.requires_grad and weight is not layer.weight:  # as it is in a float phase
             weight.register_hook(partial(self._add, layer))
 
     def _add(self, layer: QuantizedLayer, grad: Tensor) -> None:

@@ -151,6 +151,12 @@ ROWS: dict[str, Row] = {
         _to(estimator="fogzo", probe_every=4),
         parameter=KAPPA,
     ),
+    "fogzo-linear": Row(
+        "FOGZO, linearized",
+        "FOGZO whose slopes are predicted by backward's gradient, no forward pass",
+        _to(estimator="fogzo", probe_loss="linear"),
+        parameter=KAPPA,
+    ),
     "control-variate": Row(
         "control variate",
         "STE plus what the measured slopes add to its prediction",

@@ -92,6 +92,9 @@ class TrainConfig(Options):
     """Fraction of the batch that the probes are evaluated on."""
     probe_precision: Annotated[Precision | None, Example("bf16")] = None
     """Precision of the probes' forward passes; by default that of training."""
+    probe_loss: Literal["measured", "linear"] = "measured"
+    """The loss itself, or what backward's gradient at the rounded weights predicts of it, without
+    a forward pass."""
     track_flips: bool = False
     """Log the fraction of integer codes that differ between two probes; costs one rounding per
     probe."""
@@ -173,7 +176,31 @@ class TrainConfig(Options):
                 f"{self.final_fraction}: --final-fraction 0, or --schedule linear"
             )
         check_quantizers(self.quantizer, self.activations)
+        self._check_linear()
         self._check_method()
+
+    def _check_linear(self) -> None:
+        """Raise a `ValueError` if the linearized loss cannot be had with the rest."""
+        if self.probe_loss == "measured":
+            return
+        asks_of_forwards = {
+            "--one-sided": self.one_sided,
+            "--probe-fraction": self.probe_fraction < 1,
+            "--probe-precision": self.probe_precision is not None,
+            f"--evaluate {self.evaluate}": self.evaluate != "in_place",
+        }
+        for option, given in asks_of_forwards.items():
+            if given:
+                raise ValueError(
+                    f"the linearized loss needs no forward passes, which {option} is about: leave "
+                    f"{option} out, or --probe-loss measured"
+                )
+        if self.compile or self.parallel == "fsdp":
+            option = "--compile" if self.compile else "--parallel fsdp"
+            raise ValueError(
+                f"the linearized loss needs eager layers and whole gradients: leave {option} out, "
+                "or --probe-loss measured"
+            )
 
     def _check_method(self) -> None:
         """Raise a `ValueError` if the method, or the float phase, cannot be had with the rest."""

@@ -205,7 +205,11 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
     if estimator is not None:
         if config.track_flips:
             training.flip_rate = estimator.flip_rate()
-        stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
+        if training.linearized is None:
+            stats = estimator.refine_grads_(window_loss, expected_loss=loss if same_loss else None)
+        else:
+            linearized, scale = training.linearized, scaler.get_scale()
+            stats = estimator.refine_grads_(lambda: linearized() / scale)
         training.count(stats)
     training.methods.before_step()
     if config.clip_norm is not None:

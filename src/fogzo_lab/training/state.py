@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fogzo import (
     ControlVariateEstimator,
     FogzoEstimator,
+    LinearizedLoss,
     PlaceboEstimator,
     QuantizedWeight,
     SpsaEstimator,
@@ -95,6 +96,7 @@ class Training:
         parallel: The same network for training: wrapped if several ranks share the work.
         estimator: None for plain backward.
         optimizer: Any optimizer of torch.
+        linearized: What the estimator probes instead of the loss; None for the loss itself.
         methods: What acts on quantized weights beside the estimator, and when that begins.
         scaler: Does nothing unless the precision is fp16.
         ema: None unless asked for.
@@ -126,6 +128,8 @@ class Training:
         # Learned step sizes have no gradient before quantization begins.
         self.parallel = parallelize(self.model, config.parallel, ranks, config.quantize_from > 0)
         self.estimator = build_estimator(config, self.model)
+        linear = self.estimator is not None and config.probe_loss == "linear"
+        self.linearized = LinearizedLoss(self.model) if linear else None
         self.optimizer = build_optimizer(config, self.model)
         self.methods = Methods(config, self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
@@ -198,7 +202,8 @@ class Training:
 
     def count(self, stats: RefineStats) -> None:
         """Count the forward passes, refinements and fallbacks of a step."""
-        self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+        if self.linearized is None:
+            self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
         if stats.probe_losses or stats.fallback is not None:
             self.refined_steps += 1
         if stats.fallback is not None:

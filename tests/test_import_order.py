@@ -22,6 +22,7 @@ LEVELS = {
     "fogzo.export": 2,
     "fogzo.probing": 2,
     "fogzo.estimators": 3,
+    "fogzo.inspection": 4,
     "fogzo": 4,
     "fogzo_lab": 5,
     "fogzo_lab.figures": 5,

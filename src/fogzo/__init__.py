@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         every,
         linear_noise_share,
     )
+    from fogzo.inspection import Inspection, Watch, inspect
     from fogzo.layers import (
         QuantizedLayer,
         QuantizedWeight,
@@ -40,6 +41,7 @@ __all__ = [
     "ControlVariateEstimator",
     "FogzoEstimator",
     "GradientEstimator",
+    "Inspection",
     "LinearizedLoss",
     "PlaceboEstimator",
     "QuantizedLayer",
@@ -47,12 +49,14 @@ __all__ = [
     "Quantizer",
     "RefineStats",
     "SpsaEstimator",
+    "Watch",
     "abs_max",
     "bbq",
     "calibrate_",
     "dequantize_",
     "every",
     "fixed",
+    "inspect",
     "linear_noise_share",
     "lsq",
     "measure_step_sizes_",
@@ -68,7 +72,7 @@ def __getattr__(name: str) -> Any:
     # Torch takes a second or more to import, and comes with the first name that is asked for:
     # before it, a command must be able to answer Ctrl-C, and a worker to see its parent die.
     if not name.startswith("__") and "quantize_" not in globals():
-        sources = ("estimators", "layers", "probing", "quantizers")
+        sources = ("estimators", "inspection", "layers", "probing", "quantizers")
         found = [vars(import_module(f"{__name__}.{source}")) for source in sources]
         globals().update({n: names[n] for names in found for n in __all__ if n in names})
         import_module(f"{__name__}.methods")  # a room of its own: fogzo.methods.cage

@@ -97,6 +97,10 @@ class QuantizedLayer(QuantizedInput):
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
         return self.quantizer.codes(self._whole_weight(), self._step(), self.output_dim)
 
+    def in_steps(self) -> Tensor:
+        """The weight in steps, as it is rounded: see `Quantizer.in_steps`."""
+        return self.quantizer.in_steps(self._whole_weight(), self._step(), self.output_dim)
+
     @contextmanager
     def hold_step_size(self) -> Iterator[None]:
         """Keep the present step sizes although the weight moves (dynamic scales only)."""

@@ -136,7 +136,7 @@ def warn_of_selection(
         default: Whether the default filter chose them.
     """
     doubtful = _warn_of_heads(layers, selected) if default else set()
-    left = list(_left_in_float(model, layers, selected, doubtful))
+    left = list(left_in_float(model, layers, selected, doubtful))
     sizes = {_id(layer): cast(Tensor, layer.weight).numel() for layer in selected.values()}
     quantized = sum(sizes.values())
     total = quantized + sum(item.size for item in left)
@@ -153,7 +153,9 @@ def warn_of_selection(
         warnings.warn(f"{listed(attention)} left in float: {_ATTENTION}", UserWarning, stacklevel=3)
 
 
-class _Left(NamedTuple):
+class Left(NamedTuple):
+    """A matrix that is not quantized, and why."""
+
     name: str
     size: int
     reason: str
@@ -162,9 +164,9 @@ class _Left(NamedTuple):
 _ATTENTION = "nn.MultiheadAttention uses its weights itself, without calling a layer"
 
 
-def _largest(left: list[_Left], most: int = 3) -> str:
+def _largest(left: list[Left], most: int = 3) -> str:
     """The largest of the matrices, those that differ in a number alone together."""
-    alike: dict[tuple[str, str], list[_Left]] = {}
+    alike: dict[tuple[str, str], list[Left]] = {}
     for item in left:
         alike.setdefault((re.sub(r"\d+", "*", item.name), item.reason), []).append(item)
     groups = sorted(alike.values(), key=lambda group: -sum(item.size for item in group))
@@ -175,12 +177,12 @@ def _largest(left: list[_Left], most: int = 3) -> str:
     )
 
 
-def _left_in_float(
+def left_in_float(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     selected: Mapping[str, nn.Module],
     doubtful: set[str],
-) -> Iterator[_Left]:
+) -> Iterator[Left]:
     """The matrices that stay in float, but for embeddings, heads and normalization."""
     meant = _output_heads(layers) - doubtful
     seen = {_id(layer) for name, layer in layers.items() if name in selected or name in meant}
@@ -200,7 +202,7 @@ def _left_in_float(
                 reason = f"a {kind} that filter_fn did not pick"
             else:
                 reason = f"a parameter of {kind}, which is no layer that can be quantized"
-            yield _Left(f"{module_name}.{name}".lstrip("."), param.numel(), reason)
+            yield Left(f"{module_name}.{name}".lstrip("."), param.numel(), reason)
 
 
 def _warn_of_heads(layers: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]) -> set[str]:

@@ -233,12 +233,16 @@ class Quantizer:
 
         They are int8, uint8 where no code is negative, or wider where the grid has more codes.
         """
-        with torch.no_grad():
-            groups = self._groups(weight, output_dim)
-            step = self._measure(groups) if step is None else step
-            step = effective_step_size(step.to(weight.dtype), self.scale_dtype)
-            codes = self.grid.round_to_code(self._in_steps(groups, step))
-            return self._arrange(codes.to(_code_dtype(self.grid)), weight, output_dim)
+        x = self.in_steps(weight, step, output_dim)
+        return self.grid.round_to_code(x).to(_code_dtype(self.grid))
+
+    @torch.no_grad()
+    def in_steps(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
+        """What is rounded: the weight in steps, of its shape, rotated and companded if it is."""
+        groups = self._groups(weight, output_dim)
+        step = self._measure(groups) if step is None else step
+        step = effective_step_size(step.to(weight.dtype), self.scale_dtype)
+        return self._arrange(self._in_steps(groups, step), weight, output_dim)
 
     def dequantize(
         self, codes: Tensor, step: Tensor, output_dim: int = 0, dtype: torch.dtype | None = None

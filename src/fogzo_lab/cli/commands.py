@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from fogzo.export import formats
 from fogzo.wording import nearest
-from fogzo_lab.cli import display, export
+from fogzo_lab.cli import display, doctor, export
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
@@ -30,6 +30,7 @@ commands:
   eval RUN_FOLDER   evaluate a run's newest checkpoint again
   compare RECIPE    tune and compare gradient estimators, write a table and a report;
                     --plan lists the runs without running them
+  doctor RUN ...    what is wrong with a run, by layer, and which option answers it
   export RUN        write a run's network in the format of a program that serves it:
                     --format {", ".join(formats())}
   bench             measure the cost of FOGZO on this machine, without a recipe;
@@ -115,6 +116,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "doctor": doctor.run,
     "export": export.run,
     "bench": _bench,
 }

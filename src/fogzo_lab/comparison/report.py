@@ -92,6 +92,7 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
             _mark_one(axes)
 
         plots.append(_plot("Agreement", _AGREEMENT, agreement))
+    plots += _code_plots(metrics)
     said_in_words = ("refined_steps", "fallbacks")
     fell_back = tables.fallback_words(result.get("refined_steps", 0), result.get("fallbacks", {}))
     said = [fell_back] if fell_back else []
@@ -148,6 +149,11 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
         plots.append(_plot("Agreement over training", _AGREEMENT, lambda a: _agreements(a, rows)))
     if any("flip_rate" in point for row in rows for point in row.curve):
         plots.append(_plot("Code flips over training", _FLIPS, lambda axes: _flips(axes, rows)))
+    plots += [
+        _share_plot(key, rows)
+        for key in _SHARES
+        if any(key in point for row in rows for point in row.curve)
+    ]
     shown = [
         tables.quality_table(comparison),
         tables.difference_table(comparison),
@@ -210,6 +216,20 @@ def _method(config: CompareConfig, comparison: Comparison) -> list[str]:
     ]
 
 
+_SHARES = {
+    "flips": "flips per step",
+    "flips_back": "flips that undo the last one",
+    "masked": "masked weights",
+    "frozen": "frozen weights",
+    "dead": "dead channels",
+    "bits_used": "bits used",
+}
+"""What inspections add to the metrics: shares, by their key."""
+_CODES = (
+    "From inspections (--inspect-every): flips are changes of integer weights; masked weights get "
+    "no gradient, and frozen ones do not move either; bits used is the entropy of the codes over "
+    "the bits of the grid. `fogzo doctor` has the numbers by layer."
+)
 _FLIPS = (
     "Share of the integer weights that differ between the two points at which FOGZO measures the "
     "loss. At 0 the two losses would be equal and nothing would be measured."
@@ -219,6 +239,36 @@ _AGREEMENT = (
     "predicts: 1 where STE is right, below 1 where it promises too much, negative where it climbs. "
     "A running mean of nine logged steps."
 )
+
+
+def _share_plot(key: str, rows: Sequence[RowResult]) -> Plot:
+    title = _SHARES[key]
+    return _plot(
+        f"{title.capitalize()} over training",
+        f"Mean over weights and seeds. {_CODES}",
+        lambda axes: _curves(axes, rows, "step", key, "step", title),
+    )
+
+
+def _code_plots(metrics: Sequence[Metrics]) -> list[Plot]:
+    """What inspections saw of the codes over training; none where there were none."""
+    inspected = [m for m in metrics if m.get("masked") is not None]
+    if not inspected:
+        return []
+
+    def draw(axes: Axes, keys: Sequence[str]) -> None:
+        for key, dashes in zip(keys, ("solid", "dashed", "dotted", "dashdot"), strict=False):
+            points = [m for m in inspected if m.get(key) is not None]
+            steps, values = [m["step"] for m in points], [m[key] for m in points]
+            axes.plot(steps, values, color="black", linestyle=dashes, label=_SHARES[key])
+        axes.set(xlabel="step", ylabel="share")
+        _legend(axes)
+
+    flips, others = ("flips",), ("masked", "frozen", "dead", "bits_used")
+    return [
+        _plot("Flips of codes per step", _CODES, lambda axes: draw(axes, flips)),
+        _plot("Masked, frozen, dead, used", _CODES, lambda axes: draw(axes, others)),
+    ]
 
 
 def _curves(

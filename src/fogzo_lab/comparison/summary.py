@@ -9,6 +9,7 @@ from fogzo_lab.comparison.intervals import mean
 from fogzo_lab.comparison.results import Budget, Candidate, RowResult
 from fogzo_lab.comparison.run_cache import RunCache
 from fogzo_lab.comparison.runs import Run
+from fogzo_lab.training.loop import INSPECTED
 from fogzo_lab.training.run_folder import Metrics, read_metrics
 
 
@@ -77,7 +78,7 @@ def _curve(cache: RunCache, runs: Sequence[Run]) -> list[dict[str, float]]:
         *(read_metrics(run.path(cache) / "metrics.jsonl") for run in runs),
         strict=False,  # a diverged seed ends early
     )
-    keys = ("step", "loss", "seconds", "agreement", "flip_rate")
+    keys = ("step", "loss", "seconds", "agreement", "flip_rate", *INSPECTED)
     return [
         {
             key: mean([math.inf if line.get(key) is None else line[key] for line in seeds])

@@ -146,6 +146,9 @@ class TrainConfig(Options):
 
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl; the first and the last step are always written."""
+    inspect_every: NonNegativeInt = 0
+    """Steps between inspections of codes, masks and dead channels, for fogzo doctor; 0 makes none.
+    """
     checkpoint_every: _CheckpointEvery = 100
     """Steps between checkpoints; 0 writes only one at the end, -1 none."""
     keep_checkpoints: PositiveInt = 2

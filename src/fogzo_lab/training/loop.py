@@ -21,6 +21,9 @@ from fogzo_lab.training.state import Training, own_random_streams
 from fogzo_lab.training.tasks import Batch
 from fogzo_lab.training.trackers import check_trackers, tracking
 
+INSPECTED = ("flips", "flips_back", "masked", "frozen", "dead", "bits_used")
+"""What metrics hold of an inspection, means over all weights; inspections.jsonl has it by layer."""
+
 OnStep = Callable[[Metrics], None]
 
 
@@ -112,6 +115,10 @@ def _take_steps(
                 diverged = training.diverged_steps >= (1 if last or not finite else _IN_A_ROW)
                 metrics = _metrics(training, loss, stats)
                 log_now = training.step == 1 or not training.step % config.log_every
+                if training.inspection is not None:
+                    folder.log_inspection(training.inspection)
+                    training.inspection = None
+                    log_now = True
                 if last or diverged or log_now:
                     folder.log(metrics)
                     track(metrics)
@@ -202,6 +209,7 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
     if not math.isfinite(mean_loss):
         return mean_loss, None
     scaler.unscale_(optimizer)
+    training.inspect(window[0])  # before an estimator adds noise to the gradients
     if estimator is not None:
         if config.track_flips:
             training.flip_rate = estimator.flip_rate()
@@ -231,6 +239,8 @@ def _part(batch: Batch, fraction: float) -> Batch:
 def _metrics(training: Training, loss: float, stats: RefineStats | None) -> Metrics:
     metrics: Metrics = {"step": training.step, "loss": loss, "seconds": training.seconds}
     metrics |= {"learning_rate": training.learning_rate} | training.methods.metrics()
+    if training.inspection is not None:
+        metrics |= {key: training.inspection.mean(key) for key in INSPECTED}
     if stats is not None:
         metrics |= {"agreement": stats.agreement, "agreement_error": stats.agreement_error}
         metrics |= {"loss_gap": stats.loss_gap}

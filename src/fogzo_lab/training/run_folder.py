@@ -1,4 +1,4 @@
-"""The files of a run: config.json, metrics.jsonl, checkpoints, result.json."""
+"""The files of a run: config.json, metrics.jsonl, inspections.jsonl, checkpoints, result.json."""
 
 import dataclasses
 import hashlib
@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
 
+from fogzo.inspection import Inspection
 from fogzo_lab.system.folder_lock import locked
 from fogzo_lab.system.json_files import check_regular, dumps, parse_json, read_json, write_text
 from fogzo_lab.training.checkpoint import (
@@ -28,7 +29,8 @@ _LOG = logging.getLogger(__name__)
 
 # Options that may differ when a run is resumed: none of them changes what is trained.
 _MAY_DIFFER = {"output_dir", "resume", "overwrite", "device", "parallel"}
-_MAY_DIFFER |= {"log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
+_MAY_DIFFER |= {"log_every", "checkpoint_every", "keep_checkpoints", "trackers", "inspect_every"}
+_INSPECTIONS = "inspections.jsonl"
 _FILES = ("config.json", "metrics.jsonl", "result.json")
 
 
@@ -151,6 +153,7 @@ class RunFolder(ExitStack):
                 delete(checkpoint)
         write_text(self.path / "config.json", to_json(self._config))
         write_text(path, kept.decode())
+        _cut_inspections(self.path, step if self._resumed else 0)
         self._written = hashlib.sha256(kept)
         with path.open("ab") as self._log:
             yield
@@ -163,6 +166,12 @@ class RunFolder(ExitStack):
             self._log.write(line)
             self._log.flush()
             self._written.update(line)
+
+    def log_inspection(self, inspection: Inspection) -> None:
+        """Append a line to inspections.jsonl."""
+        if self._writes:
+            with (self.path / _INSPECTIONS).open("a", encoding="utf-8") as file:
+                file.write(dumps(inspection.as_dict()) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
         """Write checkpoints/step-N, whole or not at all, and delete the oldest ones."""
@@ -266,8 +275,38 @@ def read_metrics(path: Path) -> list[Metrics]:
     return [metrics for metrics, _ in lines]
 
 
+def read_inspections(folder: Path) -> list[Inspection]:
+    """The inspections of the run in a folder, in order; an unfinished last line is left out.
+
+    Raises:
+        ValueError: If a line is none of an inspection.
+    """
+    path, found = folder / _INSPECTIONS, []
+    for number, line in enumerate(_read_log(path).splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):  # else cut short by a kill
+            try:
+                found.append(Inspection.from_dict(parse_json(line, dict)))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}: delete the line by hand"
+                ) from error
+    return found
+
+
+def _cut_inspections(folder: Path, step: int) -> None:
+    """Leave the inspections up to a step, and no file where there are none."""
+    path = folder / _INSPECTIONS
+    if not path.exists():
+        return
+    kept = [i for i in read_inspections(folder) if (i.step or 0) <= step] if step else []
+    if kept:
+        write_text(path, "".join(dumps(inspection.as_dict()) + "\n" for inspection in kept))
+    else:
+        path.unlink()
+
+
 def _read_log(path: Path) -> bytes:
-    """The bytes of a metrics.jsonl, empty if there is no file."""
+    """The bytes of a log of lines, empty if there is no file."""
     if not path.exists():
         return b""
     try:

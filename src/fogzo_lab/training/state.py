@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from fogzo import (
     ControlVariateEstimator,
     FogzoEstimator,
+    Inspection,
     LinearizedLoss,
     PlaceboEstimator,
     QuantizedWeight,
     SpsaEstimator,
+    Watch,
     every,
     linear_noise_share,
     quantized_weights,
@@ -41,7 +43,7 @@ from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.ema import Ema, EmaState
 from fogzo_lab.training.learning_rates import learning_rate_factor
 from fogzo_lab.training.methods import Methods
-from fogzo_lab.training.models import build_model, calibrate, checkpoint_blocks_
+from fogzo_lab.training.models import build_model, calibrate, checkpoint_blocks_, logits
 from fogzo_lab.training.optimizers import OptimizerState, build_optimizer, load_optimizer
 from fogzo_lab.training.parallel import Ranks, parallelize, share_buffers
 from fogzo_lab.training.run_folder import LogPosition, Metrics
@@ -109,6 +111,7 @@ class Training:
         learning_rate: Of the present step, where no method has another.
         diverged_steps: Number of consecutive steps, up to now, with a loss far beyond the first.
         flip_rate: Fraction of codes that differ between this step's first two probes, if tracked.
+        inspection: Of this step, if one was due; the loop takes it.
         log_position: The state of the log when the checkpoint was written.
     """
 
@@ -141,6 +144,9 @@ class Training:
         self.first_loss: float | None = None
         self.diverged_steps = 0
         self.flip_rate: float | None = None
+        self.inspection: Inspection | None = None
+        every = config.inspect_every if config.quantizer.preset != "none" else 0
+        self._watch = Watch(self.model, every) if every else None
         self.log_position: LogPosition | None = None
         if checkpoint is not None:
             on_all_ranks(lambda: self._resume(checkpoint))
@@ -183,6 +189,20 @@ class Training:
             self.first_loss = loss
         sensible = loss <= 1000 * max(self.first_loss, 1.0)  # false for what is not a number
         self.diverged_steps = 0 if sensible else self.diverged_steps + 1
+
+    def inspect(self, batch: Batch) -> None:
+        """Count the flips of a step, and inspect the network if that is due.
+
+        Args:
+            batch: On which clipped inputs are counted.
+        """
+        if self._watch is not None:
+            self._watch.load_state_dict({"step": self.step - 1})
+            self.inspection = self._watch.update(lambda: self._forward(batch))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            return logits(self.model, batch[0])
 
     def evaluate(self) -> Metrics:
         """The numbers of each split, with the averaged weights if there is an average."""

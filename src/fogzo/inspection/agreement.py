@@ -1,0 +1,71 @@
+"""The agreement of each layer: does its gradient predict how the quantized loss changes?"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fogzo.estimators.fallbacks import nothing_measured, nothing_to_follow
+from fogzo.estimators.family import FogzoEstimator
+from fogzo.estimators.refined import check_not_refined
+from fogzo.estimators.schedules import noise_share_from_kappa
+from fogzo.layers.weights import QuantizedWeight
+from fogzo.probing.audit import Audit
+from fogzo.probing.directions import Directions, mix_seed
+from fogzo.probing.lender import Closure, Lender
+from fogzo.probing.measure import measure
+
+_SEED = 0
+
+
+@torch.no_grad()
+def agreements(
+    weights: Sequence[QuantizedWeight], closure: Closure, num_samples: int
+) -> dict[str, tuple[float, float]]:
+    """Agreement and standard error of each weight by name, where anything was measured.
+
+    Each weight is moved alone, along its gradient and as much noise as there is gradient in each
+    coordinate, so that the samples do not all cross the same thresholds: ``2 num_samples`` forward
+    passes per layer.
+
+    Args:
+        weights: All of a model, with gradients.
+        closure: Recomputes the loss that backward differentiated.
+        num_samples: Directions per layer.
+
+    Raises:
+        ValueError: If there are no gradients, they have been refined, or the closure is not the
+            loss.
+    """
+    used = [w for w in weights if w.param.requires_grad and w.param.grad is not None]
+    if not used:
+        raise ValueError(
+            "the agreement compares the loss with gradients, and there are none. Call it between "
+            "backward and zero_grad: loss.backward(); fogzo.inspect(model, closure=lambda: "
+            "loss_fn(model(x), y))"
+        )
+    check_not_refined(used)
+    lender = Lender(weights)
+    found: dict[str, tuple[float, float]] = {}
+    for index, weight in enumerate(used):
+        share = noise_share_from_kappa(1.0, weight.param.numel(), 1)
+        estimator = FogzoEstimator([weight], num_samples=num_samples, agreement="measured")
+        directions = Directions([weight], mix_seed(_SEED, index))
+        if nothing_to_follow(directions):
+            continue
+        plan = estimator.plan(share, directions)
+        measured = measure(
+            lender,
+            directions,
+            plan,
+            closure,
+            evaluate="in_place",
+            expected_loss=None,
+            one_sided=False,
+            audit=Audit(),
+        )
+        if nothing_measured(directions, measured):
+            continue
+        refined = estimator.combine(share, directions, plan, measured)
+        assert refined.agreement is not None and refined.agreement_error is not None
+        found[weight.name] = (refined.agreement, refined.agreement_error)
+    return found

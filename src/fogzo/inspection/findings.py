@@ -1,0 +1,335 @@
+"""From numbers to findings: what is wrong, by which number, and what to try.
+
+The thresholds are those of `THRESHOLDS`. Each lies between what healthy and sick runs show in
+``experiments/doctor``; docs/doctor.md has both.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from fogzo.inspection.records import Finding, Inspection, LayerInspection, percent
+
+THRESHOLDS = {
+    "learning_rate": 0.1,
+    "masked": 0.1,
+    "dead": 0.05,
+    "oscillating": 0.005,
+    "undone": 0.6,
+    "levels": 0.5,
+    "clipped": 0.25,
+    "fp16": 1e-3,
+    "in_float": 0.5,
+    "still": 0.01,
+}
+"""By kind of finding, the number from which it is reported:
+
+- ``learning_rate``: mean distance by which weights move per step, over the range of levels
+- ``masked``: share of weights that are masked and do not move
+- ``dead``: share of output channels
+- ``oscillating``: flips per step over the number of levels, and ``undone``: the share of these that
+  undo the last one
+- ``levels``: bits of the codes' entropy over bits of the grid, below which it is reported
+- ``clipped``: share of input values
+- ``fp16``: relative rounding error of a step size
+- ``in_float``: share of the matrix weights outside embeddings and heads
+- ``still``: changes per code in the run so far, had all steps flipped as many as the one with most,
+  below which it is reported
+"""
+
+# An agreement that is not known better than this says nothing.
+_KNOWN = 0.1
+_SURE = 3.0  # standard errors
+
+
+def diagnose(history: Sequence[Inspection]) -> list[Finding]:
+    """What the inspections of a run say, the gravest first; empty where nothing is wrong.
+
+    Masks, dead channels, levels, step sizes and clipped inputs are those of the last inspection.
+    Flips count in the last quarter of those that counted any, where a healthy run has settled; the
+    learning rate is judged by the inspection in which weights moved farthest.
+
+    Args:
+        history: Inspections of one model, in order; one is enough.
+    """
+    if not history:
+        return []
+    last = history[-1]
+    if last.float_phase:
+        return [_float_phase()]
+    counted = [inspection for inspection in history if inspection.mean("flips") is not None]
+    found = [
+        _learning_rate(counted),
+        _masked(_with_counts(last, counted)),
+        _dead(last),
+        _oscillating(counted),
+        _still(counted),
+        _levels(last),
+        _clipped(last),
+        _fp16(last),
+        _in_float(last),
+        _agreement(last),
+    ]
+    if found[0] is not None:
+        found[3] = None  # whatever moves so far flips
+    return [finding for finding in found if finding is not None]
+
+
+def agreement_note(agreement: float, error: float, masked: float) -> Finding | None:
+    """What a mean agreement of a whole network says of FOGZO; None if it is not known well.
+
+    Args:
+        agreement: Mean over layers or steps.
+        error: Its standard error.
+        masked: Share of the weights that is masked.
+    """
+    if error > _KNOWN:
+        return None
+    said = f"agreement {agreement:.2f} ± {error:.2f}"
+    if abs(agreement - 1) > _SURE * error:
+        return Finding(
+            kind="agreement",
+            severity="note",
+            layers=(),
+            message=f"{said}: STE's gradient does not predict how the quantized loss changes, "
+            "which FOGZO measures",
+            code="fogzo.FogzoEstimator(fogzo.quantized_weights(model)), against its placebo",
+            options="--estimator fogzo",
+        )
+    if masked > 0.01:
+        return None
+    return Finding(
+        kind="agreement",
+        severity="note",
+        layers=(),
+        message=f"FOGZO cannot help here: {said} and {_nothing_or(masked)} masked",
+        code="plain STE, and the learning rate, the step sizes or more bits instead",
+        options="--estimator ste",
+    )
+
+
+def _nothing_or(share: float) -> str:
+    return percent(share) if share else "nothing"
+
+
+def _with_counts(last: Inspection, counted: Sequence[Inspection]) -> Inspection:
+    """The last inspection in which it was seen what moves, or the last."""
+    return last if last.mean("frozen") is not None or not counted else counted[-1]
+
+
+def _learning_rate(counted: Sequence[Inspection]) -> Finding | None:
+    def moved(layer: LayerInspection) -> float:
+        return (layer.moved or 0.0) / layer.levels
+
+    worst: dict[str, LayerInspection] = {}
+    for layer in (layer for inspection in counted for layer in inspection.layers):
+        if layer.name not in worst or moved(layer) > moved(worst[layer.name]):
+            worst[layer.name] = layer
+    layers = _beyond(worst.values(), moved, THRESHOLDS["learning_rate"])
+    if not layers:
+        return None
+    times = layers[0][1] / THRESHOLDS["learning_rate"]
+    said = [f"{share:.2g} of the range of levels in {name!r}" for name, share in layers[:2]]
+    return Finding(
+        kind="learning_rate",
+        severity="high",
+        layers=layers,
+        message="the learning rate is too large: per step weights move by "
+        f"{', '.join(said)} ({THRESHOLDS['learning_rate']} or more is reported)",
+        code=f"a learning rate {max(2, math.ceil(times))} times smaller or less",
+        options=f"--learning-rate, {max(2, math.ceil(times))} times smaller or less",
+    )
+
+
+def _masked(inspection: Inspection) -> Finding | None:
+    layers = _beyond(inspection.layers, lambda layer: layer.stuck, THRESHOLDS["masked"])
+    if not layers:
+        return None
+    named = {layer.name: layer for layer in inspection.layers}
+    learned = all(named[name].scale == "learned" for name, _ in layers)
+    return Finding(
+        kind="masked",
+        severity="high",
+        layers=layers,
+        message=f"weights are masked and frozen: {_each(layers)} "
+        f"({THRESHOLDS['masked']:.0%} or more is reported)",
+        code='surrogate="identity_unmasked"' + ("" if learned else ", or fogzo.lsq(bits)"),
+        options="--quantizer.surrogate identity_unmasked"
+        + ("" if learned else ", or --quantizer.preset lsq"),
+    )
+
+
+def _dead(inspection: Inspection) -> Finding | None:
+    layers = _beyond(inspection.layers, lambda layer: layer.dead, THRESHOLDS["dead"])
+    if not layers:
+        return None
+    return Finding(
+        kind="dead",
+        severity="high",
+        layers=layers,
+        message=f"output channels are dead, without gradient or all zero: {_each(layers)} "
+        f"({THRESHOLDS['dead']:.0%} or more is reported)",
+        code="a smaller learning rate, a longer warm-up or another initialization; remove channels "
+        'that were pruned, or keep them zero with levels="integer"',
+        options="--learning-rate, smaller, or --warmup-fraction 0.1",
+    )
+
+
+def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
+    late = counted[-max(1, len(counted) // 4) :]
+    if not late:
+        return None
+    layers, undone = [], {}
+    for number, layer in enumerate(late[-1].layers):
+        same = [inspection.layers[number] for inspection in late]
+        flips = math.fsum(layer.flips or 0.0 for layer in same) / len(same)
+        back = math.fsum((layer.flips or 0.0) * (layer.flips_back or 0.0) for layer in same)
+        share = back / len(same) / flips if flips else 0.0
+        if flips / layer.levels >= THRESHOLDS["oscillating"] and share >= THRESHOLDS["undone"]:
+            layers.append((layer.name, flips))
+            undone[layer.name] = share
+    if not layers:
+        return None
+    layers.sort(key=lambda pair: -pair[1])
+    worst = layers[0][0]
+    return Finding(
+        kind="oscillating",
+        severity="high",
+        layers=layers,
+        message=f"codes oscillate: {_each(layers)} of them flip per step, and "
+        f"{percent(undone[worst])} of the flips of {worst!r} undo the last one (flips of "
+        f"{THRESHOLDS['oscillating']:.1%} of the number of levels, {THRESHOLDS['undone']:.0%} "
+        "of them undone, or more is reported)",
+        code="fogzo.methods.dampening(model, total_steps=steps), fogzo.methods.cage(model, "
+        "optimizer, total_steps=steps), or a learning rate that decays to zero",
+        options="--schedule cosine --final-fraction 0",
+    )
+
+
+def _still(counted: Sequence[Inspection]) -> Finding | None:
+    if not counted:
+        return None
+    changes = max((i.mean("flips") or 0.0) * (i.step or i.counted) for i in counted)
+    if changes >= THRESHOLDS["still"]:
+        return None
+    return Finding(
+        kind="still",
+        severity="high",
+        layers=(),
+        message=f"the quantized network does not train: {percent(changes)} of its codes have "
+        f"changed so far, at most (less than {THRESHOLDS['still']:.0%} is reported)",
+        code="a larger learning rate; an optimizer made after fogzo.quantize_, which holds "
+        "weights that require gradients",
+        options="--learning-rate, larger",
+    )
+
+
+def _levels(inspection: Inspection) -> Finding | None:
+    few = [layer for layer in inspection.layers if layer.bits_used < THRESHOLDS["levels"]]
+    few.sort(key=lambda layer: layer.bits_used)
+    if not few:
+        return None
+    said = ", ".join(
+        f"{layer.name!r} {layer.levels_used:.2g} of {layer.levels}" for layer in few[:3]
+    )
+    return Finding(
+        kind="levels",
+        severity="medium",
+        layers=[(layer.name, layer.levels_used) for layer in few],
+        message=f"levels are wasted: the codes carry as much as so many equally frequent ones: "
+        f"{', '.join(said)}{_more(few)} (less than half of the bits is reported)",
+        code='learned step sizes, fogzo.lsq(bits), granularity="channel", or fewer bits',
+        options="--quantizer.preset lsq, or --quantizer.granularity channel",
+    )
+
+
+def _clipped(inspection: Inspection) -> Finding | None:
+    layers = _beyond(inspection.layers, lambda layer: layer.clipped or 0.0, THRESHOLDS["clipped"])
+    if not layers:
+        return None
+    return Finding(
+        kind="clipped",
+        severity="medium",
+        layers=layers,
+        message=f"inputs are clipped: {_each(layers)} of their values lie beyond the last level "
+        f"({THRESHOLDS['clipped']:.0%} or more is reported)",
+        code="with fogzo.calibrate_(model): model(x) on typical inputs, or steps that are learned "
+        "or measured anew, activations=fogzo.lsq(bits) or fogzo.abs_max(bits)",
+        options="--activations.preset lsq, or abs_max",
+    )
+
+
+def _fp16(inspection: Inspection) -> Finding | None:
+    layers = _beyond(inspection.layers, lambda layer: layer.fp16_error, THRESHOLDS["fp16"])
+    if not layers:
+        return None
+    return Finding(
+        kind="fp16",
+        severity="medium",
+        layers=layers,
+        message=f"step sizes are outside the normal range of float16, in which files hold them, "
+        f"and change when they are exported: {_each(layers)} "
+        f"({THRESHOLDS['fp16']:.1%} or more is reported)",
+        code="scale_dtype=torch.float16, or torch.bfloat16",
+        options="--quantizer.scale-dtype float16",
+    )
+
+
+def _in_float(inspection: Inspection) -> Finding | None:
+    left = [item for item in inspection.in_float if item.reason is not None]
+    size = sum(item.weights for item in left)
+    total = size + sum(layer.weights for layer in inspection.layers)
+    if size < THRESHOLDS["in_float"] * total:
+        return None
+    named = ", ".join(f"{item.name} ({item.reason})" for item in left[:2])
+    return Finding(
+        kind="in_float",
+        severity="medium",
+        layers=[(item.name, item.weights / total) for item in left],
+        message=f"{percent(size / total)} of the matrix weights outside embeddings and heads stay "
+        f"in float: {named}{_more(left, 2)} ({THRESHOLDS['in_float']:.0%} or more is "
+        "reported)",
+        code="fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)",
+        options="--quantize-first --quantize-last",
+    )
+
+
+def _agreement(inspection: Inspection) -> Finding | None:
+    known = [
+        (layer.agreement, layer.agreement_error)
+        for layer in inspection.layers
+        if layer.agreement is not None and layer.agreement_error
+    ]
+    if not known:
+        return None
+    weight = math.fsum(1 / error**2 for _, error in known)
+    mean = math.fsum(agreement / error**2 for agreement, error in known) / weight
+    return agreement_note(mean, 1 / math.sqrt(weight), inspection.mean("masked") or 0.0)
+
+
+def _float_phase() -> Finding:
+    return Finding(
+        kind="float_phase",
+        severity="note",
+        layers=(),
+        message="the layers compute in float until quantization begins, so codes say nothing yet",
+        code="switch.advance_() of fogzo.methods.quantize_from after each optimizer step",
+    )
+
+
+def _beyond(
+    layers: Iterable[LayerInspection],
+    number: Callable[[LayerInspection], float],
+    threshold: float,
+) -> list[tuple[str, float]]:
+    """The layers whose number is the threshold or more, worst first."""
+    found = [(layer.name, number(layer)) for layer in layers]
+    return sorted((pair for pair in found if pair[1] >= threshold), key=lambda pair: -pair[1])
+
+
+def _each(layers: Sequence[tuple[str, float]], most: int = 3) -> str:
+    said = ", ".join(f"{percent(value)} of {name!r}" for name, value in layers[:most])
+    return f"{said}{_more(layers, most)}"
+
+
+def _more(items: Sequence[object], most: int = 3) -> str:
+    return "" if len(items) <= most else f" and {len(items) - most} more"

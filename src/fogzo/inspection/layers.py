@@ -1,0 +1,142 @@
+"""The numbers that follow from one quantized layer as it is: codes, mask, thresholds, steps."""
+
+import torch
+from torch import Tensor, nn
+
+from fogzo.collectives import full, reshard
+from fogzo.inspection.records import InFloat
+from fogzo.layers import QuantizedLayer
+from fogzo.layers.selection import left_in_float, quantizable_layers
+from fogzo.quantizers.granularity import to_rows
+from fogzo.quantizers.surrogates import resolve_surrogate
+
+# A slope below which a weight counts as masked: surrogates with tails never reach 0.
+_NO_SLOPE = 0.01
+# Of the distance of levels.
+_NEAR = 0.05
+# As in `fogzo.quantizers.steps`: beside the others of its layer such a channel is nothing.
+_NOTHING = 1e-4
+_CHUNK = 2**22  # codes that are counted at a time, as counting takes integers of 8 bytes
+
+Numbers = dict[str, float]
+
+
+def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    """The quantized layers by name, tied ones once.
+
+    Raises:
+        ValueError: If there are none, or weights are not there to be looked at.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a quantized model, got {type(model).__name__}: fogzo.inspect(model)"
+        )
+    reshard([model])  # else the weights of the outermost module may be gathered, and out of date
+    found: dict[int, tuple[str, QuantizedLayer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            module._check_own_weight()
+            if module.weight.is_meta:
+                raise ValueError(
+                    f"the weight of {name!r} is on the meta device, offloaded: "
+                    "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
+                )
+            found.setdefault(id(module.weight), (name or "model", module))
+    if not found:
+        raise ValueError(
+            "nothing in this model is quantized: first call "
+            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
+    return list(found.values())
+
+
+def matrices_in_float(model: nn.Module) -> list[InFloat]:
+    """The matrices that are not quantized, largest first."""
+    layers = quantizable_layers(model)
+    quantized = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+    unusual = {
+        item.name: item.reason for item in left_in_float(model, layers, quantized, doubtful=set())
+    }
+    seen = {id(layer.weight) for layer in quantized.values()}
+    left = [
+        InFloat(name=name, weights=param.numel(), reason=unusual.get(name))
+        for name, param in model.named_parameters()
+        if id(param) not in seen and sum(size > 1 for size in param.shape) > 1
+    ]
+    return sorted(left, key=lambda item: -item.weights)
+
+
+@torch.no_grad()
+def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
+    """What one look tells of a layer's weight.
+
+    Args:
+        layer: The layer.
+        x: Its `in_steps`.
+    """
+    grid = layer.quantizer.grid
+    step = layer.step_size().detach()
+    scale = step[step > 0].float() * (grid.spacing / (2 if grid.offset else 1))
+    rounded = ((scale.half().float() - scale).abs() / scale).nan_to_num_(posinf=1.0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cells = (wide - grid.thresholds[0]) / grid.spacing
+    distance = (cells - cells.round().clamp_(0, len(grid.thresholds) - 1)).abs_()
+    inside = int((distance <= 0.5).sum())
+    near = int((distance <= _NEAR).sum())
+    return {
+        "step": float(step[step > 0].median()) if scale.numel() else 0.0,
+        "fp16_error": min(float(rounded.max()), 1.0) if scale.numel() else 1.0,
+        "levels_used": _used_levels(layer, x),
+        "masked": 1 - _share(gets_gradient(layer, x)),
+        "near_thresholds": near / inside if inside else 0.0,
+    }
+
+
+def gets_gradient(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Which weights have a slope to speak of."""
+    grid = layer.quantizer.grid
+    slope = resolve_surrogate(layer.quantizer.surrogate, grid).slope(x, grid)
+    return slope if slope.dtype == torch.bool else slope > _NO_SLOPE
+
+
+@torch.no_grad()
+def next_to_nothing(layer: QuantizedLayer) -> Tensor:
+    """Which output channels have weights that are zero, or nothing beside the other channels."""
+    rows = to_rows(full(layer.weight.detach()), layer.output_dim)
+    sizes = torch.linalg.vector_norm(rows.float(), dim=1)
+    return sizes <= _NOTHING * sizes.mean()
+
+
+@torch.no_grad()
+def with_gradient(layer: QuantizedLayer) -> Tensor | None:
+    """Which output channels have a gradient; None if nobody knows.
+
+    That is where there has been no backward pass, and in embeddings, whose outputs are tokens that
+    a batch may lack.
+    """
+    grad = layer.weight.grad
+    if grad is None or not layer.weight.requires_grad or isinstance(layer, nn.Embedding):
+        return None
+    return to_rows(full(grad), layer.output_dim).ne(0).any(1)
+
+
+def dead_channels(layer: QuantizedLayer, alive: Tensor | None) -> float:
+    """The share of output channels that are dead; `alive` are those that had a gradient."""
+    dead = next_to_nothing(layer)
+    if alive is not None:
+        dead = dead | ~alive
+    return _share(dead)
+
+
+def _used_levels(layer: QuantizedLayer, x: Tensor) -> float:
+    grid = layer.quantizer.grid
+    counts = torch.zeros(grid.num_levels, dtype=torch.int64, device=x.device)
+    for chunk in x.reshape(-1).split(_CHUNK):
+        codes = grid.round_to_code(chunk).long() - grid.low_code
+        counts += torch.bincount(codes, minlength=grid.num_levels)
+    shares = counts[counts > 0].double() / x.numel()
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())

@@ -107,6 +107,7 @@ KAPPAS = {
 SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept-memory"}
 SCRIPTS = (
     "agreement",
+    "doctor",
     "embedded",
     "executors",
     "forwards",

@@ -10,7 +10,7 @@ import torch
 
 import fogzo
 from fogzo.quantizers import SURROGATE_NAMES
-from fogzo_lab.cli import bench, commands, export, parsing
+from fogzo_lab.cli import bench, commands, doctor, export, parsing
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -78,7 +78,7 @@ def parse_only(parse, *arguments, **options):
 
 @pytest.mark.parametrize(("name", "line"), sorted(set(shell_lines())))
 def test_commands_parse(name, line, monkeypatch):
-    for module in (commands, bench, export):
+    for module in (commands, bench, doctor, export):
         monkeypatch.setattr(module, "parse", partial(parse_only, parsing.parse))
     arguments = shlex.split(line, comments=True)
     if arguments[-1] == "--help":
@@ -89,7 +89,7 @@ def test_commands_parse(name, line, monkeypatch):
 
 def test_pages_with_commands_are_found():
     assert {name for name, _ in shell_lines()} >= {
-        *("training.md", "comparing.md", "costs.md", "exporting.md")
+        *("training.md", "comparing.md", "costs.md", "doctor.md", "exporting.md")
     }
 
 

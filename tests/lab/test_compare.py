@@ -65,7 +65,8 @@ def in_this_process(monkeypatch):
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """One small comparison, in real worker processes."""
-    base = digits(tmp_path_factory.mktemp("compare"), max_steps=40, track_flips=True)
+    watched = {"track_flips": True, "inspect_every": 10}
+    base = digits(tmp_path_factory.mktemp("compare"), max_steps=40, **watched)
     config = CompareConfig(
         base=base,
         rows=SOME,
@@ -173,7 +174,7 @@ def test_a_method_is_tuned_over_its_own_parameter_and_results_name_it(tmp_path):
 def test_the_report_is_one_file_with_every_row_table_and_plot(comparison):
     config, results, _ = comparison
     html = write_compare_report(config, results).read_text()
-    assert html.count("<svg") == 6
+    assert html.count("<svg") == 9
     assert html.count("<table") == 3
     assert not any(outside in html for outside in ("<script", "<link", "<img", "@import"))
     for row in results.rows:
@@ -183,6 +184,7 @@ def test_the_report_is_one_file_with_every_row_table_and_plot(comparison):
         "tuning runs",
         "Agreement",
         "flip",
+        "Masked weights over training",
         results.code["version"],
     ):
         assert part in html

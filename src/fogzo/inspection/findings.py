@@ -12,7 +12,7 @@ from fogzo.inspection.records import Finding, Inspection, LayerInspection, perce
 THRESHOLDS = {
     "learning_rate": 0.1,
     "masked": 0.1,
-    "dead": 0.05,
+    "dead": 0.1,
     "oscillating": 0.005,
     "undone": 0.6,
     "levels": 0.5,
@@ -164,7 +164,7 @@ def _dead(inspection: Inspection) -> Finding | None:
         return None
     return Finding(
         kind="dead",
-        severity="high",
+        severity="medium",
         layers=layers,
         message=f"output channels are dead, without gradient or all zero: {_each(layers)} "
         f"({THRESHOLDS['dead']:.0%} or more is reported)",
@@ -228,9 +228,7 @@ def _levels(inspection: Inspection) -> Finding | None:
     few.sort(key=lambda layer: layer.bits_used)
     if not few:
         return None
-    said = ", ".join(
-        f"{layer.name!r} {layer.levels_used:.2g} of {layer.levels}" for layer in few[:3]
-    )
+    said = [f"{layer.name!r} {layer.levels_used:.2g} of {layer.levels}" for layer in few[:3]]
     return Finding(
         kind="levels",
         severity="medium",

@@ -1,5 +1,6 @@
 """How many input values of each layer lie beyond the levels of its activation quantizer."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,7 +38,8 @@ def clipped_inputs(
             if name in counts:
                 stack.enter_context(_hooked(layer, partial(_count, counts[name])))
         stack.enter_context(lender.lend([], copy=False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to load
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         lender.evaluate(lambda: _nothing(forward()))
     return {name: clipped / seen for name, (clipped, seen) in counts.items() if seen}
 

@@ -108,20 +108,25 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
 
 
 @torch.no_grad()
-def with_gradient(layer: QuantizedLayer) -> Tensor | None:
-    """Which output channels have a gradient; None if nobody knows.
+def alive_channels(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
+    """Which output channels have a gradient, or would have one if they were not masked.
 
-    That is where there has been no backward pass, and in embeddings, whose outputs are tokens that
-    a batch may lack.
+    None if nobody knows: where there has been no backward pass, and in embeddings, whose outputs
+    are tokens that a batch may lack.
+
+    Args:
+        layer: The layer.
+        x: Its `in_steps`.
     """
     grad = layer.weight.grad
     if grad is None or not layer.weight.requires_grad or isinstance(layer, nn.Embedding):
         return None
-    return to_rows(full(grad), layer.output_dim).ne(0).any(1)
+    alive = to_rows(full(grad), layer.output_dim).ne(0).any(1)
+    return alive | ~to_rows(gets_gradient(layer, x), layer.output_dim).any(1)
 
 
 def dead_channels(layer: QuantizedLayer, alive: Tensor | None) -> float:
-    """The share of output channels that are dead; `alive` are those that had a gradient."""
+    """The share of output channels that are dead; `alive` are `alive_channels`."""
     dead = next_to_nothing(layer)
     if alive is not None:
         dead = dead | ~alive

@@ -10,11 +10,11 @@ from fogzo.inspection.findings import diagnose
 from fogzo.inspection.inputs import clipped_inputs
 from fogzo.inspection.layers import (
     Numbers,
+    alive_channels,
     dead_channels,
     matrices_in_float,
     numbers_of,
     quantized_layers,
-    with_gradient,
 )
 from fogzo.inspection.records import Inspection, LayerInspection
 from fogzo.layers import QuantizedLayer, quantized_weights
@@ -81,9 +81,10 @@ def inspected(
     by_param = {id(weight.param): measured.get(weight.name) for weight in weights}
     found = []
     for name, layer in layers:
-        numbers: Numbers = numbers_of(layer, layer.in_steps())
+        x = layer.in_steps()
+        numbers: Numbers = numbers_of(layer, x)
         own = counted.get(name, {})
-        dead = {"dead": dead_channels(layer, with_gradient(layer))} if "dead" not in own else {}
+        dead = {"dead": dead_channels(layer, alive_channels(layer, x))} if "dead" not in own else {}
         agreement, error = by_param.get(id(layer.weight)) or (None, None)
         quantizer = layer.quantizer
         found.append(

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from fogzo.collectives import shard_like, sum_over_shards
 from fogzo.inspection.layers import (
     Numbers,
+    alive_channels,
     dead_channels,
     gets_gradient,
     quantized_layers,
-    with_gradient,
 )
 from fogzo.inspection.records import Inspection
 from fogzo.inspection.snapshot import inspected
@@ -143,7 +143,8 @@ class _Counter:
     @torch.no_grad()
     def see(self, layer: QuantizedLayer) -> None:
         """Compare with the last time."""
-        x = shard_like(layer.in_steps(), layer.weight)
+        whole = layer.in_steps()
+        x = shard_like(whole, layer.weight)
         grid = layer.quantizer.grid
         codes = grid.round_to_code(x).to(_code_dtype(grid.low_code, grid.high_code))
         flat = x.reshape(-1)
@@ -164,7 +165,7 @@ class _Counter:
         else:
             self._last = torch.zeros_like(codes, dtype=torch.int8)
         self._codes, self._sample = codes, sample
-        alive = with_gradient(layer)
+        alive = alive_channels(layer, whole)
         if alive is not None:
             self._alive = alive if self._alive is None else self._alive | alive
 

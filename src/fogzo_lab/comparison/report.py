@@ -151,7 +151,7 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
         plots.append(_plot("Code flips over training", _FLIPS, lambda axes: _flips(axes, rows)))
     plots += [
         _share_plot(key, rows)
-        for key in _SHARES
+        for key in ("flips", "masked", "bits_used")
         if any(key in point for row in rows for point in row.curve)
     ]
     shown = [

@@ -14,6 +14,7 @@ from fogzo import Inspection, inspect
 from fogzo.inspection import Finding, agreement_note, diagnose
 from fogzo_lab.options import Example, NonNegativeInt, Options, at_least_one
 from fogzo_lab.system.devices import Device, find_device
+from fogzo_lab.training.checkpoint import newest_checkpoint
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import build_model, logits
 from fogzo_lab.training.parallel import Ranks
@@ -79,7 +80,7 @@ class Examination:
 
 
 def examine(run: Path, agreement: int = 0, device: Device = "cpu") -> Examination:
-    """Look at the newest checkpoint of a run, and at its history.
+    """Look at the newest checkpoint of a run, or its last inspection, and at its history.
 
     Args:
         run: The folder.
@@ -87,7 +88,8 @@ def examine(run: Path, agreement: int = 0, device: Device = "cpu") -> Examinatio
         device: Where.
 
     Raises:
-        ValueError: If there is no such run, it has no checkpoint or was trained in float.
+        ValueError: If there is no such run, it was trained in float, or has neither a checkpoint
+            nor inspections.
     """
     config = read_config(run)
     if config.quantizer.preset == "none":
@@ -96,9 +98,12 @@ def examine(run: Path, agreement: int = 0, device: Device = "cpu") -> Examinatio
             f"--quantizer.preset lsq --initial-weights {run}"
         )
     history = read_inspections(run)
-    inspection, step = _look(config, run, agreement, find_device(device))
-    if history:
-        inspection = _with_counts(inspection, history[-1])
+    if history and newest_checkpoint(run) is None:
+        inspection, step = history[-1], history[-1].step or 0
+    else:
+        inspection, step = _look(config, run, agreement, find_device(device))
+        if history:
+            inspection = _with_counts(inspection, history[-1])
     findings = [
         *_of_divergence(config, run),
         *diagnose([*history, inspection]),

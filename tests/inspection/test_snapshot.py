@@ -1,0 +1,258 @@
+"""One look: its numbers in closed form, for every quantizer, and with nothing changed."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import fogzo
+from fogzo.inspection import Inspection
+from toolbox import EVERY_PRESET, Snapshot, backward, batch, draw, everything, fill
+from toolbox import quantized_net
+
+
+def layer_of(weight, quantizer, **options):
+    """The inspection of one layer with this weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    model = fogzo.quantize_(nn.Sequential(layer), quantizer, everything)
+    return fogzo.inspect(model, **options).layers[0]
+
+
+def test_masks_and_levels_are_counted_exactly():
+    # in steps of 1: levels -1.5 .. 1.5, of which the end ones mask beyond them
+    weight = torch.tensor([[-3.0, -1.2, -0.2, 0.2], [0.7, 1.2, 1.4, 2.0]])
+    found = layer_of(weight, fogzo.fixed(2, step=1.0))
+    assert (found.masked, found.weights, found.levels) == (2 / 8, 8, 4)
+    shares = [2 / 8, 1 / 8, 2 / 8, 3 / 8]
+    assert found.levels_used == pytest.approx(math.prod(p**-p for p in shares))
+    assert found.stuck == found.masked  # a fixed step brings none of them back
+    assert layer_of(weight, fogzo.fixed(2, step=1.0, surrogate="identity_unmasked")).masked == 0
+
+
+def test_an_even_spread_has_a_tenth_of_its_weights_near_thresholds():
+    even = torch.linspace(-1.5, 1.5, 3001).reshape(1, -1)
+    found = layer_of(even, fogzo.fixed(2, step=1.0))
+    assert found.near_thresholds == pytest.approx(0.1, abs=0.002)
+    on_levels = torch.tensor([[-1.5, -0.5, 0.5, 1.5]])
+    assert layer_of(on_levels, fogzo.fixed(2, step=1.0)).near_thresholds == 0
+
+
+def test_codes_of_equal_frequency_use_all_levels():
+    weight = draw(64, 256, seed=3)
+    found = layer_of(weight, fogzo.bbq(2))
+    assert found.levels_used == pytest.approx(4, abs=0.02)
+    assert found.bits_used == pytest.approx(1, abs=0.01)
+    quest = layer_of(weight, fogzo.quest(2))
+    assert math.log2(quest.levels_used) == pytest.approx(1.9037, abs=0.01)
+
+
+def test_steps_are_held_against_float16():
+    fine = layer_of(draw(4, 4), fogzo.fixed(2, step=0.05))
+    assert fine.fp16_error < 2**-11
+    tiny = layer_of(draw(4, 4), fogzo.fixed(2, step=2e-7))  # subnormal: few bits are left
+    assert tiny.fp16_error > 0.05
+    assert layer_of(draw(4, 4), fogzo.fixed(2, step=2e5)).fp16_error == 1  # infinite
+    (finding,) = [
+        finding
+        for finding in _inspect(fogzo.fixed(2, step=2e-7)).findings
+        if finding.kind == "fp16"
+    ]
+    assert "scale_dtype=torch.float16" in finding.code
+
+
+def _inspect(quantizer):
+    return fogzo.inspect(fogzo.quantize_(fill(nn.Linear(4, 4)), quantizer, everything))
+
+
+def test_channels_without_gradient_or_weights_are_dead():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    fill(model)
+    with torch.no_grad():
+        model[0].bias[2] = -100.0  # its ReLU never fires
+        model[2].weight[1] = 0
+    with pytest.warns(UserWarning, match="no step size can be measured"):
+        fogzo.quantize_(model, fogzo.lsq(2, granularity="channel"), everything)
+    before = fogzo.inspect(model)
+    assert [layer.dead for layer in before.layers] == [0, 1 / 4]
+    backward(lambda: mse_loss(model(draw(64, 8)), draw(64, 4)))
+    after = fogzo.inspect(model)
+    assert after.layers[0].dead >= 1 / 8
+    assert after.layers[1].dead == 1 / 4
+    assert [finding.kind for finding in after.findings] == ["dead"]
+
+
+def test_a_channel_that_is_masked_as_a_whole_is_not_dead():
+    model = fogzo.quantize_(fill(nn.Linear(8, 4)), fogzo.fixed(2, step=1e-3), everything)
+    backward(lambda: model(draw(4, 8)).sum())
+    (layer,) = fogzo.inspect(model).layers
+    assert (layer.masked > 0.9, layer.dead) == (True, 0)
+
+
+@EVERY_PRESET
+def test_every_quantizer_is_inspected_and_all_that_is_borrowed_comes_back(preset):
+    model = quantized_net(preset)
+    x, y = batch()
+    backward(lambda: mse_loss(model(x), y))
+    for module in (model.before, model.dropout):
+        module.p = 0.0
+    before = Snapshot(model)
+    found = fogzo.inspect(
+        model,
+        forward=lambda: model(x),
+        closure=lambda: mse_loss(model(x), y),
+        num_samples=2,
+    )
+    before.assert_same()
+    assert [layer.name for layer in found.layers] == ["first", "second"]
+    assert found.in_float[0].name == "head.weight"
+    for layer, module in zip(found.layers, (model.first, model.second), strict=True):
+        assert len(module.codes().unique()) <= layer.levels
+        assert 1 <= layer.levels_used <= layer.levels + 1e-9
+        assert layer.clipped is None
+    text = json.dumps(found.as_dict())
+    assert json.dumps(Inspection.from_dict(json.loads(text)).as_dict()) == text
+    assert "first" in str(found) and "masked" in str(found)
+
+
+def test_it_gives_back_what_a_forward_or_closure_that_raises_had_borrowed():
+    model = fogzo.quantize_(
+        fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))),
+        fogzo.lsq(2),
+        activations=fogzo.lsq(4),
+    )
+    x = draw(16, 8)
+    with fogzo.calibrate_(model):
+        model(x)
+    backward(lambda: model(x).sum())
+    before = Snapshot(model)
+
+    def fails():
+        model(x)
+        torch.rand(3)
+        raise OSError("gone")
+
+    for options in ({"forward": fails}, {"closure": fails}):
+        with pytest.raises(OSError, match="gone"):
+            fogzo.inspect(model, **options)
+        before.assert_same()
+
+
+@pytest.mark.parametrize("kind", ["lsq", "quest", "abs_max"])
+def test_inputs_beyond_the_last_level_are_counted(kind):
+    makes = {"lsq": fogzo.lsq(2), "quest": fogzo.quest(2), "abs_max": fogzo.abs_max(4)}
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
+    fogzo.quantize_(fill(model), fogzo.lsq(2), activations=makes[kind])
+    x = draw(512, 16)
+    assert fogzo.inspect(model).layers[0].clipped is None
+    if kind == "lsq":
+        with fogzo.calibrate_(model):
+            model(x)
+    found = fogzo.inspect(model, forward=lambda: model(x)).layers[0].clipped
+    # 2 mean|x| / sqrt(1.5) steps, levels up to 1.5 and half a step more; QuEST's edge likewise.
+    edges = {"lsq": 2 * 2 * math.sqrt(2 / math.pi) / math.sqrt(1.5), "quest": 1.4935346 * 4 / 3}
+    expected = math.erfc(edges[kind] / math.sqrt(2)) if kind in edges else 0
+    assert found == pytest.approx(expected, abs=0.01)
+    far = fogzo.inspect(model, forward=lambda: model(100 * x))
+    kinds = [finding.kind for finding in far.findings]
+    assert ("clipped" in kinds) == (kind == "lsq")  # the others measure each input
+
+
+def test_convolutions_embeddings_and_tied_layers_are_inspected_once():
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 4, 3),
+            "up": nn.ConvTranspose1d(4, 2, 3),
+            "embed": nn.Embedding(10, 8),
+            "out": nn.Linear(8, 10, bias=False),
+        }
+    )
+    model["out"].weight = model["embed"].weight
+    fogzo.quantize_(fill(model), fogzo.lsq(2), everything)
+    found = fogzo.inspect(model)
+    assert [layer.name for layer in found.layers] == ["conv", "up", "embed"]
+    assert [layer.weights for layer in found.layers] == [108, 24, 80]
+    backward(lambda: model["out"](model["embed"](torch.tensor([1, 2]))).sum())
+    assert fogzo.inspect(model).layers[2].dead == 0  # tokens that a batch lacks are not
+
+
+def test_a_compiled_model_is_looked_at_uncompiled():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    fogzo.quantize_(fill(model), fogzo.lsq(2), everything, activations=fogzo.lsq(2))
+    x = draw(32, 8)
+    with fogzo.calibrate_(model):
+        model(x)
+    plain = fogzo.inspect(model, forward=lambda: model(x))
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    assert fogzo.inspect(compiled, forward=lambda: compiled(x)).layers[1].clipped == (
+        plain.layers[1].clipped
+    )
+
+
+def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
+    model = fogzo.quantize_(
+        fill(nn.Linear(64, 64, bias=False), std=0.05),
+        fogzo.fixed(2, step=0.1, surrogate="identity_unmasked"),
+        everything,
+    ).double()
+    x, y = draw(256, 64).double(), draw(256, 64, seed=9).double()
+
+    def loss():
+        return (model(x) * y).mean()
+
+    backward(loss)
+    found = fogzo.inspect(model, closure=loss, num_samples=64)
+    (layer,) = found.layers
+    assert abs(layer.agreement - 1) < 3 * layer.agreement_error < 0.3
+    notes = [finding for finding in found.findings if finding.kind == "agreement"]
+    assert "FOGZO cannot help here: agreement" in notes[0].message
+    assert "nothing masked" in notes[0].message
+
+
+def test_what_cannot_be_inspected_is_refused_with_the_way_out():
+    model = quantized_net()
+    with pytest.raises(ValueError, match="nothing in this model is quantized: first call"):
+        fogzo.inspect(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"expected a quantized model, got list"):
+        fogzo.inspect([model])
+    with pytest.raises(ValueError, match="Call it between backward and zero_grad"):
+        fogzo.inspect(model, closure=lambda: 0.0)
+    with pytest.raises(ValueError, match="meta device, offloaded"):
+        fogzo.inspect(quantized_net().to("meta"))
+
+
+def test_what_is_no_inspection_is_refused():
+    good = fogzo.inspect(quantized_net()).as_dict()
+    for bad, says in [
+        ([], "expected an object"),
+        ({}, "layers is missing"),
+        (good | {"more": 1}, "more is unknown"),
+        (good | {"layers": 3}, "layers of Inspection is 3"),
+        (good | {"layers": [good["layers"][0] | {"masked": "all"}]}, "masked of LayerInspection"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            Inspection.from_dict(bad)
+
+
+def test_what_stays_in_float_is_listed_and_reported_if_it_is_most():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4), nn.Linear(4, 4))
+    fogzo.quantize_(model, fogzo.lsq(2), lambda module, name: name == "1")
+    found = fogzo.inspect(model)
+    assert [item.name for item in found.in_float] == ["0.weight", "2.weight"]
+    (finding,) = found.findings
+    assert finding.kind == "in_float"
+    assert "94% of the matrix weights outside embeddings and heads stay in float" in (
+        finding.message
+    )
+
+
+def test_a_float_phase_is_no_illness():
+    model = quantized_net("lsq")
+    fogzo.methods.quantize_from(model, 0.5, total_steps=10)
+    (note,) = fogzo.inspect(model).findings
+    assert (note.kind, note.severity) == ("float_phase", "note")

@@ -272,3 +272,23 @@ def test_every_line_of_the_verdicts_is_a_committed_comparison():
     folders = [folder for quantizers in networks.values() for folder in quantizers.values()]
     assert set(folders) <= set(PAPER)
     assert len(set(folders)) == len(folders)
+
+
+# The doctor
+
+
+def test_the_doctor_names_the_committed_illnesses_and_no_healthy_run():
+    script, results = module("doctor"), committed("doctor")
+    assert results["config"] == json.loads(json.dumps(script.asdict(script.Config())))
+    assert results["thresholds"] == script.THRESHOLDS
+    for row in results["rows"]:
+        case = script.CASES[row["name"]]
+        assert len(row["runs"]) == len(results["config"]["seeds"])
+        if case.expected is not None:
+            first = [(*run["findings"], "")[0] for run in row["runs"]]
+            assert first == [case.expected] * len(first), row["name"]
+
+
+def test_the_doctors_experiment_runs():
+    script = module("doctor")
+    assert structure(script.measure(script.QUICK)) == structure(committed("doctor"))

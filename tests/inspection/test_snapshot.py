@@ -10,8 +10,7 @@ from torch.nn.functional import mse_loss
 
 import fogzo
 from fogzo.inspection import Inspection
-from toolbox import EVERY_PRESET, Snapshot, backward, batch, draw, everything, fill
-from toolbox import quantized_net
+from toolbox import EVERY_PRESET, Snapshot, backward, batch, draw, everything, fill, quantized_net
 
 
 def layer_of(weight, quantizer, **options):

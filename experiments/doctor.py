@@ -293,8 +293,8 @@ def table(results: dict[str, Any]) -> Table:
     caption = (
         f"Worst layer, lowest to highest of {len(config['seeds'])} seeds; digits-mlp, "
         f"{config['steps']} steps with STE, and a byte-level LLaMA of width 32, "
-        f"{config['llama_steps']} steps. Cost of a watch: {costs}. {facts['processor']}, torch "
-        f"{facts['torch']}, {facts['date']}."
+        f"{config['llama_steps']} steps. Cost of a watch, in turns on a busy machine: {costs}. "
+        f"{facts['processor']}, torch {facts['torch']}, {facts['date']}."
     )
     return Table("", heading, rows, caption)
 

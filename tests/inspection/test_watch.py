@@ -111,7 +111,9 @@ def test_what_makes_no_watch_is_refused():
 # Four sick runs and healthy ones
 
 
-def train(quantizer, *, lr=0.02, steps=120, optimizer=torch.optim.Adam, kill=0, decays=True):
+def train(
+    quantizer, *, lr=0.02, steps=120, optimizer=torch.optim.Adam, kill=0, empty=0, decays=True
+):
     """The findings of a classification of 8 clusters by a quantized perceptron."""
     centres, generator = draw(8, 16, seed=5), torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 8))
@@ -120,6 +122,7 @@ def train(quantizer, *, lr=0.02, steps=120, optimizer=torch.optim.Adam, kill=0, 
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
             layer.bias.zero_()
         model[0].bias[:kill] = -100.0
+        model[0].weight[:empty] = 0
     fogzo.quantize_(model, quantizer, everything)
     watch = fogzo.Watch(model, every=20)
     made = optimizer(model.parameters(), lr=lr)
@@ -132,6 +135,8 @@ def train(quantizer, *, lr=0.02, steps=120, optimizer=torch.optim.Adam, kill=0, 
         watch.update()
         made.step()
         schedule.step()
+        with torch.no_grad():
+            model[0].weight[:empty] = 0  # as pruning would
     return watch.history[-1].findings
 
 
@@ -162,10 +167,16 @@ def test_a_fixed_step_that_masks_is_found():
 
 
 def test_dead_channels_are_found():
-    first = train(fogzo.lsq(2), kill=8)[0]
+    first = train(fogzo.lsq(2), kill=12)[0]
     assert first.kind == "dead"
-    assert [(name, round(share, 2)) for name, share in first.layers] == [("0", 0.17)]
-    assert "17% of '0'" in first.message
+    assert [(name, round(share, 2)) for name, share in first.layers] == [("0", 0.25)]
+    assert "25% of '0'" in first.message
+
+
+def test_a_single_channel_of_zeros_is_found():
+    (finding,) = train(fogzo.ternary(), empty=1)
+    assert finding.kind == "dead"
+    assert [(name, round(share, 2)) for name, share in finding.layers] == [("0", 0.02)]
 
 
 def test_a_learning_rate_that_is_too_large_is_found():

@@ -12,7 +12,7 @@ from fogzo.inspection.records import Finding, Inspection, LayerInspection, perce
 THRESHOLDS = {
     "learning_rate": 0.1,
     "masked": 0.1,
-    "dead": 0.1,
+    "dead": 0.2,
     "oscillating": 0.005,
     "undone": 0.6,
     "levels": 0.5,
@@ -25,10 +25,11 @@ THRESHOLDS = {
 
 - ``learning_rate``: mean distance by which weights move per step, over the range of levels
 - ``masked``: share of weights that are masked and do not move
-- ``dead``: share of output channels
+- ``dead``: share of output channels; of empty ones any
 - ``oscillating``: flips per step over the number of levels, and ``undone``: the share of these that
   undo the last one
-- ``levels``: bits of the codes' entropy over bits of the grid, below which it is reported
+- ``levels``: bits of the codes' entropy over bits of the grid, below which it is reported, up to 16
+  levels
 - ``clipped``: share of input values
 - ``fp16``: relative rounding error of a step size
 - ``in_float``: share of the matrix weights outside embeddings and heads
@@ -70,7 +71,7 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
         _agreement(last),
     ]
     if found[0] is not None:
-        found[3] = None  # whatever moves so far flips
+        found[3] = found[4] = None  # whatever moves so far flips, or is out of reach of any level
     return [finding for finding in found if finding is not None]
 
 
@@ -159,7 +160,8 @@ def _masked(inspection: Inspection) -> Finding | None:
 
 
 def _dead(inspection: Inspection) -> Finding | None:
-    layers = _beyond(inspection.layers, lambda layer: layer.dead, THRESHOLDS["dead"])
+    dead = [n for n in inspection.layers if n.empty or n.dead >= THRESHOLDS["dead"]]
+    layers = _beyond(dead, lambda layer: layer.dead, 0.0)
     if not layers:
         return None
     return Finding(
@@ -167,7 +169,7 @@ def _dead(inspection: Inspection) -> Finding | None:
         severity="medium",
         layers=layers,
         message=f"output channels are dead, without gradient or all zero: {_each(layers)} "
-        f"({THRESHOLDS['dead']:.0%} or more is reported)",
+        f"({THRESHOLDS['dead']:.0%} without gradient, or any that is zero, is reported)",
         code="a smaller learning rate, a longer warm-up or another initialization; remove channels "
         'that were pruned, or keep them zero with levels="integer"',
         options="--learning-rate, smaller, or --warmup-fraction 0.1",
@@ -224,7 +226,9 @@ def _still(counted: Sequence[Inspection]) -> Finding | None:
 
 
 def _levels(inspection: Inspection) -> Finding | None:
-    few = [layer for layer in inspection.layers if layer.bits_used < THRESHOLDS["levels"]]
+    # On finer grids no level is missed: LSQ's own start uses a tenth of 8 bits.
+    coarse = [layer for layer in inspection.layers if layer.levels <= 16]
+    few = [layer for layer in coarse if layer.bits_used < THRESHOLDS["levels"]]
     few.sort(key=lambda layer: layer.bits_used)
     if not few:
         return None

@@ -88,6 +88,7 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
         "fp16_error": min(float(rounded.max()), 1.0) if scale.numel() else 1.0,
         "levels_used": _used_levels(layer, x),
         "masked": 1 - _share(gets_gradient(layer, x)),
+        "empty": _share(next_to_nothing(layer)),
         "near_thresholds": near / inside if inside else 0.0,
     }
 

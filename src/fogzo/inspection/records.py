@@ -29,9 +29,10 @@ class LayerInspection:
             levels would carry as much.
         masked: Share that gets no gradient, or less than a hundredth (the slope of the backward
             rule at the weight).
-        dead: Share of output channels that are dead: all weights zero, or so small that they are
-            nothing beside the other channels, or a gradient of exactly zero (in every step that a
-            `Watch` saw).
+        dead: Share of output channels that are empty or have a gradient of exactly zero (in every
+            step that a `Watch` saw) although they are not masked.
+        empty: Share of output channels whose weights are all zero, or nothing beside those of the
+            other channels.
         near_thresholds: Of the weights within the range of levels, the share nearer to a threshold
             than a twentieth of the levels' distance: 0.1 where weights are spread evenly.
         flips: Share of codes that change per step.
@@ -54,6 +55,7 @@ class LayerInspection:
     levels_used: float
     masked: float
     dead: float
+    empty: float
     near_thresholds: float
     flips: float | None = None
     flips_back: float | None = None
@@ -145,7 +147,7 @@ class Inspection:
         """A number of the layers, weighted by how many weights they have; None if none has it.
 
         >>> layer = dict(levels=4, scale="fixed", surrogate="identity", step=1.0, fp16_error=0.0,
-        ...              levels_used=4.0, dead=0.0, near_thresholds=0.1)
+        ...              levels_used=4.0, dead=0.0, empty=0.0, near_thresholds=0.1)
         >>> found = Inspection(layers=[LayerInspection(name="a", weights=3, masked=0.4, **layer),
         ...                            LayerInspection(name="b", weights=1, masked=0.0, **layer)])
         >>> round(found.mean("masked"), 2)

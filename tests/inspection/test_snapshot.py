@@ -255,3 +255,4 @@ def test_a_float_phase_is_no_illness():
     fogzo.methods.quantize_from(model, 0.5, total_steps=10)
     (note,) = fogzo.inspect(model).findings
     assert (note.kind, note.severity) == ("float_phase", "note")
+    assert "switch.advance_()" in note.code

@@ -57,10 +57,10 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
     last = history[-1]
     if last.float_phase:
         return [_float_phase()]
-    counted = [inspection for inspection in history if inspection.mean("flips") is not None]
+    counted = [i for i in history if i.mean("flips") is not None and not i.float_phase]
     found = [
         _learning_rate(counted),
-        _masked(_with_counts(last, counted)),
+        _masked(_last_counted(last, counted)),
         _dead(last),
         _oscillating(counted),
         _still(counted),
@@ -112,7 +112,7 @@ def _nothing_or(share: float) -> str:
     return percent(share) if share else "nothing"
 
 
-def _with_counts(last: Inspection, counted: Sequence[Inspection]) -> Inspection:
+def _last_counted(last: Inspection, counted: Sequence[Inspection]) -> Inspection:
     """The last inspection in which it was seen what moves, or the last."""
     return last if last.mean("frozen") is not None or not counted else counted[-1]
 

@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
     "quest": Case("QuEST, 2 bits", "", _preset("quest", bits=2)),
     "ternary": Case("ternary", "", _preset("ternary")),
     "unmasked": Case(
-        "fixed steps, unmasked", "", _preset("fixed", bits=2, surrogate="identity_unmasked")
+        "fixed step sizes, unmasked", "", _preset("fixed", bits=2, surrogate="identity_unmasked")
     ),
     "sgd": Case("LSQ, SGD 0.1", "", _LSQ | {"optimizer": "sgd", "learning_rate": 0.1}),
     "constant": Case("LSQ, constant learning rate", "", _LSQ | {"schedule": "constant"}),
@@ -121,7 +121,7 @@ CASES: dict[str, Case] = {
     "llama-lsq": Case(
         "LLaMA, LSQ, learning rate 0.001", "", _LSQ | _SMALL | {"learning_rate": 1e-3}, llama=True
     ),
-    "masked": Case("fixed steps, masked", "masked", {}),
+    "masked": Case("fixed step sizes, masked", "masked", {}),
     "sign": Case("sign, hardtanh", "masked", _preset("sign")),
     "dead": Case("LSQ, a quarter of the units dead", "dead", _LSQ, _kill_channels),
     "oscillating": Case("regression, SGD 0.3", "oscillating", {}),
@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
     "lr-0.3": Case("LSQ, learning rate 0.3", "learning_rate", _LSQ | {"learning_rate": 0.3}),
     "still": Case("LSQ, learning rate 1e-6", "still", _LSQ | {"learning_rate": 1e-6}),
     "clipped": Case(
-        "LSQ W2, inputs with a tenth of their step",
+        "LSQ W2, inputs with a tenth of their step size",
         "clipped",
         _LSQ | {"activations": QuantizerConfig(preset="fixed", bits=2)},
         _shrink_input_steps,

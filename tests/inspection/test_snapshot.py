@@ -25,20 +25,22 @@ def layer_of(weight, quantizer, **options):
 def test_masks_and_levels_are_counted_exactly():
     # in steps of 1: levels -1.5 .. 1.5, of which the end ones mask beyond them
     weight = torch.tensor([[-3.0, -1.2, -0.2, 0.2], [0.7, 1.2, 1.4, 2.0]])
-    found = layer_of(weight, fogzo.fixed(2, step=1.0))
+    found = layer_of(weight, fogzo.fixed(2, step_size=1.0))
     assert (found.masked, found.weights, found.levels) == (2 / 8, 8, 4)
     shares = [2 / 8, 1 / 8, 2 / 8, 3 / 8]
     assert found.levels_used == pytest.approx(math.prod(p**-p for p in shares))
     assert found.stuck == found.masked  # a fixed step brings none of them back
-    assert layer_of(weight, fogzo.fixed(2, step=1.0, surrogate="identity_unmasked")).masked == 0
+    assert (
+        layer_of(weight, fogzo.fixed(2, step_size=1.0, surrogate="identity_unmasked")).masked == 0
+    )
 
 
 def test_an_even_spread_has_a_tenth_of_its_weights_near_thresholds():
     even = torch.linspace(-1.5, 1.5, 3001).reshape(1, -1)
-    found = layer_of(even, fogzo.fixed(2, step=1.0))
+    found = layer_of(even, fogzo.fixed(2, step_size=1.0))
     assert found.near_thresholds == pytest.approx(0.1, abs=0.002)
     on_levels = torch.tensor([[-1.5, -0.5, 0.5, 1.5]])
-    assert layer_of(on_levels, fogzo.fixed(2, step=1.0)).near_thresholds == 0
+    assert layer_of(on_levels, fogzo.fixed(2, step_size=1.0)).near_thresholds == 0
 
 
 def test_codes_of_equal_frequency_use_all_levels():
@@ -51,14 +53,14 @@ def test_codes_of_equal_frequency_use_all_levels():
 
 
 def test_steps_are_held_against_float16():
-    fine = layer_of(draw(4, 4), fogzo.fixed(2, step=0.05))
+    fine = layer_of(draw(4, 4), fogzo.fixed(2, step_size=0.05))
     assert fine.fp16_error < 2**-11
-    tiny = layer_of(draw(4, 4), fogzo.fixed(2, step=2e-7))  # subnormal: few bits are left
+    tiny = layer_of(draw(4, 4), fogzo.fixed(2, step_size=2e-7))  # subnormal: few bits are left
     assert tiny.fp16_error > 0.05
-    assert layer_of(draw(4, 4), fogzo.fixed(2, step=2e5)).fp16_error == 1  # infinite
+    assert layer_of(draw(4, 4), fogzo.fixed(2, step_size=2e5)).fp16_error == 1  # infinite
     (finding,) = [
         finding
-        for finding in _inspect(fogzo.fixed(2, step=2e-7)).findings
+        for finding in _inspect(fogzo.fixed(2, step_size=2e-7)).findings
         if finding.kind == "fp16"
     ]
     assert "scale_dtype=torch.float16" in finding.code
@@ -86,7 +88,7 @@ def test_channels_without_gradient_or_weights_are_dead():
 
 
 def test_a_channel_that_is_masked_as_a_whole_is_not_dead():
-    model = fogzo.quantize_(fill(nn.Linear(8, 4)), fogzo.fixed(2, step=1e-3), everything)
+    model = fogzo.quantize_(fill(nn.Linear(8, 4)), fogzo.fixed(2, step_size=1e-3), everything)
     backward(lambda: model(draw(4, 8)).sum())
     (layer,) = fogzo.inspect(model).layers
     assert (layer.masked > 0.9, layer.dead) == (True, 0)
@@ -196,7 +198,7 @@ def test_a_compiled_model_is_looked_at_uncompiled():
 def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     model = fogzo.quantize_(
         fill(nn.Linear(64, 64, bias=False), std=0.05),
-        fogzo.fixed(2, step=0.1, surrogate="identity_unmasked"),
+        fogzo.fixed(2, step_size=0.1, surrogate="identity_unmasked"),
         everything,
     ).double()
     x, y = draw(256, 64).double(), draw(256, 64, seed=9).double()

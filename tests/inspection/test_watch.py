@@ -11,7 +11,9 @@ from toolbox import Snapshot, draw, everything, quantized_net
 
 def one_layer(*values, quantizer=None):
     layer = nn.Linear(len(values), 1, bias=False)
-    model = fogzo.quantize_(nn.Sequential(layer), quantizer or fogzo.fixed(2, step=1.0), everything)
+    model = fogzo.quantize_(
+        nn.Sequential(layer), quantizer or fogzo.fixed(2, step_size=1.0), everything
+    )
     move(model, *values)
     return model
 
@@ -158,7 +160,7 @@ def test_a_healthy_run_has_no_finding(name):
 
 
 def test_a_fixed_step_that_masks_is_found():
-    first = train(fogzo.fixed(2, step=0.05))[0]
+    first = train(fogzo.fixed(2, step_size=0.05))[0]
     assert first.kind == "masked"
     assert "masked and frozen" in first.message
     assert first.code == 'surrogate="identity_unmasked", or fogzo.lsq(bits)'
@@ -193,7 +195,7 @@ def test_a_learning_rate_that_changes_no_code_is_found():
 def test_oscillating_codes_are_found():
     model = fogzo.quantize_(
         nn.Linear(32, 32, bias=False),
-        fogzo.fixed(2, step=0.1, surrogate="identity_unmasked"),
+        fogzo.fixed(2, step_size=0.1, surrogate="identity_unmasked"),
         everything,
     )
     target = 0.1 * draw(32, 32)

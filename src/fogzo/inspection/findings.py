@@ -254,8 +254,8 @@ def _clipped(inspection: Inspection) -> Finding | None:
         layers=layers,
         message=f"inputs are clipped: {_each(layers)} of their values lie beyond the last level "
         f"({THRESHOLDS['clipped']:.0%} or more is reported)",
-        code="with fogzo.calibrate_(model): model(x) on typical inputs, or steps that are learned "
-        "or measured anew, activations=fogzo.lsq(bits) or fogzo.abs_max(bits)",
+        code="with fogzo.calibrate_(model): model(x) on typical inputs, or step sizes that are "
+        "learned or measured anew, activations=fogzo.lsq(bits) or fogzo.abs_max(bits)",
         options="--activations.preset lsq, or abs_max",
     )
 

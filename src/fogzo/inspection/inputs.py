@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fogzo.layers import QuantizedLayer, QuantizedWeight
 from fogzo.probing.lender import Lender
-from fogzo.quantizers.steps import positive_step
+from fogzo.quantizers.step_sizes import positive_step_size
 
 Layers = Sequence[tuple[str, QuantizedLayer]]
 
@@ -65,10 +65,10 @@ def _count(counts: list[int], layer: QuantizedLayer, args: tuple[Any, ...]) -> N
         if not bool(step.isfinite().all()):
             return  # not measured yet
         if layer.input_step_knee is not None:
-            step = positive_step(step, layer.input_step_knee)
+            step = positive_step_size(step, layer.input_step_knee)
     x: Tensor = args[0]
     features = x.movedim(1 - layer.weight.dim(), -1)
-    rows = quantizer.in_steps(features.reshape(-1, features.shape[-1]), step)
+    rows = quantizer.in_step_sizes(features.reshape(-1, features.shape[-1]), step)
     grid, reach = quantizer.grid, quantizer.grid.spacing / 2
     counts[0] += int(((rows < grid.low - reach) | (rows > grid.high + reach)).sum())
     counts[1] += rows.numel()

@@ -1,4 +1,4 @@
-"""The numbers that follow from one quantized layer as it is: codes, mask, thresholds, steps."""
+"""The numbers that follow from one quantized layer as it is: codes, mask, thresholds, step sizes."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fogzo.quantizers.surrogates import resolve_surrogate
 _NO_SLOPE = 0.01
 # Of the distance of levels.
 _NEAR = 0.05
-# As in `fogzo.quantizers.steps`: beside the others of its layer such a channel is nothing.
+# As in `fogzo.quantizers.step_sizes`: beside the others of its layer such a channel is nothing.
 _NOTHING = 1e-4
 _CHUNK = 2**22  # codes that are counted at a time, as counting takes integers of 8 bytes
 
@@ -72,7 +72,7 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
 
     Args:
         layer: The layer.
-        x: Its `in_steps`.
+        x: Its `in_step_sizes`.
     """
     grid = layer.quantizer.grid
     step = layer.step_size().detach()
@@ -84,7 +84,7 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
     inside = int((distance <= 0.5).sum())
     near = int((distance <= _NEAR).sum())
     return {
-        "step": float(step[step > 0].median()) if scale.numel() else 0.0,
+        "step_size": float(step[step > 0].median()) if scale.numel() else 0.0,
         "fp16_error": min(float(rounded.max()), 1.0) if scale.numel() else 1.0,
         "levels_used": _used_levels(layer, x),
         "masked": 1 - _share(gets_gradient(layer, x)),
@@ -117,7 +117,7 @@ def alive_channels(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
 
     Args:
         layer: The layer.
-        x: Its `in_steps`.
+        x: Its `in_step_sizes`.
     """
     grad = layer.weight.grad
     if grad is None or not layer.weight.requires_grad or isinstance(layer, nn.Embedding):

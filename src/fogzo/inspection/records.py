@@ -22,7 +22,7 @@ class LayerInspection:
         levels: How many levels its grid has.
         scale: ``"fixed"``, ``"learned"`` or ``"dynamic"``.
         surrogate: The backward rule's name.
-        step: The median step size, in the weight's units.
+        step_size: The median one, in the weight's units.
         fp16_error: Largest relative error of a step size rounded to float16, as export stores
             half of it on grids without a zero; at most 4.9e-4 in float16's normal range.
         levels_used: ``2^H`` for the entropy H of its codes in bits: as many equally frequent
@@ -37,10 +37,10 @@ class LayerInspection:
             than a twentieth of the levels' distance: 0.1 where weights are spread evenly.
         flips: Share of codes that change per step.
         flips_back: Share of these changes that undo the weight's last one.
-        moved: Mean distance by which a weight moves per step, in steps of the quantizer.
+        moved: Mean distance by which a weight moves per step, in step sizes.
         frozen: Share that is masked and does not move.
         clipped: Share of the layer's input values that lie beyond the end levels by more than half
-            a step.
+            a step size.
         agreement: Measured slope of the loss over the one that the layer's gradient predicts.
         agreement_error: Its standard error.
     """
@@ -50,7 +50,7 @@ class LayerInspection:
     levels: int
     scale: str
     surrogate: str
-    step: float
+    step_size: float
     fp16_error: float
     levels_used: float
     masked: float
@@ -72,7 +72,7 @@ class LayerInspection:
 
     @property
     def stuck(self) -> float:
-        """Share of weights that nothing brings back: counted, or what a fixed step must mask."""
+        """Share of weights that nothing brings back: counted, or what a fixed step size must mask."""
         if self.frozen is not None:
             return self.frozen
         return self.masked if self.scale == "fixed" else 0.0
@@ -146,7 +146,7 @@ class Inspection:
     def mean(self, key: str) -> float | None:
         """A number of the layers, weighted by how many weights they have; None if none has it.
 
-        >>> layer = dict(levels=4, scale="fixed", surrogate="identity", step=1.0, fp16_error=0.0,
+        >>> layer = dict(levels=4, scale="fixed", surrogate="identity", step_size=1.0, fp16_error=0.0,
         ...              levels_used=4.0, dead=0.0, empty=0.0, near_thresholds=0.1)
         >>> found = Inspection(layers=[LayerInspection(name="a", weights=3, masked=0.4, **layer),
         ...                            LayerInspection(name="b", weights=1, masked=0.0, **layer)])
@@ -238,7 +238,7 @@ def _agreement(layer: LayerInspection) -> str:
 _COLUMNS: list[tuple[str, str, Callable[[LayerInspection], str]]] = [
     ("layer", "name", lambda layer: layer.name),
     ("weights", "weights", lambda layer: f"{layer.weights:,}"),
-    ("step", "step", lambda layer: f"{layer.step:.2g} {layer.scale}"),
+    ("step size", "step_size", lambda layer: f"{layer.step_size:.2g} {layer.scale}"),
     ("levels used", "levels", lambda layer: f"{layer.levels_used:.3g} of {layer.levels}"),
     ("masked", "masked", _share("masked")),
     ("frozen", "frozen", _share("frozen")),

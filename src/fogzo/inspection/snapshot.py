@@ -39,7 +39,7 @@ def inspect(
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     >>> with torch.no_grad():
     ...     _ = model[0].weight.copy_(torch.linspace(-1, 1, 64).reshape(8, 8))
-    >>> found = fogzo.inspect(fogzo.quantize_(model, fogzo.fixed(2, step=0.25)))
+    >>> found = fogzo.inspect(fogzo.quantize_(model, fogzo.fixed(2, step_size=0.25)))
     >>> found.layers[0].masked  # all beyond the last level, 0.375
     0.625
     >>> [finding.kind for finding in found.findings]
@@ -81,7 +81,7 @@ def inspected(
     by_param = {id(weight.param): measured.get(weight.name) for weight in weights}
     found = []
     for name, layer in layers:
-        x = layer.in_steps()
+        x = layer.in_step_sizes()
         numbers: Numbers = numbers_of(layer, x)
         own = counted.get(name, {})
         dead = {"dead": dead_channels(layer, alive_channels(layer, x))} if "dead" not in own else {}

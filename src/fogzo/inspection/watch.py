@@ -128,7 +128,7 @@ class _Counter:
     def __init__(self) -> None:
         self._codes: Tensor | None = None
         self._last: Tensor | None = None  # the direction of each code's last change, -1, 0 or 1
-        self._sample: Tensor | None = None  # of the weights in steps
+        self._sample: Tensor | None = None  # of the weights in step sizes
         self.begin()
 
     def begin(self) -> None:
@@ -143,7 +143,7 @@ class _Counter:
     @torch.no_grad()
     def see(self, layer: QuantizedLayer) -> None:
         """Compare with the last time."""
-        whole = layer.in_steps()
+        whole = layer.in_step_sizes()
         x = shard_like(whole, layer.weight)
         grid = layer.quantizer.grid
         codes = grid.round_to_code(x).to(_code_dtype(grid.low_code, grid.high_code))

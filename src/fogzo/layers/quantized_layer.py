@@ -97,9 +97,9 @@ class QuantizedLayer(QuantizedInput):
         """Integer codes of the weight, int8, in the rotated basis if the quantizer rotates."""
         return self.quantizer.codes(self._whole_weight(), self._step(), self.output_dim)
 
-    def in_steps(self) -> Tensor:
-        """The weight in steps, as it is rounded: see `Quantizer.in_steps`."""
-        return self.quantizer.in_steps(self._whole_weight(), self._step(), self.output_dim)
+    def in_step_sizes(self) -> Tensor:
+        """The weight in step sizes, as it is rounded: see `Quantizer.in_step_sizes`."""
+        return self.quantizer.in_step_sizes(self._whole_weight(), self._step(), self.output_dim)
 
     @contextmanager
     def hold_step_size(self) -> Iterator[None]:

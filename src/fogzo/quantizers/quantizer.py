@@ -233,12 +233,14 @@ class Quantizer:
 
         They are int8, uint8 where no code is negative, or wider where the grid has more codes.
         """
-        x = self.in_steps(weight, step, output_dim)
+        x = self.in_step_sizes(weight, step, output_dim)
         return self.grid.round_to_code(x).to(_code_dtype(self.grid))
 
     @torch.no_grad()
-    def in_steps(self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0) -> Tensor:
-        """What is rounded: the weight in steps, of its shape, rotated and companded if it is."""
+    def in_step_sizes(
+        self, weight: Tensor, step: Tensor | None = None, output_dim: int = 0
+    ) -> Tensor:
+        """What is rounded: the weight in step sizes, of its shape, rotated and companded."""
         groups = self._groups(weight, output_dim)
         step = self._measure(groups) if step is None else step
         step = effective_step_size(step.to(weight.dtype), self.scale_dtype)

@@ -6,7 +6,7 @@ import torch
 
 from fogzo.estimators.fallbacks import nothing_measured, nothing_to_follow
 from fogzo.estimators.family import FogzoEstimator
-from fogzo.estimators.refined import check_not_refined
+from fogzo.estimators.refined import weights_to_refine
 from fogzo.estimators.schedules import noise_share_from_kappa
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.audit import Audit
@@ -36,15 +36,14 @@ def agreements(
         ValueError: If there are no gradients, they have been refined, or the closure is not the
             loss.
     """
-    used = [w for w in weights if w.param.requires_grad and w.param.grad is not None]
-    if not used:
+    if all(weight.param.grad is None for weight in weights):
         raise ValueError(
             "the agreement compares the loss with gradients, and there are none. Call it between "
             "backward and zero_grad: loss.backward(); fogzo.inspect(model, closure=lambda: "
             "loss_fn(model(x), y))"
         )
-    check_not_refined(used)
     lender = Lender(weights)
+    used = weights_to_refine(weights, lender.models, needs_gradient=True)
     found: dict[str, tuple[float, float]] = {}
     for index, weight in enumerate(used):
         share = noise_share_from_kappa(1.0, weight.param.numel(), 1)

@@ -1,4 +1,4 @@
-"""The numbers that follow from one quantized layer as it is: codes, mask, thresholds, step sizes."""
+"""The numbers of one quantized layer as it is: codes, mask, thresholds, step sizes."""
 
 import torch
 from torch import Tensor, nn

@@ -72,7 +72,7 @@ class LayerInspection:
 
     @property
     def stuck(self) -> float:
-        """Share of weights that nothing brings back: counted, or what a fixed step size must mask."""
+        """Share of weights that nothing brings back: as counted, or masked where step sizes are fixed."""
         if self.frozen is not None:
             return self.frozen
         return self.masked if self.scale == "fixed" else 0.0
@@ -146,8 +146,8 @@ class Inspection:
     def mean(self, key: str) -> float | None:
         """A number of the layers, weighted by how many weights they have; None if none has it.
 
-        >>> layer = dict(levels=4, scale="fixed", surrogate="identity", step_size=1.0, fp16_error=0.0,
-        ...              levels_used=4.0, dead=0.0, empty=0.0, near_thresholds=0.1)
+        >>> layer = dict(levels=4, scale="fixed", surrogate="identity", step_size=1.0,
+        ...              fp16_error=0.0, levels_used=4.0, dead=0.0, empty=0.0, near_thresholds=0.1)
         >>> found = Inspection(layers=[LayerInspection(name="a", weights=3, masked=0.4, **layer),
         ...                            LayerInspection(name="b", weights=1, masked=0.0, **layer)])
         >>> round(found.mean("masked"), 2)

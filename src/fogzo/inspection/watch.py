@@ -16,7 +16,6 @@ from fogzo.inspection.layers import (
 from fogzo.inspection.records import Inspection
 from fogzo.inspection.snapshot import inspected
 from fogzo.layers import QuantizedLayer
-from fogzo.probing.directions import as_floats
 
 _SAMPLE = 4096  # weights of a layer whose movement is followed
 # Of the mean movement of weights that have a gradient.
@@ -183,11 +182,11 @@ class _Counter:
             *(moved, free.sum(), self._path.new_tensor(len(free)), self._path.sum()),
         )
         params = [layer.weight] * len(sums)
-        flips, back, moved_sum, moving, seen, path = as_floats(sum_over_shards(sums, params))
+        flips, back, moved_sum, moving, seen, path = sum_over_shards(sums, params)
         # All of it may be masked.
         typical = moved_sum / moving if moving else path / max(seen, 1)
         still = (self._masked & (self._path < _STILL * typical)).sum()
-        (frozen,) = as_floats(sum_over_shards([still.double()], [layer.weight]))
+        (frozen,) = sum_over_shards([still.double()], [layer.weight])
         found |= {
             "flips": flips / self.steps / layer.weight.numel(),
             "flips_back": back / flips if flips else 0.0,

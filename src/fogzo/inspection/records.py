@@ -72,7 +72,7 @@ class LayerInspection:
 
     @property
     def stuck(self) -> float:
-        """Share of weights that nothing brings back: as counted, or masked where step sizes are fixed."""
+        """Share that nothing brings back: counted, or masked where step sizes are fixed."""
         if self.frozen is not None:
             return self.frozen
         return self.masked if self.scale == "fixed" else 0.0

@@ -256,7 +256,7 @@ def _code_plots(metrics: Sequence[Metrics]) -> list[Plot]:
     if not inspected:
         return []
 
-    def draw(axes: Axes, keys: Sequence[str]) -> None:
+    def draw(axes: "Axes", keys: Sequence[str]) -> None:
         for key, dashes in zip(keys, ("solid", "dashed", "dotted", "dashdot"), strict=False):
             points = [m for m in inspected if m.get(key) is not None]
             steps, values = [m["step"] for m in points], [m[key] for m in points]

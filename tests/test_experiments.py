@@ -290,5 +290,7 @@ def test_the_doctor_names_the_committed_illnesses_and_no_healthy_run():
 
 
 def test_the_doctors_experiment_runs():
-    script = module("doctor")
-    assert structure(script.measure(script.QUICK)) == structure(committed("doctor"))
+    quick, results = module("doctor").measure(module("doctor").QUICK), committed("doctor")
+    for part in ("thresholds", "costs"):
+        assert structure(quick[part]) == structure(results[part])
+    assert quick["rows"][0]["runs"][0].keys() == results["rows"][0]["runs"][0].keys()

@@ -7,17 +7,20 @@ pull.pull_()
 """
 
 from fogzo.methods.cewt import Cewt, cewt, project_to_gaussian
+from fogzo.methods.forgetting import ForgetReport, forget_
 from fogzo.methods.phases import Switch, quantize_from
 from fogzo.methods.pull import GridPenalty, GridPull, cage, dampening, winq
 
 __all__ = [
     "Cewt",
+    "ForgetReport",
     "GridPenalty",
     "GridPull",
     "Switch",
     "cage",
     "cewt",
     "dampening",
+    "forget_",
     "project_to_gaussian",
     "quantize_from",
     "winq",

@@ -146,11 +146,7 @@ class Lender:
         Raises:
             ValueError: If the closure returns anything but one number.
         """
-        assert self._replay is not None, "evaluate() outside of lend()"
-        self.reshard()
-        self._replay.restore()
-        # A cast of the unperturbed weight may be cached from an enclosing autocast block.
-        torch.clear_autocast_cache()
+        self._replay_rng()
         try:
             with torch.no_grad():  # again, as a closure may leave gradients switched on
                 return as_loss(closure())
@@ -163,6 +159,38 @@ class Lender:
                 "If the loss itself contains derivatives (a gradient penalty, a physics-informed "
                 "network), switch gradients on for them: `with torch.enable_grad():` in the closure"
             ) from error
+
+    def differentiate(
+        self, closure: Closure, weights: Sequence[QuantizedWeight]
+    ) -> list[Tensor | None]:
+        """The first-order gradients of the closure's loss; no ``.grad`` of any parameter changes.
+
+        Returns:
+            One per weight, None for those that the loss does not depend on.
+
+        Raises:
+            ValueError: If the closure returns anything but one number, or one without a history.
+        """
+        self._replay_rng()
+        with torch.enable_grad():
+            loss = closure()
+        as_loss(loss)
+        if not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise ValueError(
+                "the closure's loss has no history to differentiate: it must be computed from the "
+                "model's weights, without torch.no_grad(), .item() or .detach(): "
+                "lambda: loss_fn(model(x), y)"
+            )
+        params = [weight.param for weight in weights]
+        return list(torch.autograd.grad(loss, params, allow_unused=True))
+
+    def _replay_rng(self) -> None:
+        """Let a closure begin as every other one does."""
+        assert self._replay is not None, "a closure outside of lend()"
+        self.reshard()
+        self._replay.restore()
+        # A cast of the unperturbed weight may be cached from an enclosing autocast block.
+        torch.clear_autocast_cache()
 
 
 def as_loss(value: object, what: str = "the closure must return") -> Tensor:

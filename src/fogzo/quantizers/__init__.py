@@ -3,6 +3,12 @@
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import Granularity
 from fogzo.quantizers.grids import SIGN, TERNARY, Grid, uniform, unsigned
+from fogzo.quantizers.one_hot import (
+    conditional_gumbels,
+    draw_levels,
+    level_logits,
+    one_hot_sample,
+)
 from fogzo.quantizers.presets import abs_max, bbq, fixed, lsq, quest, sign, ternary
 from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
@@ -30,11 +36,15 @@ __all__ = [
     "abs_max",
     "abs_mean_scale",
     "bbq",
+    "conditional_gumbels",
+    "draw_levels",
     "fixed",
     "fixed_scale",
     "learned_scale",
+    "level_logits",
     "lsq",
     "max_scale",
+    "one_hot_sample",
     "quest",
     "resolve_surrogate",
     "rms_scale",

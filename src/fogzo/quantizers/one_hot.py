@@ -207,9 +207,9 @@ class _Follow(Function):
         theta, hard, grad = (t.to(wide) for t in (logits, one_hot, grad_outputs[0]))
         rule, temperature = ctx.backward_rule, ctx.temperature
         if rule == "st":
-            found = _pull_back(grad, _softmax(theta / temperature)) / temperature
+            found = _pull_back(grad, _softmax(theta, temperature)) / temperature
         elif rule == "reinmax":
-            middle = (hard + _softmax(theta / temperature)) / 2
+            middle = (hard + _softmax(theta, temperature)) / 2
             found = 2 * _pull_back(grad, middle) - _pull_back(grad, _softmax(theta)) / 2
         else:
             found = torch.zeros_like(theta)
@@ -218,7 +218,7 @@ class _Follow(Function):
             for _ in range(ctx.samples):
                 # No gradient runs through what y owes to the draw: it makes the estimate wrong.
                 y = conditional_gumbels(theta, hard)
-                found += _pull_back(grad, _softmax(y / temperature))
+                found += _pull_back(grad, _softmax(y, temperature))
             found /= ctx.samples * temperature
         return found.to(logits.dtype), None, None, None, None
 
@@ -228,8 +228,9 @@ def _pull_back(grad: Tensor, shares: Tensor) -> Tensor:
     return shares * (grad - (shares * grad).sum(-1, keepdim=True))
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, dim=-1)
+def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    # Less the largest before the division, which might overflow.
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
 
 
 def _exponential(like: Tensor) -> Tensor:

@@ -71,12 +71,14 @@ class Config:
     seeds: tuple[int, ...] = tuple(range(6))
 
 
-SMALL = Task(name="graph", bits=4, forgotten=20, steps=150, entities=50, relations=3, dims=16)
+SMALL = Task(
+    name="graph", bits=4, forgotten=20, steps=40, keep_steps=3, entities=50, relations=3, dims=16
+)
 QUICK = Config(
     tasks=(SMALL,),
     neggrad_rates=(0.003,),
     neggrad_weights=(0.1,),
-    neggrad_steps=20,
+    neggrad_steps=3,
     tuning_seeds=(100,),
     seeds=(0, 1),
 )
@@ -262,8 +264,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     results = measure(QUICK if arguments.quick else Config(), arguments.workers)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 

@@ -295,17 +295,21 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    config = QUICK if arguments.quick else Config()
+    results = measure(QUICK if arguments.quick else Config(), arguments.workers)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = compared(config, arguments.workers)
-    results = {
+    write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
+
+
+def measure(config: Config, workers: int) -> dict[str, Any]:
+    """The toy and the autoencoder."""
+    rows = compared(config, workers)
+    return {
         "environment": environment(),
         "config": asdict(config),
         "toy": toy(config),
         "rows": rows,
         "differences": differences(rows),
     }
-    write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -110,7 +110,9 @@ SCRIPTS = (
     "doctor",
     "embedded",
     "executors",
+    "forgetting",
     "forwards",
+    "latents",
     "regression",
     "step-cost",
     "synthetic-law",
@@ -347,6 +349,13 @@ TABLES: dict[str, Callable[[Results], Table]] = {
         results.comparison(NETWORKS["LLaMA"]["fixed, identity"]), "ste-then-fogzo"
     ),
     "paper": paper,
+    **{
+        f"forgetting-{task}": lambda results, task=task: script("forgetting").table(
+            results.experiment("forgetting"), task
+        )
+        for task in ("graph-4", "graph-2", "digits-2")
+    },
+    "latents-toy": lambda results: script("latents").toy_table(results.experiment("latents")),
     "overheads": overheads,
     "peers": peers,
 }

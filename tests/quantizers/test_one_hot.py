@@ -1,11 +1,10 @@
-"""Draws of one category of several: their laws, and what each backward rule promises of its mean."""
+"""Draws of one category of several: their laws, and what the backward rules promise in the mean."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from toolbox import WAYS, draw, everything, streams_put_back
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from fogzo.quantizers import (
     uniform,
 )
 from fogzo.quantizers.smoothing import Logistic, Normal, Rademacher, Triangular, Uniform
+from toolbox import WAYS, draw, everything, streams_put_back
 
 RULES = ("gumbel_rao", "reinmax", "st")
 EVERY_RULE = pytest.mark.parametrize("backward", RULES)
@@ -288,5 +288,5 @@ def test_a_mistake_is_explained(arguments, message):
 
 @pytest.mark.parametrize("law", [Uniform(), Triangular(2.0), Rademacher()], ids=str)
 def test_a_law_that_ends_is_refused(law):
-    with pytest.raises(ValueError, match="unbounded support, smoothing.Logistic"):
+    with pytest.raises(ValueError, match=r"unbounded support, smoothing\.Logistic"):
         draw_levels(torch.zeros(3), uniform(2), law)

@@ -242,24 +242,29 @@ def shortest(loss_at: Callable[[float], float], target: float) -> tuple[float | 
     Returns:
         The length, None if there is none; the loss there; how many losses were asked for.
     """
-    probes, low, high = 0, 0.0, _FIRST
-    for _ in range(_DOUBLINGS):
+    low, high, probes = 0.0, _FIRST, 0
+    best: tuple[float | None, float] = (None, math.nan)
+    while True:
         loss = loss_at(high)
         probes += 1
-        if not loss < target:
+        if not loss < target:  # NaN too: the loss may end before it does
             break
+        if probes == _DOUBLINGS:
+            return None, loss, probes
         low, high = high, 2 * high
-    if not target <= loss < math.inf:
-        return None, loss, probes
+    if loss < math.inf:
+        best = high, loss
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = loss_at(middle)
+        loss = loss_at(middle)
         probes += 1
-        if target <= found < math.inf:
-            high, loss = middle, found
-        else:
+        if loss < target:
             low = middle
-    return high, loss, probes
+            continue
+        high = middle
+        if loss < math.inf:
+            best = high, loss
+    return *best, probes
 
 
 def _share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -59,6 +59,8 @@ class Config:
         neggrad_rates: Learning rates to choose from, of Adam.
         neggrad_weights: Of the loss to forget, to choose from.
         neggrad_steps: At most.
+        directions: Pairs of forward passes that a direction is estimated from, for its cosine with
+            the first-order gradient.
         tuning_seeds: Of runs that choose.
         seeds: Of runs that are reported.
     """
@@ -67,6 +69,7 @@ class Config:
     neggrad_rates: tuple[float, ...] = (0.001, 0.003, 0.01)
     neggrad_weights: tuple[float, ...] = (0.03, 0.1, 0.3)
     neggrad_steps: int = 200
+    directions: tuple[int, ...] = (1, 100, 1000)
     tuning_seeds: tuple[int, ...] = (100, 101)
     seeds: tuple[int, ...] = tuple(range(6))
 
@@ -79,6 +82,7 @@ QUICK = Config(
     neggrad_rates=(0.003,),
     neggrad_weights=(0.1,),
     neggrad_steps=3,
+    directions=(1, 10),
     tuning_seeds=(100,),
     seeds=(0, 1),
 )
@@ -159,6 +163,25 @@ def measured(model: nn.Module, problem: Problem, gradients: int) -> dict[str, fl
     return found | {"auc": attack(model, problem.forget, problem.attack), "gradients": gradients}
 
 
+def cosines(model: nn.Module, problem: Problem, counts: Sequence[int]) -> dict[str, float]:
+    """Of SPSA's directions with the first-order gradient of the loss to forget, in radii."""
+    weights = fogzo.quantized_weights(model)
+
+    def in_radii() -> Tensor:
+        grads = [w.param.grad * w.step_size() * w.surrogate.radius for w in weights]
+        return torch.cat([grad.detach().flatten() for grad in grads])
+
+    loss = lambda: loss_of(model, problem.forget)  # noqa: E731
+    found = {}
+    loss().backward()
+    first_order = in_radii()
+    for count in counts:
+        fogzo.SpsaEstimator(weights, num_samples=count).refine_grads_(loss)
+        found[str(count)] = torch.cosine_similarity(in_radii(), first_order, dim=0).item()
+    model.zero_grad()
+    return found
+
+
 SCORES = ("keep", "test", "forget", "auc")
 ROWS = {
     "original": "as trained",
@@ -176,9 +199,9 @@ ROWS = {
 }
 
 
-def run(job: tuple[Task, int, float, float, int]) -> dict[str, Any]:
+def run(job: tuple[Task, int, float, float, Config]) -> dict[str, Any]:
     """All rows of a task on one seed, NegGrad+ with these settings."""
-    task, seed, rate, weight, steps = job
+    task, seed, rate, weight, config = job
     torch.set_num_threads(1)
     problem = PROBLEMS[task.name](task, seed)
     everything = Examples(*map(torch.cat, zip(problem.keep, problem.forget, strict=True)))
@@ -187,6 +210,7 @@ def run(job: tuple[Task, int, float, float, int]) -> dict[str, Any]:
     models = {"original": original, "retrained": trained(task, problem, problem.keep, seed)}
     gradients = {"original": task.steps, "retrained": task.steps}
     reports: dict[str, Any] = {}
+    found = cosines(original, problem, config.directions)
 
     def edited(name: str, edit: Callable[[nn.Module], int]) -> None:
         models[name] = deepcopy(original)
@@ -212,7 +236,7 @@ def run(job: tuple[Task, int, float, float, int]) -> dict[str, Any]:
         return edit
 
     def ascend(model: nn.Module) -> int:
-        return 2 * neggrad(model, task, problem, target, rate, weight, steps, seed)
+        return 2 * neggrad(model, task, problem, target, rate, weight, config.neggrad_steps, seed)
 
     def at_random(model: nn.Module) -> int:
         random_move(model, reports["forget"]["flipped"], seed)
@@ -226,7 +250,7 @@ def run(job: tuple[Task, int, float, float, int]) -> dict[str, Any]:
         models[name] = deepcopy(original)
         gradients[name] = keep_steps(models[name], times)
     rows = {name: measured(models[name], problem, gradients[name]) for name in ROWS}
-    return {"rows": rows, "reports": reports, "target": target}
+    return {"rows": rows, "reports": reports, "target": target, "cosines": found}
 
 
 def tune(job: tuple[Task, int, Config]) -> list[tuple[float, float, float, bool]]:
@@ -276,7 +300,7 @@ def measure(config: Config, workers: int) -> dict[str, Any]:
         for task in config.tasks:
             tried = list(pool.map(tune, [(task, seed, config) for seed in config.tuning_seeds]))
             chosen = choose(tried)
-            settings = (chosen["learning_rate"], chosen["weight"], config.neggrad_steps)
+            settings = (chosen["learning_rate"], chosen["weight"], config)
             runs = list(pool.map(run, [(task, seed, *settings) for seed in config.seeds]))
             found.append(summarised(task, chosen, runs))
     return {"environment": environment(), "config": asdict(config), "tasks": found}
@@ -300,6 +324,7 @@ def summarised(task: Task, chosen: dict[str, Any], runs: list[dict[str, Any]]) -
         "neggrad": chosen,
         "targets": [run["target"] for run in runs],
         "reports": [run["reports"] for run in runs],
+        "cosines": {count: [run["cosines"][count] for run in runs] for count in runs[0]["cosines"]},
         "rows": rows,
         "differences": differences,
     }
@@ -323,12 +348,17 @@ def table(results: dict[str, Any], key: str = "graph-4") -> Table:
                 else f"{100 * summary.mean:.1f} ± {100 * summary.sd:.1f}"
             )
         rows.append([*cells, f"{statistics.mean(row['gradients']):.0f}"])
+    cosines = [
+        f"{statistics.mean(values):.3f} from {count}" for count, values in found["cosines"].items()
+    ]
     (task,) = [t for t in results["config"]["tasks"] if f"{t['name']}-{t['bits']}" == key]
     caption = (
         f"{task['bits']} bits, {task['forgotten']} examples to forget; mean ± standard deviation "
         f"over {len(found['targets'])} seeds. Attack: 0.5 is chance. Gradients: batches that were "
         f"differentiated. Keep steps: {task['keep_steps']}. NegGrad+: learning rate "
-        f"{found['neggrad']['learning_rate']:g}, weight {found['neggrad']['weight']:g}. "
+        f"{found['neggrad']['learning_rate']:g}, weight {found['neggrad']['weight']:g}. Mean "
+        "cosine of a direction from pairs of forward passes with the first-order gradient: "
+        f"{', '.join(cosines)}. "
         f"{where(results['environment'])}"
     )
     return Table("", heading, rows, caption)

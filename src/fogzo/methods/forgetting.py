@@ -1,8 +1,8 @@
 """Forgetting: an edit of a finished quantized network after which examples fit no better than new.
 
 The direction comes from first-order gradients, the length from the loss itself: the quantized loss
-is a staircase, on which a gradient says which way is up and nothing of how far to go. A direction
-measured by forward passes alone is no use: its cosine with the useful one is .003 to .2.
+is a staircase, on which a gradient says which way is up and nothing of how far to go. Directions
+estimated from forward passes alone are of little use, as docs/forgetting.md shows.
 """
 
 import math

@@ -99,9 +99,9 @@ class Config:
     hidden: int = 64
     steps: int = 1200
     batch_size: int = 64
-    learning_rates: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016)
+    learning_rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016)
     tuning_seeds: tuple[int, ...] = (100, 101)
-    seeds: tuple[int, ...] = tuple(range(8))
+    seeds: tuple[int, ...] = tuple(range(6))
     evaluated: int = 20
 
 

@@ -294,3 +294,58 @@ def test_the_doctors_experiment_runs():
     for part in ("thresholds", "costs"):
         assert structure(quick[part]) == structure(results[part])
     assert quick["rows"][0]["runs"][0].keys() == results["rows"][0]["runs"][0].keys()
+
+
+# Draws and forgetting
+
+
+@pytest.fixture
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+
+
+@pytest.mark.parametrize("name", ["latents", "forgetting"])
+def test_a_quick_run_measures_what_the_committed_one_does(name, on_path):
+    script, results = module(name), committed(name)
+    assert results["config"] == json.loads(json.dumps(script.asdict(script.Config())))
+    quick = json.loads(json.dumps(script.measure(script.QUICK, workers=1)))
+    if name == "forgetting":  # by how many pairs of forward passes
+        for entry in (*quick["tasks"], *results["tasks"]):
+            entry["cosines"] = sorted(map(type, entry["cosines"].values()), key=str)
+    assert structure(quick) == structure(results)
+
+
+def test_samples_cut_the_toys_variance_by_the_formula_and_leave_its_bias():
+    points = committed("latents")["toy"]
+    for point in points:
+        assert point["variance"] == pytest.approx(point["predicted"], rel=0.03)
+        same = [p for p in points if p["temperature"] == point["temperature"]]
+        error = max(p["bias_error"] for p in same)
+        assert max(p["bias"] for p in same) - min(p["bias"] for p in same) < 3 * error
+
+
+def test_learning_rates_of_the_autoencoder_are_tuned_and_reported_on_other_seeds():
+    results = committed("latents")
+    assert not set(results["config"]["seeds"]) & set(results["config"]["tuning_seeds"])
+    for row in results["rows"]:
+        assert row["learning_rate"] == min(row["tuned"], key=lambda entry: entry[1])[0]
+        assert len(row["bound"]) == len(results["config"]["seeds"]) >= 6
+
+
+def graph_scores(row, score, bits=4):
+    (task,) = [t for t in committed("forgetting")["tasks"] if t["task"] == f"graph-{bits}"]
+    return task["rows"][row][score]
+
+
+def test_the_graphs_canaries_are_forgotten_and_its_facts_kept():
+    assert statistics.mean(graph_scores("forget", "forget")) < 0.1
+    assert statistics.mean(graph_scores("forget", "keep")) > 0.93
+    assert statistics.mean(graph_scores("random", "forget")) > 0.8
+
+
+def test_every_edit_of_the_committed_runs_reached_its_target():
+    for task in committed("forgetting")["tasks"]:
+        assert len(task["targets"]) == len(task["reports"]) >= 6
+        for target, reports in zip(task["targets"], task["reports"], strict=True):
+            assert all(report["reached"] for report in reports.values())
+            assert all(report["forget_after"] >= target for report in reports.values())

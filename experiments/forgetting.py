@@ -202,7 +202,6 @@ ROWS = {
 def run(job: tuple[Task, int, float, float, Config]) -> dict[str, Any]:
     """All rows of a task on one seed, NegGrad+ with these settings."""
     task, seed, rate, weight, config = job
-    torch.set_num_threads(1)
     problem = PROBLEMS[task.name](task, seed)
     everything = Examples(*map(torch.cat, zip(problem.keep, problem.forget, strict=True)))
     original = trained(task, problem, everything, seed)
@@ -256,7 +255,6 @@ def run(job: tuple[Task, int, float, float, Config]) -> dict[str, Any]:
 def tune(job: tuple[Task, int, Config]) -> list[tuple[float, float, float, bool]]:
     """NegGrad+ with every setting on one seed: score on what is kept, and whether it got there."""
     task, seed, config = job
-    torch.set_num_threads(1)
     problem = PROBLEMS[task.name](task, seed)
     everything = Examples(*map(torch.cat, zip(problem.keep, problem.forget, strict=True)))
     original = trained(task, problem, everything, seed)
@@ -293,16 +291,23 @@ def main() -> None:
     write_text(arguments.output_dir / "results.json", dumps(results, indent=1) + "\n")
 
 
+def in_parallel(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> list[Any]:
+    """What a function makes of each job, in as many processes; one is this process."""
+    if workers == 1:
+        return list(map(function, jobs))
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(function, jobs))
+
+
 def measure(config: Config, workers: int) -> dict[str, Any]:
     """All tasks."""
     found = []
-    with ProcessPoolExecutor(workers) as pool:
-        for task in config.tasks:
-            tried = list(pool.map(tune, [(task, seed, config) for seed in config.tuning_seeds]))
-            chosen = choose(tried)
-            settings = (chosen["learning_rate"], chosen["weight"], config)
-            runs = list(pool.map(run, [(task, seed, *settings) for seed in config.seeds]))
-            found.append(summarised(task, chosen, runs))
+    for task in config.tasks:
+        jobs = [(task, seed, config) for seed in config.tuning_seeds]
+        chosen = choose(in_parallel(tune, jobs, workers))
+        settings = (chosen["learning_rate"], chosen["weight"], config)
+        jobs = [(task, seed, *settings) for seed in config.seeds]
+        found.append(summarised(task, chosen, in_parallel(run, jobs, workers)))
     return {"environment": environment(), "config": asdict(config), "tasks": found}
 
 

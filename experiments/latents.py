@@ -15,6 +15,7 @@ reported is the bound on the test split from fresh seeds. Writes results.json.
 import argparse
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -220,7 +221,6 @@ def pixels_of(split: ImageSplit) -> Tensor:
 def run(job: tuple[Config, Row, float, int]) -> dict[str, float]:
     """One run: the bound on each split."""
     config, row, rate, seed = job
-    torch.set_num_threads(1)
     images = load_images(ImagesConfig(dataset="digits"))
     data = pixels_of(images.train)
     with torch.random.fork_rng(devices=[]):
@@ -239,23 +239,29 @@ def run(job: tuple[Config, Row, float, int]) -> dict[str, float]:
             }
 
 
+def in_parallel(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> list[Any]:
+    """What a function makes of each job, in as many processes; one is this process."""
+    if workers == 1:
+        return list(map(function, jobs))
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(function, jobs))
+
+
 def compared(config: Config, workers: int) -> list[dict[str, Any]]:
     """Every row, tuned and reported."""
     tuning = list(product(config.rows, config.learning_rates, config.tuning_seeds))
-    with ProcessPoolExecutor(workers) as pool:
-        tried = dict(zip(tuning, pool.map(run, [(config, *job) for job in tuning]), strict=True))
-        rates, tuned = {}, {}
-        for row in config.rows:
-            tuned[row] = [
-                [
-                    rate,
-                    statistics.mean(tried[row, rate, s]["validation"] for s in config.tuning_seeds),
-                ]
-                for rate in config.learning_rates
-            ]
-            rates[row] = min(tuned[row], key=lambda entry: entry[1])[0]
-        jobs = [(config, row, rates[row], seed) for row in config.rows for seed in config.seeds]
-        outcomes = list(pool.map(run, jobs))
+    tried = dict(
+        zip(tuning, in_parallel(run, [(config, *job) for job in tuning], workers), strict=True)
+    )
+    rates, tuned = {}, {}
+    for row in config.rows:
+        tuned[row] = [
+            [rate, statistics.mean(tried[row, rate, s]["validation"] for s in config.tuning_seeds)]
+            for rate in config.learning_rates
+        ]
+        rates[row] = min(tuned[row], key=lambda entry: entry[1])[0]
+    jobs = [(config, row, rates[row], seed) for row in config.rows for seed in config.seeds]
+    outcomes = in_parallel(run, jobs, workers)
     rows = []
     for index, row in enumerate(config.rows):
         own = outcomes[index * len(config.seeds) : (index + 1) * len(config.seeds)]

@@ -356,12 +356,14 @@ def table(results: dict[str, Any], key: str = "graph-4") -> Table:
     cosines = [
         f"{statistics.mean(values):.3f} from {count}" for count, values in found["cosines"].items()
     ]
+    weight = found["neggrad"]["weight"]
+    least = ", the least tried" if weight == min(results["config"]["neggrad_weights"]) else ""
     (task,) = [t for t in results["config"]["tasks"] if f"{t['name']}-{t['bits']}" == key]
     caption = (
         f"{task['bits']} bits, {task['forgotten']} examples to forget; mean ± standard deviation "
         f"over {len(found['targets'])} seeds. Attack: 0.5 is chance. Gradients: batches that were "
         f"differentiated. Keep steps: {task['keep_steps']}. NegGrad+: learning rate "
-        f"{found['neggrad']['learning_rate']:g}, weight {found['neggrad']['weight']:g}. Mean "
+        f"{found['neggrad']['learning_rate']:g}, weight {weight:g}{least}. Mean "
         "cosine of a direction from pairs of forward passes with the first-order gradient: "
         f"{', '.join(cosines)}. "
         f"{where(results['environment'])}"

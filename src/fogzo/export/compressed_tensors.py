@@ -27,7 +27,7 @@ def write(source: Source, folder: Path) -> None:
     for name, layer in source.layers.items():
         weight = layer.weight
         if layer.input is None:
-            words = pack_bits(weight.integers.int() + 2 ** (bits - 1), bits)
+            words = pack_bits(weight.integers.short() + 2 ** (bits - 1), bits)
             tensors[f"{name}.weight_packed"] = words
             tensors[f"{name}.weight_shape"] = torch.tensor(weight.integers.shape)
         else:

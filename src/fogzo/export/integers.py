@@ -81,8 +81,9 @@ class IntegerWeight:
 
     def unsigned(self) -> Tensor:
         """``u`` from 0 to ``num_levels - 1``, of shape (outputs, inputs): uint8 where it fits."""
-        u = (self.integers.int() - self.low) // self.stride
-        return u.to(torch.uint8) if self.num_levels <= 256 else u
+        if self.num_levels > 256:
+            return (self.integers.int() - self.low) // self.stride
+        return ((self.integers.short() - self.low) >> (self.stride - 1)).to(torch.uint8)
 
     def row_scale(self) -> Tensor:
         """The scale of every row, of shape (outputs, 1) or (outputs, groups)."""
@@ -123,7 +124,7 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
         codes = to_rows(layer.codes(), dim)
     stride = 2 if grid.offset else 1
     low, high = _integer(grid, grid.low_code), _integer(grid, grid.high_code)
-    integers = (codes.int() * stride + (stride - 1)).to(_dtype(low, high))
+    integers = codes.to(_dtype(low, high)) * stride + (stride - 1)
     wide = torch.promote_types(step.dtype, torch.float32)
     scale = step.to(wide) * (grid.spacing / stride)
     if isinstance(quantizer.granularity, int):

@@ -36,10 +36,12 @@ def pack_digits(digits: Tensor, base: int) -> Tensor:
     tensor([[196,   2]], dtype=torch.uint8)
     """
     count = digits_per_byte(base)
-    padded = torch.nn.functional.pad(digits.int(), (0, -digits.shape[1] % count))
-    weights = torch.tensor([base**place for place in range(count)], device=digits.device)
-    packed = (padded.unflatten(1, (-1, count)) * weights).sum(-1)
-    return packed.to(torch.uint8)
+    padded = torch.nn.functional.pad(digits.to(torch.uint8), (0, -digits.shape[1] % count))
+    places = padded.unflatten(1, (-1, count)).unbind(-1)
+    packed = places[-1].clone()
+    for digit in reversed(places[:-1]):
+        packed.mul_(base).add_(digit)
+    return packed
 
 
 def digit_table(base: int, device: torch.device | None = None) -> Tensor:
@@ -74,24 +76,28 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     >>> pack_bits(torch.tensor([[1, 2, 3]]), 4)
     tensor([[801]], dtype=torch.int32)
     """
-    places = torch.arange(bits, device=values.device)
-    stream = (values.int().unsqueeze(-1) >> places & 1).flatten(1)
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32))
-    # In 64 bits, as the highest bit of a word is the sign of an int32.
-    weights = torch.ones(32, dtype=torch.int64, device=values.device) << torch.arange(
-        32, device=values.device
-    )
-    words = (padded.unflatten(1, (-1, 32)) * weights).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    # Eight values take as many bytes as they have bits, and a number of 64 bits holds any eight.
+    padded = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[1] % 32))
+    eights = padded.unflatten(1, (-1, 8))
+    packed = eights[..., 0].long()
+    for place in range(1, 8):
+        packed |= eights[..., place].long() << place * bits
+    stream = packed.view(torch.uint8).unflatten(1, (-1, 8))[..., :bits].flatten(1)
+    size = -(-values.shape[1] * bits // 32)
+    return stream[:, : 4 * size].contiguous().view(torch.int32)
 
 
 def unpack_bits(words: Tensor, bits: int, size: int) -> Tensor:
-    """The inverse of `pack_bits`: int32 values of shape (rows, size).
+    """The inverse of `pack_bits`: uint8 values of shape (rows, size).
 
     >>> unpack_bits(torch.tensor([[801]], dtype=torch.int32), 4, 3)
-    tensor([[1, 2, 3]], dtype=torch.int32)
+    tensor([[1, 2, 3]], dtype=torch.uint8)
     """
-    stream = (words.unsqueeze(-1) >> torch.arange(32, device=words.device) & 1).flatten(1)
-    places = torch.arange(bits, device=words.device)
-    values = stream[:, : size * bits].unflatten(1, (-1, bits)) << places
-    return values.sum(-1).to(torch.int32)
+    stream = words.contiguous().view(torch.uint8)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits))
+    eights = torch.nn.functional.pad(stream.unflatten(1, (-1, bits)), (0, 8 - bits))
+    packed = eights.view(torch.int64).squeeze(-1)
+    values = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=words.device)
+    for place in range(8):
+        values[..., place] = packed >> place * bits & 2**bits - 1
+    return values.flatten(1)[:, :size]

@@ -1,28 +1,67 @@
-"""Small networks of every family, quantized and ready to be exported."""
+"""Small networks of the four families, quantized and ready to be exported, with inputs."""
 
+import copy
+import json
 import warnings
+from functools import cache
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import fogzo
 from fogzo.export.source import Options, Source
 
 
-def llama(**changes):
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def mlp():
+    return seeded(
+        lambda: nn.Sequential(
+            *(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()),
+            *(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)),
+        )
+    )
+
+
+def resnet():
+    return _of_transformers(
+        "ResNetForImageClassification",
+        num_channels=8,
+        embedding_size=16,
+        hidden_sizes=(16, 32),
+        depths=(1, 1),
+        layer_type="basic",
+    )
+
+
+def vit():
+    return _of_transformers(
+        "ViTForImageClassification",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        num_channels=4,
+    )
+
+
+def llama(width=64, **changes):
     shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": 96,
         "max_position_embeddings": 64,
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**shape | changes)).eval()
+    return _of_transformers("LlamaForCausalLM", **shape | changes)
 
 
 def tied_llama(**changes):
@@ -33,35 +72,44 @@ def grouped_query_llama(**changes):
     return llama(num_key_value_heads=2, **changes)
 
 
-def vit(**changes):
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 16,
-        "patch_size": 4,
-        "num_channels": 1,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ViTForImageClassification(ViTConfig(**shape | changes)).eval()
+NETWORKS = {"mlp": mlp, "resnet": resnet, "vit": vit, "llama": llama}
+
+
+def _of_transformers(name, **shape):
+    return copy.deepcopy(_built(name, json.dumps(shape)))  # to copy is faster than to build
+
+
+@cache
+def _built(name, shape):
+    import transformers
+
+    cls = getattr(transformers, name)
+    return seeded(lambda: cls(cls.config_class(**json.loads(shape))))
 
 
 def inputs_of(model):
+    """A batch that the network takes."""
     generator = torch.Generator().manual_seed(1)
-    if isinstance(model, LlamaForCausalLM):
-        return torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)
-    if isinstance(model, ViTForImageClassification):
-        return torch.randn(3, 1, 16, 16, generator=generator)
+    config = getattr(model, "config", None)
+    if hasattr(config, "vocab_size"):
+        return torch.randint(0, config.vocab_size, (2, 16), generator=generator)
+    if config is not None:
+        size = getattr(config, "image_size", 32)
+        return torch.randn(2, config.num_channels, size, size, generator=generator)
     return torch.randn(8, 64, generator=generator)
 
 
+def inner(module, name):
+    """All layers but embeddings and the heads after them."""
+    return not isinstance(module, nn.Embedding) and name not in ("lm_head", "classifier")
+
+
 def inner_linear(module, name):
-    return isinstance(module, nn.Linear) and name not in ("lm_head", "classifier")
+    return isinstance(module, nn.Linear) and inner(module, name)
 
 
 def quantized(model, quantizer, activations=None, filter_fn=inner_linear):
+    """The network itself, its inputs calibrated."""
     fogzo.quantize_(model, quantizer, filter_fn, activations)
     if activations is not None:
         with torch.no_grad(), fogzo.calibrate_(model):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_networks import NETWORKS, example, is_no_embedding, llama, logits, quantized
+from networks import NETWORKS, inner, inputs_of, llama, logits, mlp, quantized, tied_llama
 from torch import nn
 
 import fogzo
@@ -32,14 +32,14 @@ def fake(monkeypatch):
 
 
 def test_the_report_is_also_a_file(tmp_path):
-    model = quantized("mlp", fogzo.ternary(scale_dtype=torch.float16))
-    report = export(model, tmp_path / "out", example=example("mlp"))
+    model = quantized(mlp(), fogzo.ternary(scale_dtype=torch.float16))
+    report = export(model, tmp_path / "out", example=inputs_of(model))
     written = json.loads((tmp_path / "out" / "export.json").read_text())
     assert written == json.loads(json.dumps(report.to_dict()))
     layer = report.layers[0]
     assert (layer.name, layer.stored, layer.exact, layer.step_rounding) == ("1", "1.6 bit", True, 0)
     assert layer.bits == pytest.approx(1.6 + 16 / (64 * 32))
-    assert report.float_bytes == 4 * sum(p.numel() for p in NETWORKS["mlp"]().parameters())
+    assert report.float_bytes == 4 * sum(p.numel() for p in mlp().parameters())
     on_disk = sum(
         len(data) for name, data in state(tmp_path / "out").items() if name[:6] != "export"
     )
@@ -49,18 +49,18 @@ def test_the_report_is_also_a_file(tmp_path):
 
 @pytest.mark.parametrize("network", ["vit", "resnet", "llama"])
 def test_models_of_transformers_need_no_example(network, tmp_path):
-    report = export(quantized(network, fogzo.lsq(2)), tmp_path / "out")
+    report = export(quantized(NETWORKS[network](), fogzo.lsq(2)), tmp_path / "out")
     assert report.logits_difference == 0
 
 
 def test_other_models_without_an_example_are_compared_by_weights_alone(tmp_path):
-    report = export(quantized("mlp", fogzo.lsq(2)), tmp_path / "out")
+    report = export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out")
     assert report.logits_difference is None
     assert all(layer.exact for layer in report.layers)
 
 
 def test_unverified_is_said_so(tmp_path):
-    report = export(quantized("mlp", fogzo.lsq(2)), tmp_path / "out", verify=False)
+    report = export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)
     assert [layer.exact for layer in report.layers] == [None] * 3
     assert report.reader is None
     assert report.note == "not verified"
@@ -71,7 +71,7 @@ def test_a_missing_reader_is_said_so(fake, tmp_path, caplog):
         raise ModuleNotFoundError("No module named 'reader'", name="reader")
 
     fake(read_back=read_back)
-    report = export(quantized("mlp", fogzo.lsq(2)), tmp_path / "out")
+    report = export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out")
     assert report.note == "not verified, as its reader is not installed: pip install reader"
     assert report.note in caplog.text
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -79,7 +79,7 @@ def test_a_missing_reader_is_said_so(fake, tmp_path, caplog):
 
 @pytest.mark.parametrize("wrong", ["weights", "writer"])
 def test_what_goes_wrong_leaves_the_old_folder_as_it_was(wrong, fake, tmp_path):
-    model = quantized("mlp", fogzo.lsq(2))
+    model = quantized(mlp(), fogzo.lsq(2))
     export(model, tmp_path / "out", verify=False)
     before = state(tmp_path / "out")
 
@@ -102,7 +102,7 @@ def test_what_goes_wrong_leaves_the_old_folder_as_it_was(wrong, fake, tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows ends processes otherwise")
 def test_a_killed_export_leaves_the_old_folder_or_none(tmp_path):
-    model = quantized("mlp", fogzo.lsq(2))
+    model = quantized(mlp(), fogzo.lsq(2))
     program = (
         "import os, signal, sys, torch, fogzo; from torch import nn\n"
         "from fogzo.export import export, packed\n"
@@ -124,10 +124,10 @@ def test_a_killed_export_leaves_the_old_folder_or_none(tmp_path):
 
 
 def test_a_former_export_is_replaced_and_nothing_else(tmp_path):
-    model = quantized("mlp", fogzo.lsq(2))
+    model = quantized(mlp(), fogzo.lsq(2))
     export(model, tmp_path / "out", "float", verify=False)
     export(model, tmp_path / "out", "packed", verify=False)
-    assert load_(NETWORKS["mlp"](), tmp_path / "out")
+    assert load_(mlp(), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something that no export wrote"):
@@ -140,16 +140,14 @@ def test_a_former_export_is_replaced_and_nothing_else(tmp_path):
 
 
 def test_nothing_quantized_is_refused(tmp_path):
-    for model in (nn.Linear(4, 4), fogzo.dequantize_(quantized("mlp", fogzo.lsq(2)))):
+    for model in (nn.Linear(4, 4), fogzo.dequantize_(quantized(mlp(), fogzo.lsq(2)))):
         with pytest.raises(ValueError, match="nothing in this model is quantized"):
             export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_inputs_that_were_never_measured_are_refused(tmp_path):
-    model = fogzo.quantize_(
-        NETWORKS["mlp"](), fogzo.lsq(2), is_no_embedding, activations=fogzo.lsq(2)
-    )
+    model = fogzo.quantize_(mlp(), fogzo.lsq(2), inner, activations=fogzo.lsq(2))
     with pytest.raises(ValueError, match="the input of '1' has no step size yet"):
         export(model, tmp_path / "out")
     assert check(model, "packed") == []  # before training it is no problem
@@ -168,15 +166,15 @@ def test_inputs_that_were_never_measured_are_refused(tmp_path):
 )
 def test_mistakes_are_explained(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export(quantized("mlp", fogzo.lsq(2)), tmp_path / "out", **options)
+        export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("quantizer", [fogzo.lsq(2), fogzo.quest(2)])
 def test_float_folders_hold_the_same_weights(network, quantizer, tmp_path):
-    model = quantized(network, quantizer)
-    x = example(network)
+    model = quantized(NETWORKS[network](), quantizer, filter_fn=inner)
+    x = inputs_of(model)
     report = export(model, tmp_path / "out", "float", example=x)
     assert report.logits_difference == 0
     assert all(layer.exact for layer in report.layers)
@@ -186,8 +184,8 @@ def test_float_folders_hold_the_same_weights(network, quantizer, tmp_path):
 
 
 def test_tied_float_folders_hold_tied_weights_once(tmp_path):
-    model = fogzo.quantize_(llama(tied=True), fogzo.lsq(2), lambda *_: True).eval()
-    x = example("llama")
+    model = fogzo.quantize_(tied_llama(), fogzo.lsq(2), lambda *_: True).eval()
+    x = inputs_of(model)
     assert export(model, tmp_path / "out", "float", example=x).logits_difference == 0
     served = type(model).from_pretrained(tmp_path / "out").eval()
     assert served.lm_head.weight is served.model.embed_tokens.weight
@@ -195,23 +193,25 @@ def test_tied_float_folders_hold_tied_weights_once(tmp_path):
 
 
 def test_dropped_inputs_are_a_difference_that_is_reported(tmp_path):
-    model = quantized("mlp", fogzo.lsq(2), fogzo.lsq(2))
+    model = quantized(mlp(), fogzo.lsq(2), fogzo.lsq(2))
     with pytest.raises(ValueError, match="--activations drop exports the weights alone"):
         export(model, tmp_path / "out", "float")
     for format in ("float", "packed"):
-        report = export(model, tmp_path / "out", format, activations="drop", example=example("mlp"))
+        report = export(
+            model, tmp_path / "out", format, activations="drop", example=inputs_of(model)
+        )
         assert all(layer.exact for layer in report.layers)
         assert report.logits_difference > 0.01
 
 
 def test_exporting_leaves_modes_gradients_and_log_alone(tmp_path, caplog):
-    model = quantized("mlp", fogzo.lsq(2), fogzo.lsq(2)).train()
+    model = quantized(mlp(), fogzo.lsq(2), fogzo.lsq(2)).train()
     model[2].eval()
-    model(example("mlp")).sum().backward()
+    model(inputs_of(model)).sum().backward()
     before = [module.training for module in model.modules()]
     grads = {name: p.grad for name, p in model.named_parameters()}
     with caplog.at_level(logging.WARNING):
-        export(model, tmp_path / "out", example=example("mlp"))
+        export(model, tmp_path / "out", example=inputs_of(model))
     assert [module.training for module in model.modules()] == before
     assert {name: p.grad for name, p in model.named_parameters()} == grads
     assert caplog.text == ""
@@ -226,7 +226,7 @@ def test_layers_that_the_model_goes_around_are_warned_of(tmp_path):
         def forward(self, x):
             return self.called(x) @ self.read.weight
 
-    model = fogzo.quantize_(GoesAround(), fogzo.lsq(2), is_no_embedding)
+    model = fogzo.quantize_(GoesAround(), fogzo.lsq(2), inner)
     model(torch.ones(1, 8))
     with pytest.warns(UserWarning, match="the forward of 'read' never ran"):
         report = export(model.eval(), tmp_path / "out", example=torch.ones(1, 8))

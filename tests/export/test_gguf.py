@@ -162,13 +162,3 @@ def test_what_no_reader_in_python_knows_is_not_verified(tmp_path):
     assert "no reader in Python" in report.note
     assert {(layer.stored, layer.exact) for layer in report.layers} == {("Q1_0", None)}
     assert report.logits_difference is None
-
-
-def test_rounded_steps_move_the_logits_a_little(tmp_path):
-    model = quantized(wide(), fogzo.lsq(2))
-    with pytest.raises(ValueError, match=r"step sizes are no float16 .*--round-steps"):
-        export(model, tmp_path / "out", "gguf")
-    assert not list(tmp_path.iterdir())
-    report = export(model, tmp_path / "out", "gguf", round_steps=True)
-    assert 0 < report.logits_difference < 2e-3
-    assert all(0 < layer.step_rounding < 2**-11 and not layer.exact for layer in report.layers)

@@ -4,23 +4,28 @@ import re
 
 import pytest
 import torch
-from small_networks import NETWORKS, llama, quantized
+from networks import inner, inner_linear, llama, logits, mlp, quantized, resnet, vit
 from torch import nn
 
 import fogzo
-from fogzo.export import check, export, formats, holds
+import fogzo.export.transformers
+from fogzo.export import check, export, formats, holds, load_
 from fogzo.export.source import Options, Source
 from fogzo.quantizers import Grid, Quantizer, abs_mean_scale
 
 F16 = {"scale_dtype": torch.float16}
 
 
-def small_llama(quantizer, width=256, activations=None, **options):
-    model = fogzo.quantize_(llama(width), quantizer, activations=activations, **options)
+def one_layer(module, name):
+    return name.endswith("q_proj")
+
+
+def small_llama(quantizer, width=256, activations=None, filter_fn=one_layer):
+    model = fogzo.quantize_(llama(width), quantizer, filter_fn, activations)
     if activations is not None and activations.scale.has_state:
         with torch.no_grad(), fogzo.calibrate_(model):
             model(torch.arange(8)[None])
-    return model.eval()
+    return model
 
 
 def stored(model, format, **options):
@@ -44,33 +49,36 @@ QUANTIZERS = {
     "ternary": lambda g="tensor": fogzo.ternary(granularity=g, **F16),
     "abs_max4": lambda g="channel": fogzo.abs_max(4, granularity=g, **F16),
 }
-# Columns: packed, compressed-tensors, gguf, onnx, onnx --variant qdq, mlx, torchao.
 YES = {
-    "int2": ("2 bit", "W2", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2"),
-    "int3": ("4 bit", "W4", "Q3_K", "MatMulNBits 4", "int4", "3 bit", "int3"),
-    "int4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4"),
-    "int8": ("8 bit", "W8", "Q8_0", "MatMulNBits 8", "int8", "8 bit", "int8"),
-    "half1": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1"),
-    "sign": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1"),
-    "half2": ("2 bit", "W4", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2"),
-    "half3": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "3 bit", "int3"),
-    "half4": ("4 bit", "W8", "Q5_0", "MatMulNBits 4", "int8", "4 bit", "int4"),
-    "half8": ("8 bit", None, None, None, None, "8 bit", "int8"),
-    "ternary": ("1.6 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int2"),
-    "abs_max4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4"),
+    "int2": ("2 bit", "W2", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2", None),
+    "int3": ("4 bit", "W4", "Q3_K", "MatMulNBits 4", "int4", "3 bit", "int3", None),
+    "int4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4", None),
+    "int8": ("8 bit", "W8", "Q8_0", "MatMulNBits 8", "int8", "8 bit", "int8", None),
+    "half1": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1", None),
+    "sign": ("1 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int1", None),
+    "half2": ("2 bit", "W4", "Q2_K", "MatMulNBits 2", "int4", "2 bit", "int2", None),
+    "half3": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "3 bit", "int3", None),
+    "half4": ("4 bit", "W8", "Q5_0", "MatMulNBits 4", "int8", "4 bit", "int4", None),
+    "half8": ("8 bit", None, None, None, None, "8 bit", "int8", None),
+    "ternary": ("1.6 bit", "W2", "TQ2_0", "MatMulNBits 2", "int4", "2 bit", "int2", "2 bit"),
+    "abs_max4": ("4 bit", "W4", "Q4_0", "MatMulNBits 4", "int4", "4 bit", "int4", None),
 }
-COLUMNS = ("packed", "compressed-tensors", "gguf", "onnx", "onnx qdq", "mlx", "torchao")
+COLUMNS = (
+    *("packed", "compressed-tensors", "gguf", "onnx", "onnx qdq", "mlx", "torchao", "bitnet"),
+)
 
 
 @pytest.mark.parametrize("quantizer", YES)
-def test_every_quantizer_has_a_type_or_a_reason(quantizer):
+def test_every_quantizer_has_a_type_or_a_reason(quantizer, tmp_path):
     model = small_llama(QUANTIZERS[quantizer]())
     for column, expected in zip(COLUMNS, YES[quantizer], strict=True):
         format, _, variant = column.partition(" ")
+        options = {"variant": variant or None, "activations": "drop"}
         if expected is None:
-            assert "cannot hold its 256 levels" in check(model, format, variant=variant or None)[0]
+            reason = "expected ternary weights" if format == "bitnet" else "hold its 256 levels"
+            no(model, format, reason, tmp_path, **options)
         else:
-            (found,) = stored(model, format, variant=variant or None)
+            (found,) = stored(model, format, **options)
             assert found.removeprefix("DequantizeLinear ") == expected
     assert stored(model, "float") == {"float"}
 
@@ -103,7 +111,9 @@ def no(model, format, message, tmp_path, **options):
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "onnx", "mlx", "torchao"])
+@pytest.mark.parametrize(
+    "format", ["compressed-tensors", "gguf", "onnx", "mlx", "bitnet", "torchao"]
+)
 def test_rotations(format, tmp_path):
     message = (
         r"cannot write 'model.layers.0.self_attn.q_proj' as .*: its weights are rotated "
@@ -174,6 +184,15 @@ TOKEN = fogzo.abs_max(8, granularity="token")
         ("gguf", LSQ8, "which gguf cannot say; llama.cpp rounds them to 8 bits itself: --activ"),
         ("mlx", TOKEN, "which mlx cannot say"),
         ("torchao", TOKEN, "which torchao's weight-only layers cannot say"),
+        *(
+            (format, activations, f"are quantized .{activations.grid.name}., which")
+            for format in ("float", "gguf", "mlx", "torchao")
+            for activations in (HALF2, fogzo.quest(4), fogzo.lsq(8, levels="unsigned"))
+        ),
+        *(
+            ("bitnet", activations, f"and its are {activations.grid.name}: train")
+            for activations in (HALF2, fogzo.quest(4), fogzo.abs_max(4, granularity="token"))
+        ),
         (
             "compressed-tensors",
             HALF2,
@@ -202,15 +221,36 @@ def test_inputs_that_are_held():
 
 
 @pytest.mark.parametrize(
-    ("format", "way_out"),
-    [("compressed-tensors", "--format packed or onnx"), ("mlx", "--format packed or onnx")],
+    ("format", "elsewhere"),
+    [
+        ("compressed-tensors", "--format packed or onnx"),
+        ("mlx", "--format packed or onnx"),
+        ("bitnet", "--format packed or onnx"),
+        ("torchao", "--format packed"),
+    ],
 )
-def test_convolutions(format, way_out, tmp_path):
-    model = quantized("resnet", fogzo.lsq(4, **F16))
-    message = f"it is of class Conv2d, and {format} holds Linear only: {way_out}"
-    no(model, format, message, tmp_path)
+@pytest.mark.parametrize("kind", ["Conv2d", "ConvTranspose1d", "Embedding"])
+def test_layers_that_are_not_linear(kind, format, elsewhere, tmp_path):
+    model = llama()
+    if kind == "Conv2d":
+        model = quantized(resnet(), fogzo.ternary(**F16), filter_fn=inner)
+    elif kind == "ConvTranspose1d":
+        model.head = nn.ConvTranspose1d(8, 8, 3)
+        model = fogzo.quantize_(model, fogzo.ternary(**F16), lambda module, name: name == "head")
+    else:
+        model = fogzo.quantize_(model, fogzo.ternary(**F16), lambda *_: True)
+    message = f"it is of class {kind}, and {format} holds Linear only: {elsewhere}"
+    no(model, format, message, tmp_path, activations="drop")
+
+
+def test_layers_of_every_kind():
+    model = quantized(resnet(), fogzo.lsq(4, **F16), filter_fn=inner)
     assert stored(model, "packed") == {"4 bit"}
     assert stored(model, "onnx") == {"DequantizeLinear int4", "MatMulNBits 4"}
+    with_embedding = fogzo.quantize_(llama(), fogzo.lsq(4, **F16), lambda *_: True)
+    assert stored(with_embedding, "packed") == {"4 bit"}
+    assert stored(with_embedding, "gguf") == {"Q4_0"}
+    assert "is of class Embedding, and onnx holds Linear, Conv" in check(with_embedding, "onnx")[0]
 
 
 def test_bitnet(tmp_path):
@@ -227,16 +267,17 @@ def test_bitnet(tmp_path):
 
 
 def test_architectures(tmp_path):
-    vit, mlp = quantized("vit", fogzo.ternary(**F16)), quantized("mlp", fogzo.ternary(**F16))
+    ternary = fogzo.ternary(**F16)
+    image_model, plain_model = quantized(vit(), ternary), quantized(mlp(), ternary)
     message = "gguf is written for LlamaForCausalLM only, got ViTForImageClassification: --format"
-    no(vit, "gguf", message, tmp_path)
+    no(image_model, "gguf", message, tmp_path)
     for format in ("compressed-tensors", "mlx", "bitnet"):
         message = f"the readers of {format} build the network from transformers' config, and Seq"
-        no(mlp, format, message, tmp_path)
+        no(plain_model, format, message, tmp_path)
 
 
 def test_float64(tmp_path):
-    model = fogzo.quantize_(NETWORKS["mlp"]().double(), fogzo.lsq(2))
+    model = fogzo.quantize_(mlp().double(), fogzo.lsq(2))
     no(
         model,
         "onnx",
@@ -258,10 +299,35 @@ def test_variants(tmp_path):
     no(model, "gguf", "Q1_0 cannot hold its 3 levels", tmp_path, variant="q1_0")
 
 
+def shared(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    return model
+
+
+@pytest.mark.parametrize("format", ["float", "compressed-tensors", "gguf", "mlx", "bitnet"])
+def test_a_module_of_two_names(format, tmp_path):
+    model = fogzo.quantize_(shared(llama(num_hidden_layers=2)), fogzo.ternary(**F16), inner_linear)
+    message = (
+        "'model.layers.1.mlp.gate_proj.weight' is 'model.layers.0.mlp.gate_proj.weight' by another "
+        f"name, and the readers of {format} build both .* --format packed for fogzo.export.load_"
+    )
+    no(model, format, message, tmp_path)
+    assert check(model, "packed") == check(model, "onnx") == check(model, "torchao") == []
+
+
+def test_a_module_of_two_names_as_packed(tmp_path):
+    model = fogzo.quantize_(shared(llama(num_hidden_layers=2)), fogzo.ternary(), inner_linear)
+    assert export(model, tmp_path / "out").logits_difference == 0
+    with pytest.raises(ValueError, match=r"layers.0.mlp.* by another name, .*fogzo.export.load_"):
+        type(model).from_pretrained(tmp_path / "out")
+    served = load_(shared(llama(num_hidden_layers=2)), tmp_path / "out")
+    assert torch.equal(logits(served), logits(model))
+
+
 def test_every_problem_is_told_and_the_first_is_raised(tmp_path):
-    model = small_llama(fogzo.lsq(2))
+    model = fogzo.quantize_(llama(), fogzo.lsq(2))
     assert len(check(model, "bitnet")) == 7
-    model = quantized("mlp", fogzo.lsq(2), LSQ8)
+    model = quantized(mlp(), fogzo.lsq(2), LSQ8)
     with pytest.raises(ValueError, match=r"cannot write '1' as float: .* \(and 2 more: fogzo"):
         export(model, tmp_path / "out", "float")
 

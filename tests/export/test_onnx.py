@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from networks import inputs_of, llama, logits, quantized, relative, vit
+from networks import inner, inputs_of, llama, logits, quantized, relative, resnet, vit
 from torch import nn
 
 import fogzo
@@ -110,9 +110,9 @@ def test_convolutions_in_groups(tmp_path):
     assert report.logits_difference < 2e-6
 
 
-@pytest.mark.parametrize("make", [llama, vit])
+@pytest.mark.parametrize("make", [llama, vit, resnet])
 def test_transformers(make, tmp_path):
-    model = quantized(make(), fogzo.lsq(2, granularity="channel"))
+    model = quantized(make(), fogzo.lsq(2, granularity="channel"), filter_fn=inner)
     report = exported(model, tmp_path)
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
@@ -140,6 +140,14 @@ def test_quantized_inputs(activations, pairs, tmp_path):
     report = exported(model, tmp_path)
     assert report.logits_difference < 2e-6
     assert operators(tmp_path)["QuantizeLinear"] == pairs
+
+
+def test_a_layer_of_two_names(tmp_path):
+    layer = nn.Linear(64, 64)
+    model = quantized(nn.Sequential(layer, nn.ReLU(), layer).eval(), fogzo.lsq(2))
+    report = exported(model, tmp_path)
+    assert report.logits_difference < 2e-6
+    assert operators(tmp_path)["MatMulNBits"] == 2
 
 
 def test_an_example_of_one_input_leaves_the_batch_free(tmp_path):

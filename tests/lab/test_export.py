@@ -114,6 +114,28 @@ def test_mistakes_are_one_line(run, arguments, message, capsys):
     assert "Traceback" not in err
 
 
+def test_ternary_weights_and_inputs_of_8_bits(tmp_path, capsys):
+    # W1.58A8: the recipe's own bits are no option of ternary, and nobody has to say so.
+    code, _, err = command(
+        capsys,
+        *("train", "digits-deit", "--output-dir", tmp_path / "run", "--max-steps", "1"),
+        *("--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
+        *("--quantizer.preset", "ternary", "--activations.preset=abs_max"),
+        *("--activations.granularity", "token"),
+    )
+    assert code == 0, err
+    code, out, err = command(capsys, "export", tmp_path / "run", "--format", "bitnet", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert all(layer["exact"] for layer in report["layers"])
+    assert report["logits_difference"] < 5e-3
+    code, _, err = command(
+        capsys, "train", "digits-mlp", "--quantizer.preset", "ternary", "--quantizer.bits", "2"
+    )
+    assert code == 2
+    assert "takes no bits, got 2: --quantizer.bits None" in err
+
+
 def test_a_float_run_is_refused(tmp_path, capsys):
     main(
         [

@@ -40,8 +40,8 @@ def write(source: Source, folder: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     types = {name: _block_type(source, name) for name in source.layers}
     writer = gguf.GGUFWriter(folder / FILE, "llama")
-    commonest, _ = Counter(kind.name for kind in types.values()).most_common(1)[0]
-    _add_metadata(writer, config, _FILE_TYPES[commonest])
+    commonest = Counter(kind.name for kind in types.values()).most_common(1)
+    _add_metadata(writer, config, _FILE_TYPES[commonest[0][0]] if commonest else 0)
 
     def add(name: str, values: NDArray[np.generic], shape: tuple[int, ...], type_id: int) -> None:
         stem, _, suffix = name.rpartition(".")

@@ -93,6 +93,7 @@ class Format:
         group_multiple: What groups of inputs must be a multiple of.
         architectures: Classes of models; empty where any will do.
         reads_config: Whether its readers build the model from transformers' config.
+        shares: Whether its file says which names stand for the same tensor.
         of_model: Says what is wrong with the model as a whole, or None.
         float64: Whether weights of float64 keep their precision.
         expected: The only levels that it holds, in words, where these are few.
@@ -108,6 +109,7 @@ class Format:
     group_multiple: int = 1
     architectures: tuple[str, ...] = ()
     reads_config: bool = False
+    shares: bool = False
     of_model: Callable[[Source], str | None] = lambda source: None
     float64: bool = False
     expected: str = ""
@@ -153,6 +155,14 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
             f"the readers of {format} build the network from transformers' config, and {name} has "
             f"none: {rules.elsewhere}"
         )
+    elif hasattr(source.model, "config") and not rules.shares:
+        for other, first in source.shared().items():
+            yield (
+                f"{other!r} is {first!r} by another name, and the readers of {format} build both "
+                "from transformers' config and would fill one: --format packed for "
+                "fogzo.export.load_, --format onnx, or give the model a copy of its own"
+            )
+            break
     if variant is not None and variant not in rules.variants:
         known = f"one of {', '.join(rules.variants)}" if rules.variants else "none"
         yield f"{format} has no variant {variant!r}, expected {known}: leave --variant out"
@@ -405,6 +415,7 @@ FORMATS: Mapping[str, Format] = {
             for levels, count in ((2, 8), (3, 5), (4, 4), (6, 3), (16, 2), (256, 1))
         ),
         rotation=True,
+        shares=True,
         float64=True,
         elsewhere="--format float",
     ),
@@ -438,6 +449,7 @@ FORMATS: Mapping[str, Format] = {
             "qdq": (_signed(_INT4, 4, (*_LINEAR, *_CONV)), _signed(_INT8, 8, (*_LINEAR, *_CONV))),
         },
         group_multiple=16,
+        shares=True,
         of_model=_is_float32,
         elsewhere="--format packed",
     ),
@@ -459,6 +471,7 @@ FORMATS: Mapping[str, Format] = {
     "torchao": Format(
         tuple(_affine(f"int{bits}", bits) for bits in range(1, 9)),
         inputs=_no_inputs("torchao's weight-only layers cannot say"),
+        shares=True,
         elsewhere="--format packed",
     ),
 }

@@ -158,7 +158,8 @@ def _replace(graph: "ir.Graph", source: Source, name: str) -> None:
 
     key = f"{name}.weight".lstrip(".")
     weight = source.layers[name].weight
-    value = graph.initializers.get(key)
+    names = (f"{other}.weight".lstrip(".") for other in source.names_of(name))
+    value = next((graph.initializers[n] for n in names if n in graph.initializers), None)
     if value is None:
         raise RuntimeError(f"torch's graph has no weight {key!r}: please report it")
     if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
@@ -168,7 +169,7 @@ def _replace(graph: "ir.Graph", source: Source, name: str) -> None:
             _replace_matmul(graph, node, weight, tensors)
     if value.uses():
         ir.convenience.replace_all_uses_with(value, _dequantized(graph, key, source, name))
-    del graph.initializers[key]
+    del graph.initializers[cast(str, value.name)]
 
 
 def _block(weight: IntegerWeight) -> int:

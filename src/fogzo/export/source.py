@@ -162,6 +162,18 @@ class Source:
         named = self.model.named_modules(remove_duplicate=False)
         return [plain_name(other) for other, found in named if found is module]
 
+    def shared(self) -> dict[str, str]:
+        """Tensors of a second name, with the first, unless transformers' class shares them."""
+        own: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        owners: dict[int, str] = {}
+        state = self.model.state_dict(keep_vars=True)
+        found = {name: owners.setdefault(id(tensor), name) for name, tensor in state.items()}
+        return {
+            name: owner
+            for name, owner in found.items()
+            if name != owner and not {name, owner} & own.keys()
+        }
+
     def baked(self) -> nn.Module:
         """A plain copy, in eval mode, with the weights as they are to be exported."""
         with warnings.catch_warnings():

@@ -42,6 +42,13 @@ class FogzoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **unused: Any) -> None:
         config = self.quantization_config
         check_version(vars(config), getattr(model, "name_or_path", "the folder"))
+        for other, first in config.ties.items():
+            if other not in model.all_tied_weights_keys:
+                raise ValueError(
+                    f"{other!r} is {first!r} by another name, and transformers builds both from "
+                    "the config and would fill one: fogzo.export.load_(model, folder) loads a "
+                    "model that shares them"
+                )
         pack_layers_(model, config.modules)
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:

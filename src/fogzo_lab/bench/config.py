@@ -9,7 +9,7 @@ from fogzo_lab.system.devices import Device
 
 Suite = Literal["tiny", "quick", "full"]
 
-SECTION_NAMES = ("steps", "memory", "layers", "compiled", "probes", "scaling")
+SECTION_NAMES = ("steps", "memory", "layers", "compiled", "probes", "scaling", "export")
 """In the order in which they run."""
 
 _Section = Annotated[str, OneOf(SECTION_NAMES)]
@@ -48,7 +48,8 @@ class BenchConfig(Options):
     device: Device = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
     only: Annotated[tuple[_Section, ...], Example(("steps",))] = ()
-    """Sections to run, of steps, memory, layers, compiled, probes and scaling; by default all."""
+    """Sections to run, of steps, memory, layers, compiled, probes, scaling and export; by default
+    all."""
     rounds: Annotated[PositiveInt | None, Example(3)] = None
     """Most rounds of a comparison; by default the suite's."""
     seconds: Annotated[PositiveFloat | None, Example(2.0)] = None

@@ -125,6 +125,17 @@ def _scaling(cases: list[CaseResults]) -> tuple[float, Draw]:
     return _LINES, draw
 
 
+def _export(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+    rows: Dots = {
+        case["name"]: {
+            kind: _spread(case["ratios"][f"{kind}, speed over float"])
+            for kind in ("prompt", "token")
+        }
+        for case in cases
+    }
+    return _dots(rows, "export", "speed over the float network's, and quartiles", spread_out=True)
+
+
 _PANELS = {
     "steps": _steps,
     "memory": _memory,
@@ -132,6 +143,7 @@ _PANELS = {
     "compiled": _compiled,
     "probes": _probes,
     "scaling": _scaling,
+    "export": _export,
 }
 
 

@@ -130,6 +130,24 @@ def _met(case: CaseResults) -> str:
     return f"{target:.2f}: {'yes' if met else 'no' if overhead['low'] > target else 'undecided'}"
 
 
+def _sizes(facts: Mapping[str, Any]) -> str:
+    if "bytes" not in facts:
+        return ""
+    resident = facts["resident_bytes"]
+    return f"{facts['bytes'] / 1e6:.3g} / {'?' if resident is None else f'{resident / 1e6:.3g}'}"
+
+
+def _speed(case: CaseResults, kind: str) -> str:
+    """Tokens per second, and how many times those of the float network."""
+    seconds = case["seconds"].get(kind)
+    if seconds is None:
+        return ""
+    tokens = case["facts"]["prompt_tokens"] if kind == "prompt" else 1
+    ratio = case["ratios"][f"{kind}, speed over float"]
+    spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{tokens / seconds:,.0f} ({spread})"
+
+
 _NAME = _Column("case", lambda case: case["name"])
 _WEIGHTS = _fact("quantized weights", "quantized_weights", ",")
 
@@ -201,6 +219,22 @@ _VIEWS = {
             _ratio("FOGZO / STE", "FOGZO / STE"),
             _fact("memory, default", "default_copies", ".2f"),
             _fact("memory, lean", "lean_copies", ".2f"),
+        ),
+    ),
+    "export": _View(
+        "Export: a served LLaMA",
+        "Every row is a process of its own, on CPUs. In memory: what the process grew by until it "
+        "had answered once. Off by: the largest difference from the trained network's logits, over "
+        "the largest of them. A token: a forward pass of one token without those before it, which "
+        "is most of what generating the next one costs. In brackets the speed over that of the "
+        "same reader's float network.",
+        (
+            _NAME,
+            _Column("file / in memory, MB", lambda case: _sizes(case["facts"])),
+            _fact("loaded in, s", "load_seconds", ".2f"),
+            _fact("off by", "logits_difference", ".1g"),
+            _Column("prompt, tokens/s", lambda case: _speed(case, "prompt")),
+            _Column("a token, tokens/s", lambda case: _speed(case, "token")),
         ),
     ),
 }

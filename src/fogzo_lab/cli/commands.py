@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -126,8 +127,21 @@ def _parse(
     command: str, arguments: Sequence[str], defaults: Mapping[str, Callable[[], ConfigT]]
 ) -> ConfigT:
     name, *rest = arguments
-    default = defaults[_known("recipe", name, RECIPES)]()
+    default = _for_presets(defaults[_known("recipe", name, RECIPES)](), rest)
     return parse(type(default), rest, f"fogzo {command} {name}", RECIPES[name].__doc__, default)
+
+
+def _for_presets(default: ConfigT, arguments: Sequence[str]) -> ConfigT:
+    """The recipe's options without those that the presets in the arguments do not take."""
+    if isinstance(default, CompareConfig):
+        return replace(default, base=_for_presets(default.base, arguments))
+    named = dict(pairwise(arguments))
+    named |= {option: value for option, _, value in (a.partition("=") for a in arguments) if value}
+    return replace(
+        default,
+        quantizer=default.quantizer.for_preset(named.get("--quantizer.preset", "")),
+        activations=default.activations.for_preset(named.get("--activations.preset", "")),
+    )
 
 
 def _known(kind: str, name: str, choices: Mapping[str, object]) -> str:

@@ -94,6 +94,11 @@ class QuantizerConfig(Options):
                 f"--{prefix}levels None, or --{prefix}preset lsq"
             )
 
+    def for_preset(self, preset: str) -> "QuantizerConfig":
+        """The options for another preset, without those that it does not take."""
+        dropped: dict[str, Any] = dict.fromkeys(_NOT_TAKEN.get(preset, ()))
+        return replace(self, **dropped)
+
     def build(self) -> Quantizer | None:
         """The quantizer, or None for float."""
         if self.preset == "none":
@@ -119,6 +124,13 @@ class QuantizerConfig(Options):
         """The quantizer of the inputs of layers, where one step that is kept serves all tokens."""
         kept = self.preset == "bbq" and self.granularity is None and self.learned is not False
         return (replace(self, granularity="tensor") if kept else self).build()
+
+
+_NOT_TAKEN = {
+    **dict.fromkeys(("ternary", "sign"), ("bits", "init", "levels")),
+    **dict.fromkeys(("quest", "abs_max"), ("init", "levels")),
+}
+"""Options by the presets that do not take them."""
 
 
 def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from fogzo_lab.bench.cases import Case
 from fogzo_lab.bench.config import BenchConfig
-from fogzo_lab.bench.sections import compiled, layers, memory, probes, scaling, steps
+from fogzo_lab.bench.sections import compiled, export, layers, memory, probes, scaling, steps
 
 SECTIONS: dict[str, Callable[[BenchConfig, torch.device], Iterator[Case]]] = {
     "steps": steps.run,
@@ -15,6 +15,7 @@ SECTIONS: dict[str, Callable[[BenchConfig, torch.device], Iterator[Case]]] = {
     "compiled": compiled.run,
     "probes": probes.run,
     "scaling": scaling.run,
+    "export": export.run,
 }
 
 __all__ = ["SECTIONS"]

@@ -121,6 +121,7 @@ def export(
     activations: ActivationChoice = "keep",
     allow_wider: bool = False,
     variant: str | None = None,
+    tokenizer: Any = None,
     verify: bool = True,
 ) -> ExportReport:
     """Write a quantized model for a program that serves it, with the weights that were trained.
@@ -140,6 +141,7 @@ def export(
             inputs.
         allow_wider: Use more bits than the quantizer where the format has no narrower type.
         variant: Of a format that has several: a type of gguf (``"tq1_0"``), or ``"qdq"`` of onnx.
+        tokenizer: A transformers tokenizer to write too: into a gguf file, beside other files.
         verify: Read the files back and compare.
 
     Returns:
@@ -147,7 +149,8 @@ def export(
 
     Raises:
         ValueError: If the format cannot hold the model (see `check`), an input was never measured,
-            or the folder holds something else. Nothing is written then.
+            the format cannot say the tokenizer, or the folder holds something else. Nothing is
+            written then.
         RuntimeError: If the files read back are not what was to be written. Nothing is kept.
     """
     _check_format(format, MODULES)
@@ -164,12 +167,14 @@ def export(
     source, rounding = _rounded(source, format)
     writer = import_module(f"fogzo.export.{MODULES[format]}")
     example = example_of(source.model) if example is None else example
-    source = dataclasses.replace(source, example=example)
+    source = dataclasses.replace(source, example=example, tokenizer=tokenizer)
     partial = final.with_name(f"{final.name}.partial")
     _delete(partial)
     partial.mkdir(parents=True)
     try:
         writer.write(source, partial)
+        if tokenizer is not None and format != "gguf":
+            tokenizer.save_pretrained(partial)
         reading, note = _read_back(writer, source, partial) if verify else (None, "not verified")
         if reading is not None:
             _check_weights(source, reading, format)

@@ -1,7 +1,6 @@
 """The file that llama.cpp reads: blocks of the trained integers, and the network's metadata.
 
-It holds no tokenizer, which is no part of a network that fogzo trains on bytes or on token ids:
-llama.cpp runs the file by token ids, transformers by its own tokenizer.
+Without a tokenizer, as of networks trained on bytes, llama.cpp runs the file by token ids.
 """
 
 from collections import Counter
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fogzo.export import holds
+from fogzo.export import gguf_tokenizer, holds
 from fogzo.export.gguf_blocks import BlockType, block_type
 from fogzo.export.source import Source
 from fogzo.export.verify import ReadBack, answer
@@ -37,11 +36,18 @@ def write(source: Source, folder: Path) -> None:
     import gguf
 
     config: Any = source.model.config
+    vocabulary = None
+    if source.tokenizer is not None:
+        vocabulary = gguf_tokenizer.vocabulary(source.tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     types = {name: _block_type(source, name) for name in source.layers}
     writer = gguf.GGUFWriter(folder / FILE, "llama")
     commonest = Counter(kind.name for kind in types.values()).most_common(1)
     _add_metadata(writer, config, _FILE_TYPES[commonest[0][0]] if commonest else 0)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        gguf_tokenizer.add(writer, vocabulary)
 
     def add(name: str, values: NDArray[np.generic], shape: tuple[int, ...], type_id: int) -> None:
         stem, _, suffix = name.rpartition(".")
@@ -79,6 +85,8 @@ def read_back(source: Source, folder: Path) -> ReadBack | None:
     """What transformers makes of it, which asks gguf-py; None of types that it cannot read yet."""
     import gguf  # noqa: F401  # transformers would ask for it in a longer way
 
+    if source.tokenizer is not None:
+        gguf_tokenizer.check(source.tokenizer, folder, FILE)
     if any(_block_type(source, name).name in _LLAMA_CPP_ALONE for name in source.layers):
         return None
     own: Any = source.model
@@ -103,7 +111,6 @@ def _add_metadata(writer: "GGUFWriter", config: Any, file_type: int) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
 
 
 def _block_type(source: Source, name: str) -> BlockType:

@@ -91,12 +91,14 @@ class Source:
         layers: Its quantized layers, in the order of its modules.
         options: How to write.
         example: An input, for formats that trace the model; see `answer`.
+        tokenizer: A transformers tokenizer to write too, or None.
     """
 
     model: nn.Module
     layers: dict[str, SourceLayer]
     options: Options
     example: Any = None
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, model: nn.Module, options: Options) -> "Source":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -18,6 +18,7 @@ from fogzo_lab.options import Example, OneOf, Options
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table
 from fogzo_lab.training.checkpoint_format import step_of
+from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import build_model
 from fogzo_lab.training.run_folder import read_config
 from fogzo_lab.training.state import load_weights
@@ -49,6 +50,8 @@ class ExportConfig(Options):
     """Use more bits than the quantizer, where the format has no narrower type."""
     variant: Annotated[_Variant | None, Example("tq1_0")] = None
     """A type of gguf (tq1_0, q1_0, ...) or a style of onnx (nbits, qdq)."""
+    tokenizer: bool = True
+    """Write the run's tokenizer too, unless it was trained on bytes."""
     verify: bool = True
     """Read the files back and compare."""
     json: bool = False
@@ -106,6 +109,7 @@ def export_run(config: ExportConfig) -> ExportReport:
         activations=config.activations,
         allow_wider=config.allow_wider,
         variant=config.variant,
+        tokenizer=_tokenizer(settings) if config.tokenizer else None,
         verify=config.verify,
     )
 
@@ -134,6 +138,15 @@ def report_table(report: ExportReport) -> Table:
     if report.note is not None:
         caption += f"\n{report.note}"
     return Table(f"{report.format} export", heading, rows, caption)
+
+
+def _tokenizer(settings: TrainConfig) -> Any:
+    """The run's, as transformers has it; None of a network of images or bytes."""
+    if settings.data.kind != "text" or settings.data.tokenizer == "bytes":
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(settings.data.tokenizer)
 
 
 def _example(task: Task) -> Tensor:

@@ -27,7 +27,9 @@ docs: .venv/installed  ## build the documentation in site/, an error on any brok
 
 benchmarks: .venv/installed  ## measure again what is said of cost, 20 minutes on an idle machine
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/fogzo bench --suite full --output-dir benchmarks/full
+	$(BIN)/fogzo bench --suite full --only steps memory layers compiled probes scaling \
+		--output-dir benchmarks/full
+	$(BIN)/fogzo bench --suite full --only export --output-dir benchmarks/export
 	OMP_NUM_THREADS=2 $(BIN)/fogzo bench --suite full --only steps --threads 2 \
 		--output-dir benchmarks/two-threads
 	$(KEEP_MEMORY) $(BIN)/fogzo bench --suite full --only steps --output-dir benchmarks/kept-memory

@@ -114,6 +114,7 @@ SCRIPTS = (
     "forwards",
     "latents",
     "regression",
+    "serving",
     "step-cost",
     "synthetic-law",
     "toy",
@@ -358,6 +359,12 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "latents-toy": lambda results: script("latents").toy_table(results.experiment("latents")),
     "overheads": overheads,
     "peers": peers,
+    "serving-rounding": lambda results: script("serving").rounding_table(
+        results.experiment("serving")
+    ),
+    "serving-openvino": lambda results: script("serving").openvino_table(
+        results.experiment("serving")
+    ),
 }
 """Tables of more or less than one folder's results."""
 

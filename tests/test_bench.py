@@ -23,13 +23,16 @@ from fogzo_lab.bench.peak_memory import peak_bytes
 from fogzo_lab.bench.peers import LAYERS, Chain
 from fogzo_lab.bench.plot import plot
 from fogzo_lab.bench.ranks import RankSettings, time_on_ranks
-from fogzo_lab.bench.sections import SECTIONS, compiled, layers, steps
+from fogzo_lab.bench.sections import SECTIONS, compiled, export, layers, steps
+from fogzo_lab.bench.serving import Server
 from fogzo_lab.bench.stepping import Steps
 from fogzo_lab.bench.suite import run_suite
 from fogzo_lab.bench.timing import stopwatch, time_in_turns
 from fogzo_lab.bench.views import peers_table, tables
 from fogzo_lab.cli.main import main
 from fogzo_lab.interleaved import Spread, Turns, take_turns
+from fogzo_lab.training.model_config import LlamaConfig
+from fogzo_lab.training.models import Shapes, float_model
 
 CPU = torch.device("cpu")
 TINY = BenchConfig(suite="tiny", device="cpu")
@@ -344,6 +347,51 @@ def test_an_alternative_that_fails_leaves_the_others_their_numbers():
         "breaks failed: no such device",
         "no such device",
     ]
+
+
+def test_served_networks_answer_as_the_trained_ones(results):
+    cases = cases_of(results, "export")
+    assert [case["name"].partition(":")[0] for case in cases] == ["float", "packed", "onnx", "onnx"]
+    for case in cases:
+        facts = case["facts"]
+        assert facts["logits_difference"] < 2e-6
+        assert facts["load_seconds"] > 0
+        assert facts["resident_bytes"] is None or facts["resident_bytes"] > 0
+        assert set(case["seconds"]) == {"prompt", "token"}
+    in_float, packed = (case["facts"]["bytes"] for case in cases[:2])
+    assert packed < 0.25 * in_float  # of a head and an embedding in float
+
+
+def test_what_cannot_be_served_is_a_row_that_says_so(monkeypatch, tmp_path):
+    def refuse(model, folder, tokens):
+        raise ValueError("no such format")
+
+    def nothing(model, folder, tokens):
+        folder.mkdir()
+
+    ways = [
+        replace(export.GROUPS[0][0], name="written by nobody", write=refuse),
+        replace(export.GROUPS[0][0], name="empty", write=nothing),
+    ]
+    monkeypatch.setattr(export, "GROUPS", (ways, ways[1:]))
+    cases = list(export.run(replace(TINY, rounds=1), CPU))
+    said = [case.skipped for case in cases]
+    assert said[0] == "ValueError: no such format"
+    assert "Error" in said[1] and "\n" not in said[1]  # the reader's own
+    assert said[2].partition(":")[0] == said[1].partition(":")[0]
+
+
+def test_a_server_that_ends_is_no_answer(tmp_path):
+    way = export.GROUPS[0][0]
+    plain = float_model(LlamaConfig(width=16, depth=1, heads=2), Shapes(num_outputs=8, context=8))
+    tokens = torch.tensor([[1, 2, 3]])
+    way.write(export.quantized(plain, way), tmp_path / "out", tokens)
+    with Server(way.reader, tmp_path / "out", tokens, 1) as server:
+        assert server.logits.shape == (1, 3, 8)
+        server.answer(2)
+        server._process.kill()
+        with pytest.raises(NotHereError, match="its process ended"):
+            server.answer(2)
 
 
 def test_reasons_are_one_line():

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from texts import PROSE, save_tokenizer, tokenizer_of
+from transformers import AutoTokenizer
 
 from fogzo.export import load_
 from fogzo_lab.cli.main import main
@@ -114,6 +116,7 @@ def test_mistakes_are_one_line(run, arguments, message, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch's compiler
 def test_ternary_weights_and_inputs_of_8_bits(tmp_path, capsys):
     # W1.58A8: the recipe's own bits are no option of ternary, and nobody has to say so.
     code, _, err = command(
@@ -134,6 +137,33 @@ def test_ternary_weights_and_inputs_of_8_bits(tmp_path, capsys):
     )
     assert code == 2
     assert "takes no bits, got 2: --quantizer.bits None" in err
+
+
+def test_the_tokenizer_of_a_run_goes_into_its_file(tmp_path, capsys):
+    name = save_tokenizer(tmp_path / "words", eos_token="<|end|>")
+    (tmp_path / "text.txt").write_text(PROSE, encoding="utf-8")
+    code, _, err = command(
+        capsys,
+        *("train", "pydoc-llama", "--output-dir", tmp_path / "run", "--max-steps", "1"),
+        *("--model.width", "32", "--model.depth", "1", "--model.heads", "2", "--batch-size", "2"),
+        *("--data.dataset", tmp_path / "text.txt", "--data.context", "16"),
+        *("--data.tokenizer", name, "--quantizer.bits", "4", "--quantizer.scale-dtype", "float16"),
+    )
+    assert code == 0, err
+    export = ("export", tmp_path / "run", "--format", "gguf")
+    code, out, err = command(capsys, *export)
+    assert code == 0, err
+    assert "logits differ by 0 of the largest" in out
+    read = AutoTokenizer.from_pretrained(tmp_path / "run/export/gguf", gguf_file="model.gguf")
+    assert read("Line 7")["input_ids"] == tokenizer_of(name)("Line 7")["input_ids"]
+    assert read.eos_token == "<|end|>"
+    code, out, err = command(capsys, *export, "--no-tokenizer", "--output", tmp_path / "bare")
+    assert code == 0, err
+    with_words, without = (
+        (folder / "model.gguf").stat().st_size
+        for folder in (tmp_path / "run/export/gguf", tmp_path / "bare")
+    )
+    assert without < with_words - 1000
 
 
 def test_a_float_run_is_refused(tmp_path, capsys):

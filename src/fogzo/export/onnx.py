@@ -6,7 +6,10 @@ standard. Quantized inputs become QuantizeLinear and DequantizeLinear where they
 step of their own, and plain arithmetic otherwise.
 """
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,7 +93,7 @@ def _traced(source: Source) -> Any:
     example = _example(source)
     args, named = ((), example) if isinstance(example, dict) else (example, {})
     shapes = [_dynamic(value) for value in args], {n: _dynamic(v) for n, v in named.items()}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own exporter
         return torch.onnx.export(
             model,
@@ -103,6 +106,18 @@ def _traced(source: Source) -> Any:
             opset_version=_OPSET,
             dynamic_shapes=shapes[1] or tuple(shapes[0]),
         )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a package's warnings out of the log, such as that torchvision is not installed."""
+    found = logging.getLogger(name)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
 
 
 def _example(source: Source) -> Any:

@@ -5,7 +5,7 @@
 A byte-level LLaMA is trained in float for a minute, then for some steps with each quantizer, and
 exported in each type of gguf that fogzo writes and in both variants of onnx. Every file is run on
 held-out text by its reader, and the reader's logits are compared with the trained network's. The
-speed is that of a LLaMA of 64M random weights in the same types, on one thread, interleaved.
+speed is that of a LLaMA of 27M random weights in the same types, on one thread, interleaved.
 
 llama-cpp-python and openvino are no dependencies of fogzo: pip install llama-cpp-python openvino.
 Without one of them its rows say so. Writes results.json.
@@ -254,7 +254,7 @@ class LlamaCpp:
 
 def llama_cpp_speeds(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Sizes and speeds of every type, all loaded at once."""
-    width, depth = (256, 1) if quick else (1024, 5)
+    width, depth = (256, 1) if quick else (512, 8)
     torch.manual_seed(0)  # noqa: TID251 -- a script of its own
     config = LlamaConfig(width=width, depth=depth, heads=width // 64)
     plain = float_model(config, Shapes(256, context=2 * PROMPT)).eval()

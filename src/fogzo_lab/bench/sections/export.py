@@ -29,7 +29,7 @@ Write = Callable[[nn.Module, Path, Tensor], None]
 SIZES: dict[Suite, tuple[int, int, int]] = {
     "tiny": (256, 1, 8),
     "quick": (256, 4, 64),
-    "full": (1024, 5, 64),
+    "full": (512, 8, 64),
 }
 """Width, blocks, and tokens of the prompt; widths of 256, as the blocks of gguf."""
 
@@ -160,8 +160,9 @@ def _onnx_of_rounded_inputs(model: nn.Module, folder: Path, tokens: Tensor) -> N
     ir.save(graph, folder / onnx.FILE)
 
 
-_TWO_BITS = lsq(2, scale_dtype=torch.float16)
-_FOUR_BITS = lsq(4, granularity=32)
+# Step sizes at once, not searched for: these networks are not trained.
+_TWO_BITS = lsq(2, init="lsq", scale_dtype=torch.float16)
+_FOUR_BITS = lsq(4, init="lsq", granularity=32)
 _TOKEN = abs_max(8, granularity="token")
 GROUPS = (
     (

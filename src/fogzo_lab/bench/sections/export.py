@@ -160,9 +160,8 @@ def _onnx_of_rounded_inputs(model: nn.Module, folder: Path, tokens: Tensor) -> N
     ir.save(graph, folder / onnx.FILE)
 
 
-# Step sizes at once, not searched for: these networks are not trained.
-_TWO_BITS = lsq(2, init="lsq", scale_dtype=torch.float16)
-_FOUR_BITS = lsq(4, init="lsq", granularity=32)
+_TWO_BITS = lsq(2, scale_dtype=torch.float16)
+_FOUR_BITS = lsq(4, granularity=32)
 _TOKEN = abs_max(8, granularity="token")
 GROUPS = (
     (

@@ -101,6 +101,8 @@ def main() -> None:
 
 def measure(folder: Path, quick: bool) -> dict[str, Any]:
     """All that the tables show."""
+    missing = [name for name in READERS if not installed(name)]
+    here = {name: version(package) for name, package in READERS.items() if name not in missing}
     base = replace(
         RECIPES["pydoc-llama"](),
         model=LlamaConfig(width=256, depth=1 if quick else 2, heads=4),
@@ -112,8 +114,6 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
     )
     train(base)
     networks = Networks(base, folder, 1 if quick else 20)
-    missing = [name for name in READERS if not installed(name)]
-    here = {name: version(package) for name, package in READERS.items() if name not in missing}
     return {
         "environment": environment() | here,
         "missing": {name: f"pip install {READERS[name]}" for name in missing},

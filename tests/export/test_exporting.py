@@ -12,6 +12,7 @@ from torch import nn
 
 import fogzo
 from fogzo.export import check, export, exporting, formats, load_
+from fogzo.export.format_table import FORMATS
 from fogzo.export.verify import ReadBack, answer, difference
 
 
@@ -262,7 +263,7 @@ def test_differences_are_relative_to_the_largest_value():
 
 def test_every_format_is_listed_once():
     assert len(set(formats())) == len(formats())
-    assert set(formats()) <= set(exporting.holds.FORMATS)
+    assert set(formats()) <= set(FORMATS)
 
 
 def test_rounded_steps_keep_the_codes_and_are_reported(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 import fogzo
 import fogzo.export.transformers
 from fogzo.export import check, export, formats, holds, load_
+from fogzo.export.format_table import FORMATS
 from fogzo.export.source import Options, Source
 from fogzo.quantizers import Grid, Quantizer, abs_mean_scale
 
@@ -335,14 +336,14 @@ def test_every_problem_is_told_and_the_first_is_raised(tmp_path):
 def test_groups_in_the_file_and_their_bits():
     weight = Source.of(small_llama(QUANTIZERS["half2"]()), Options()).layers
     weight = next(iter(weight.values())).weight
-    (two_bits, *_) = holds.FORMATS["mlx"].types
+    (two_bits, *_) = FORMATS["mlx"].types
     assert two_bits.group(weight) == 128
     assert two_bits.bits_per_weight(weight) == 2 + 2 * 32 / 128
-    (packed, *_) = (t for t in holds.FORMATS["packed"].types if t.name == "2 bit")
+    (packed, *_) = (t for t in FORMATS["packed"].types if t.name == "2 bit")
     assert packed.group(weight) is None
     assert packed.bits_per_weight(weight) == 2 + 16 / weight.integers.numel()
-    (q2_k,) = holds.FORMATS["gguf"].variants["q2_k"]
+    (q2_k,) = FORMATS["gguf"].variants["q2_k"]
     assert q2_k.bits_per_weight(weight) == 2.625
     odd = fogzo.quantize_(nn.Sequential(nn.Linear(20, 4)), fogzo.lsq(2), lambda *_: True)
     weight = Source.of(odd, Options()).layers["0"].weight
-    assert holds.FORMATS["onnx"].types[0].group(weight) == 16
+    assert FORMATS["onnx"].types[0].group(weight) == 16

@@ -9,8 +9,8 @@
     report = fogzo.export.export(model, "out", "packed")
     served = fogzo.export.load_(plain_model, "out")
 
-A format is a line of `exporting.MODULES`, an entry of `holds.FORMATS` that says which layers it
-holds and as what, and a module of this package with two functions:
+A format is a line of `exporting.MODULES`, an entry of `format_table.FORMATS` that says which layers
+it holds and as what, and a module of this package with two functions:
 
 - ``write(source: Source, folder: Path) -> None`` writes its files into an empty folder. It finds
   ``source.layers[name].weight`` (an `IntegerWeight`, with steps rounded if that was asked for),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.export import holds
+from fogzo.export.format_table import FORMATS
 from fogzo.export.source import ActivationChoice, Options, Source
 from fogzo.export.verify import ReadBack, answer, difference, example_of
 from fogzo.layers.bypasses import warn_of_bypassed_layers
@@ -106,7 +107,7 @@ def check(
     >>> check(model, "gguf")[0]
     'gguf is written for LlamaForCausalLM only, got Sequential: --format packed or onnx'
     """
-    _check_format(format, holds.FORMATS)
+    _check_format(format, FORMATS)
     options = Options(round_steps, activations, allow_wider, variant)
     return holds.problems(Source.of(model, options), format)
 
@@ -236,7 +237,7 @@ def _rounded(source: Source, format: str) -> tuple[Source, dict[str, float]]:
     errors = {n: holds.step_error(layer.weight, format) for n, layer in source.layers.items()}
     if not any(errors.values()):
         return source, errors
-    dtype = holds.FORMATS[format].step_dtypes[0]
+    dtype = FORMATS[format].step_dtypes[0]
     rounded = {
         id(layer.weight): layer.weight.round_steps(dtype) if errors[name] else layer.weight
         for name, layer in source.layers.items()

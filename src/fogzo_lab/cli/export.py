@@ -10,7 +10,7 @@ import tyro
 from torch import Tensor
 
 from fogzo.export import ExportReport, export, formats
-from fogzo.export.holds import FORMATS
+from fogzo.export.format_table import FORMATS
 from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.data.batches import load

@@ -1,6 +1,6 @@
 import json
 import logging
-import signal
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -101,27 +101,32 @@ def test_what_goes_wrong_leaves_the_old_folder_as_it_was(wrong, fake, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows ends processes otherwise")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows ends processes otherwise")
 def test_a_killed_export_leaves_the_old_folder_or_none(tmp_path):
     model = quantized(mlp(), fogzo.lsq(2))
+    export(model, tmp_path / "old", verify=False)
+    before = state(tmp_path / "old")
     program = (
-        "import os, signal, sys, torch, fogzo; from torch import nn\n"
+        "import os, signal, sys, fogzo; from torch import nn\n"
         "from fogzo.export import export, packed\n"
         "write = packed.write\n"
         "def killed(source, folder):\n"
         "    write(source, folder); os.kill(os.getpid(), signal.SIGKILL)\n"
         "packed.write = killed\n"
         "model = fogzo.quantize_(nn.Linear(8, 4), fogzo.lsq(2), lambda *_: True)\n"
-        "export(model, sys.argv[1])\n"
+        "for folder in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if not child: export(model, folder)\n"
+        "    assert os.waitpid(child, 0)[1] == signal.SIGKILL\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "out")]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    export(model, tmp_path / "out", verify=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    before = state(tmp_path / "out")
-    subprocess.run(command, check=False)
-    assert state(tmp_path / "out") == before
+    folders = [str(tmp_path / name) for name in ("new", "old")]
+    subprocess.run([sys.executable, "-c", program, *folders], check=True)
+    assert state(tmp_path / "old") == before
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"old", "old.partial", "new.partial"}
+    for folder in folders:
+        export(model, folder, verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
 
 
 def test_a_former_export_is_replaced_and_nothing_else(tmp_path):

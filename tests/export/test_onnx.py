@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from networks import inner, inputs_of, llama, logits, quantized, relative, resnet, vit
+from networks import inner, inputs_of, llama, logits, quantized, relative, resnet, seeded, vit
 from torch import nn
 
 import fogzo
@@ -28,18 +28,32 @@ WEIGHTS = {
 }
 
 
+def linear_layers(quantizers, activations=None, relu=True):
+    """A layer of each quantizer, and maybe of each kind of inputs."""
+    count = len(quantizers)
+    layers = [nn.Linear(64, 64, bias=number != 1) for number in range(count)]
+    between = nn.ReLU if relu else nn.Identity
+    model = seeded(lambda: nn.Sequential(*(m for layer in layers for m in (layer, between()))))
+    for number, quantizer in enumerate(quantizers):
+        fogzo.quantize_(
+            model,
+            quantizer,
+            lambda module, name, number=number: name == str(2 * number),
+            None if activations is None else activations[number],
+        )
+    if activations is not None:
+        with torch.no_grad(), fogzo.calibrate_(model):
+            model(inputs_of(model))
+    return model
+
+
 def mlp():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 8)
-        ).eval()
+    return linear_layers([fogzo.lsq(2)])
 
 
 def convolutions():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
+    return seeded(
+        lambda: nn.Sequential(
             nn.Unflatten(1, (4, 16)),
             nn.Conv1d(4, 32, 3),
             nn.BatchNorm1d(32),
@@ -48,11 +62,8 @@ def convolutions():
             nn.Conv1d(16, 32, 3, groups=2),
             nn.Flatten(),
             nn.Linear(448, 8),
-        ).eval()
-
-
-def every_layer(module, name):
-    return not isinstance(module, nn.Embedding)
+        )
+    )
 
 
 def exported(model, folder, example=None, **options):
@@ -64,21 +75,15 @@ def operators(folder):
     return Counter(node.op_type for node in ir.load(folder / "out" / onnx.FILE).graph)
 
 
-@pytest.mark.parametrize("quantizer", WEIGHTS.values(), ids=WEIGHTS)
-def test_linear_layers_are_matmul_nbits(quantizer, tmp_path):
-    if quantizer.granularity == 32:
-        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
-    else:
-        model = mlp()
-    report = exported(quantized(model, quantizer, filter_fn=every_layer), tmp_path)
+def test_linear_layers_are_matmul_nbits(tmp_path):
+    report = exported(linear_layers(WEIGHTS.values()), tmp_path)
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
-    assert operators(tmp_path)["MatMulNBits"] == len(report.layers)
+    assert operators(tmp_path)["MatMulNBits"] == len(report.layers) == len(WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ["int2-channel", "int4-g16", "int8"])
-def test_the_standard_operator(name, tmp_path):
-    model = quantized(mlp(), WEIGHTS[name], filter_fn=every_layer)
+def test_the_standard_operator(tmp_path):
+    model = linear_layers([WEIGHTS[name] for name in ("int2-channel", "int4-g16", "int8")])
     report = exported(model, tmp_path, variant="qdq")
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
@@ -90,9 +95,11 @@ def test_the_standard_operator(name, tmp_path):
     assert not operators(tmp_path)["MatMulNBits"]
 
 
-@pytest.mark.parametrize("quantizer", [fogzo.lsq(2), fogzo.fixed(8, granularity="channel")])
-def test_convolutions(quantizer, tmp_path):
-    report = exported(quantized(convolutions(), quantizer, filter_fn=every_layer), tmp_path)
+def test_convolutions(tmp_path):
+    model = convolutions()
+    for quantizer, names in ((fogzo.lsq(2), "147"), (fogzo.fixed(8, granularity="channel"), "5")):
+        fogzo.quantize_(model, quantizer, lambda module, name, names=names: name in tuple(names))
+    report = exported(model, tmp_path)
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
     assert operators(tmp_path)["DequantizeLinear"] == 3
@@ -103,9 +110,7 @@ def test_convolutions_in_groups(tmp_path):
     model = nn.Sequential(
         nn.Unflatten(1, (16, 4)), nn.Conv1d(16, 32, 2), nn.ConvTranspose1d(32, 16, 2)
     ).eval()
-    report = exported(
-        quantized(model, fogzo.lsq(4, granularity=16), filter_fn=every_layer), tmp_path
-    )
+    report = exported(quantized(model, fogzo.lsq(4, granularity=16), filter_fn=inner), tmp_path)
     assert all(layer.exact for layer in report.layers)
     assert report.logits_difference < 2e-6
 
@@ -125,21 +130,23 @@ def test_transformers(make, tmp_path):
     torch.testing.assert_close(found, logits(model, longer), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("activations", "pairs"),
-    [
-        (fogzo.lsq(8), 3),
-        (fogzo.lsq(4), 3),
-        (fogzo.lsq(2), 2),  # half levels before the first layer, unsigned ones after a ReLU
-        (fogzo.abs_max(8, granularity="token"), 0),
-        (fogzo.quest(4), 0),
-    ],
-)
-def test_quantized_inputs(activations, pairs, tmp_path):
-    model = quantized(mlp(), fogzo.lsq(4), activations, filter_fn=every_layer)
-    report = exported(model, tmp_path)
+def test_quantized_inputs(tmp_path):
+    kinds = [
+        fogzo.lsq(8),
+        fogzo.lsq(4),
+        fogzo.lsq(2),  # half levels
+        fogzo.abs_max(8, granularity="token"),
+        fogzo.quest(4),
+    ]
+    report = exported(linear_layers([fogzo.lsq(4)] * 5, kinds, relu=False), tmp_path)
     assert report.logits_difference < 2e-6
-    assert operators(tmp_path)["QuantizeLinear"] == pairs
+    assert operators(tmp_path)["QuantizeLinear"] == 2
+
+
+def test_inputs_that_are_never_negative(tmp_path):
+    report = exported(linear_layers([fogzo.lsq(4)] * 3, [fogzo.lsq(2)] * 3), tmp_path)
+    assert report.logits_difference < 2e-6
+    assert operators(tmp_path)["QuantizeLinear"] == 2  # of unsigned levels, after a ReLU
 
 
 def test_a_layer_of_two_names(tmp_path):
@@ -151,7 +158,7 @@ def test_a_layer_of_two_names(tmp_path):
 
 
 def test_an_example_of_one_input_leaves_the_batch_free(tmp_path):
-    model = quantized(mlp(), fogzo.lsq(2), filter_fn=every_layer)
+    model = mlp()
     report = exported(model, tmp_path, example=inputs_of(model)[:1])
     assert report.logits_difference < 2e-6
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE))
@@ -160,12 +167,12 @@ def test_an_example_of_one_input_leaves_the_batch_free(tmp_path):
 
 def test_no_example(tmp_path):
     with pytest.raises(ValueError, match=r"what a Sequential takes: .*example=x"):
-        export(quantized(mlp(), fogzo.lsq(2), filter_fn=every_layer), tmp_path / "out", "onnx")
+        export(mlp(), tmp_path / "out", "onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_is_refused(tmp_path):
-    model = quantized(mlp().bfloat16(), fogzo.lsq(2), filter_fn=every_layer)
+    model = mlp().bfloat16()
     with pytest.raises(ValueError, match=r"written in float32: model.float\(\)"):
         exported(model, tmp_path, example=inputs_of(model).bfloat16())
     assert not list(tmp_path.iterdir())

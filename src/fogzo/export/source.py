@@ -173,7 +173,9 @@ class Source:
         return {
             name: owner
             for name, owner in found.items()
-            if name != owner and not {name, owner} & own.keys()
+            if name != owner
+            and not {name, owner} & own.keys()
+            and name.rpartition(".")[2] not in _OF_QUANTIZERS[1:]
         }
 
     def baked(self) -> nn.Module:

@@ -103,17 +103,19 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
     """All that the tables show."""
     missing = [name for name in READERS if not installed(name)]
     here = {name: version(package) for name, package in READERS.items() if name not in missing}
+    recipe = RECIPES["pydoc-llama"]()
     base = replace(
-        RECIPES["pydoc-llama"](),
-        model=LlamaConfig(width=256, depth=1 if quick else 2, heads=4),
+        recipe,
+        model=LlamaConfig(width=256, depth=1, heads=4),
+        data=replace(recipe.data, max_eval_blocks=16),
         estimator="ste",
         quantizer=QuantizerConfig(),
-        max_steps=2 if quick else 200,
+        max_steps=2 if quick else 150,
         output_dir=folder / "float",
         overwrite=True,
     )
     train(base)
-    networks = Networks(base, folder, 1 if quick else 20)
+    networks = Networks(base, folder, 1 if quick else 10)
     return {
         "environment": environment() | here,
         "missing": {name: f"pip install {READERS[name]}" for name in missing},

@@ -4,9 +4,9 @@ import math
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypedDict, cast, get_args
+from typing import NamedTuple, ParamSpec, TypedDict, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ from fogzo.probing.directions import Direction, Directions, NoiseShape, mix_seed
 from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender
 from fogzo.probing.measure import NOT_FINITE, Evaluate, Measurement, check_evaluate, measure
+from fogzo.probing.window import Window
+
+_Arguments = ParamSpec("_Arguments")
+_Output = TypeVar("_Output")
 
 
 class Refined(NamedTuple):
@@ -143,6 +147,7 @@ class GradientEstimator(ABC):
         self._lender = Lender(self.weights, model)
         check_evaluate(evaluate, self.weights, self._lender)
         self.evaluate: Evaluate = evaluate
+        self._window = Window(self.weights, self._lender)
         self._audit = Audit()
         self._layer_audits = [LayerAudit(model) for model in self._lender.models]
         self._num_refined = 0
@@ -173,6 +178,41 @@ class GradientEstimator(ABC):
             measured: Its losses; ``measured.slopes`` are ``(L+ - L-) / 2``, one per direction.
         """
 
+    def record(
+        self,
+        compute_loss: Callable[_Arguments, _Output],
+        /,
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Output:
+        """Compute a loss, and remember how: `refine_grads_` then needs no closure.
+
+        Of every micro-batch since the last optimizer step it keeps the function, the arguments,
+        the random streams, the modes of modules and autocast as they were, and what backward()
+        multiplied its loss by: a division by the number of micro-batches, a `GradScaler`, the
+        weight of one loss among several. The loop may then skip a micro-batch, unscale or clip.
+
+        Under `torch.no_grad`, and in steps whose noise share is None, it calls the function only.
+
+        Args:
+            compute_loss: Returns the scalar loss, alone, first in a tuple, as "loss" of a dict or
+                as ``.loss`` of an object. The same arguments must give the same loss again: what
+                changes from batch to batch is to be an argument, not a variable of the loop.
+            *args: Its arguments. They are kept until the gradients are refined or dropped.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the function returns. Call backward() on the loss in it, or on what the loop makes
+            of it by factors and sums.
+
+        Raises:
+            ValueError: If there is no loss in what the function returns, or the function changes
+                its arguments in place.
+        """
+        if self.noise_share(self.step) is None or not torch.is_grad_enabled():
+            return compute_loss(*args, **kwargs)
+        return self._window.record(compute_loss, args, kwargs)
+
     @contextmanager
     def record_rng(self) -> Iterator[None]:
         """Wrap the first-order forward pass, so that the probes replay its dropout masks."""
@@ -190,13 +230,15 @@ class GradientEstimator(ABC):
 
         Args:
             closure: Recomputes the scalar loss that backward() differentiated, on the same
-                batches, without backward. Called 2n times, n times if one-sided.
+                batches, without backward. Called 2n times, n times if one-sided. Leave it out,
+                with ``expected_loss``, after `record`.
             expected_loss: That loss. The first, tenth, hundredth, ... call then checks, with one
                 more forward pass, that the closure reproduces it, and every call looks whether
                 the probes lie near it. One-sided differences start from it. Give it on all ranks
                 or on none.
             grad_scale: What the gradients are multiplied by at present:
-                ``scaler.get_scale()`` before ``scaler.unscale_(optimizer)``, else 1.
+                ``scaler.get_scale()`` before ``scaler.unscale_(optimizer)``, else 1. After
+                `record` it is measured, and giving it only divides the reported losses.
 
         Returns:
             The step's statistics. Where nothing could be measured (a loss or the gradient is not
@@ -214,6 +256,7 @@ class GradientEstimator(ABC):
             stats = self._refine(closure, expected_loss, grad_scale)
         finally:
             self._lender.recorded_rng = None  # it belonged to this step
+        self._window.clear()
         self.step += 1
         return stats
 
@@ -225,6 +268,10 @@ class GradientEstimator(ABC):
             return RefineStats(self.step)
         directions = self._directions(grad_scale)
         plan = self.plan(share, directions)
+        if self._window:
+            self._check_recorded(closure, expected_loss)
+            closure = self._window.loss(grad_scale)
+            expected_loss = closure.expected
         self._check_closure(plan, closure, expected_loss)
         measured, refined = Measurement(), Refined(1.0)
         fallback = nothing_to_follow(directions)
@@ -312,6 +359,17 @@ class GradientEstimator(ABC):
             lean=self.evaluate == "lean",
         )
 
+    def _check_recorded(
+        self, closure: Closure | None, expected_loss: Tensor | float | None
+    ) -> None:
+        """Raise a `ValueError` if the loss is given twice."""
+        if closure is not None or expected_loss is not None:
+            raise ValueError(
+                "the loss was recorded, with what to expect of it: estimator.refine_grads_(). Or "
+                "compute it without estimator.record and give the closure: "
+                "estimator.refine_grads_(closure, expected_loss=loss)"
+            )
+
     def _check_closure(
         self,
         plan: Sequence[Direction],
@@ -322,7 +380,9 @@ class GradientEstimator(ABC):
         if plan and closure is None:
             raise ValueError(
                 f"{type(self).__name__} measures the loss and needs a closure: "
-                "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
+                "estimator.refine_grads_(lambda: loss_fn(model(x), y)). Or record the loss that "
+                "backward() is called on: loss = estimator.record(compute_loss, x, y); "
+                "loss.backward(); estimator.refine_grads_()"
             )
         if plan and self.one_sided and expected_loss is None:
             raise ValueError(

@@ -22,6 +22,12 @@ _TIGHT = 1e-5
 _LOOSE = 5e-3
 _ULPS = 8
 
+_CAUSES = (
+    "the closure reads a variable that the loop has rebound to the next batch; dropout, fixed by "
+    "`with estimator.record_rng(): loss = ...` around the first forward pass; a sum against a "
+    "mean, or a missing division by the accumulation steps"
+)
+
 
 class Audit:
     """Compares the closure with the loss of the backward pass at steps 1, 10, 100, ...
@@ -99,10 +105,8 @@ def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) 
     return (
         f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
         f"{wanted:.8g}. It must be the loss that backward() differentiated, at the weights it was "
-        "differentiated at. Usual causes: the "
-        "closure reads a variable that the loop has rebound to the next batch; dropout, fixed by "
-        "`with estimator.record_rng(): loss = ...` around the first forward pass; a sum against a "
-        "mean, or a missing division by the accumulation steps; optimizer.step() called before"
+        f"differentiated at. Usual causes: {getattr(closure, 'causes', _CAUSES)}; "
+        "optimizer.step() called before"
     )
 
 

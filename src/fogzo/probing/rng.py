@@ -41,6 +41,11 @@ class RngState:
             self._numpy = state
             _seen = self._words, state
 
+    @property
+    def device_types(self) -> list[str]:
+        """The types of devices whose streams these are."""
+        return sorted({"cpu", *(device.type for _, device, _ in self._accelerators)})
+
     def restore(self) -> None:
         """Put every stream back; NumPy's only if it has moved, as it costs a small network."""
         torch.set_rng_state(self._torch)

@@ -1,0 +1,179 @@
+"""The micro-batches that the present gradients are made of.
+
+A loop may divide a loss by the number of its micro-batches, scale it, add another one to it, skip
+it or call backward later. What counts is what backward() multiplied each loss by on its way to the
+weights, which a hook on the loss sees: the gradients are those of ``sum_i weight_i * loss_i``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fogzo.collectives import local
+from fogzo.layers.weights import QuantizedWeight
+from fogzo.probing.lender import Lender
+from fogzo.probing.micro_batch import MicroBatch
+
+Version = tuple[int, int] | None
+"""Which tensor a gradient is, and how often it was changed in place; None where there is none."""
+
+_SAMPLE = 64  # elements of each gradient, by which to tell what it was multiplied by
+_UNIFORM = 1e-2  # gradients in 16 bits are rounded when they are unscaled
+
+
+class Window:
+    """Records losses, and keeps those that backward() has been called on since the last refine.
+
+    A recorded loss that nobody differentiates lives as long as its graph and is no part of it. If
+    the gradients are dropped (a skipped step, an exception), so is what they were made of, when
+    the next backward begins.
+
+    Args:
+        weights: Whose gradients.
+        lender: Knows the models and the random streams.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedWeight], lender: Lender) -> None:
+        self._weights = weights
+        self._lender = lender
+        self._task = -1  # autograd's number of the backward pass that goes on
+        self._seen: list[tuple[MicroBatch, Tensor]] = []  # in it, and their incoming gradients
+        self._at_start: list[Version] = []
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self._micro_batches: list[MicroBatch] = []
+        self._versions: list[Version] = []
+        self._before: Tensor | None = None
+        self._after: Tensor | None = None
+
+    def record(
+        self, compute_loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call the function, and return what it returns, whose loss is observed from now on."""
+        rng, models = self._lender.rng_state(), self._lender.models
+        micro_batch = MicroBatch(compute_loss, args, kwargs, rng, models)
+        output, loss = micro_batch.first(args, kwargs)
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: self._backward_begins(micro_batch, grad))
+        return output
+
+    def loss(self, grad_scale: float) -> "RecordedLoss":
+        """What the gradients, divided by ``grad_scale``, are the gradient of.
+
+        Raises:
+            ValueError: If they are of something else too, or an argument has changed.
+        """
+        for micro_batch in self._micro_batches:
+            micro_batch.check_arguments()
+        if self._before is not None and self._before.any():
+            raise ValueError(
+                "the gradients were not zero when the first recorded loss was differentiated, so "
+                "they hold more than the recorded losses. Refine once per optimizer step, after "
+                "the last backward(), drop the gradients after it, optimizer.zero_grad(), and "
+                "record every loss that depends on the quantized weights"
+            )
+        weights = [micro_batch.weight for micro_batch in self._micro_batches]
+        factors = torch.stack([weight.to(weights[0].device) for weight in weights])
+        factors *= self._factor() / grad_scale
+        return RecordedLoss(list(zip(factors.tolist(), self._micro_batches, strict=True)))
+
+    def _backward_begins(self, micro_batch: MicroBatch, grad: Tensor) -> None:
+        """The hook on a loss: a backward pass has reached it."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._seen = task, []
+            with torch.no_grad():
+                self._at_start = self._versions_now()
+                if self._micro_batches and self._dropped():
+                    self.clear()
+                if not self._micro_batches:
+                    self._before = self._sample()
+            self._queue(lambda: self._queue(self._backward_ends))  # after those of DDP and FSDP
+        self._seen.append((micro_batch, grad.detach()))
+
+    @torch.no_grad()
+    def _backward_ends(self) -> None:
+        seen, self._task, self._seen = self._seen, -1, []
+        self._versions = self._versions_now()
+        if self._versions == self._at_start:
+            return  # torch.autograd.grad, say, which leaves the gradients alone
+        for micro_batch, grad in seen:
+            if not any(micro_batch is known for known in self._micro_batches):
+                self._micro_batches.append(micro_batch)
+            micro_batch.weight = micro_batch.weight.to(grad) + grad
+        self._after = self._sample()
+
+    def _queue(self, callback: Callable[[], None]) -> None:
+        """Have something called at the end of the backward pass that goes on."""
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(callback)
+
+    def _dropped(self) -> bool:
+        """Whether the gradients of this window are gone."""
+        grads = [w.param.grad for w in self._weights if w.param.grad is not None]
+        if not grads:
+            return True
+        # Looking at them stops a GPU, so only if something has been done to them.
+        return self._at_start != self._versions and not any(bool(g.any()) for g in grads)
+
+    def _factor(self) -> float:
+        """What the gradients have been multiplied by since the last backward (unscaled, clipped).
+
+        1 if anything else was done to them, such as an average over ranks.
+        """
+        before, now = self._after, self._sample()
+        if before is None or now is None or now.shape != before.shape:
+            return 1.0
+        before, now = before.cpu().double(), now.cpu().double()
+        factor = float(before @ now / (before @ before))
+        change = (now - factor * before).abs().max()
+        # Comparisons with NaN are false: there is a gradient that is not finite, or none but zeros.
+        uniform = factor > 0 and bool(change <= _UNIFORM * (factor * before).abs().max())
+        return factor if uniform else 1.0
+
+    def _versions_now(self) -> list[Version]:
+        grads = [weight.param.grad for weight in self._weights]
+        return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
+
+    def _sample(self) -> Tensor | None:
+        """A few elements of every gradient, in one tensor; None without gradients."""
+        grads = [local(w.param.grad).flatten() for w in self._weights if w.param.grad is not None]
+        if not grads:
+            return None
+        parts = [grad[:: max(1, len(grad) // _SAMPLE)][:_SAMPLE].float() for grad in grads]
+        return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+class RecordedLoss:
+    """A closure: the weighted sum of the recorded losses, computed again."""
+
+    causes = (
+        "compute_loss reads something that has changed since it was recorded (give it as an "
+        "argument, estimator.record(compute_loss, x, y)), draws from a generator of its own, or "
+        "counts its calls"
+    )
+
+    def __init__(self, parts: Sequence[tuple[float, MicroBatch]]) -> None:
+        self._parts = parts
+
+    @property
+    def expected(self) -> Tensor:
+        """The sum when it was differentiated."""
+        return self._sum([micro_batch.value for _, micro_batch in self._parts])
+
+    def __call__(self) -> Tensor:
+        """The sum at the weights as they are now."""
+        return self._sum([micro_batch.again() for _, micro_batch in self._parts])
+
+    def _sum(self, losses: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=losses[0].dtype, device=losses[0].device)
+        for (factor, _), loss in zip(self._parts, losses, strict=True):
+            total = total + loss * factor
+        return total

@@ -23,6 +23,8 @@ LEVELS = {
     "fogzo.probing": 2,
     "fogzo.estimators": 3,
     "fogzo.inspection": 4,
+
+    "fogzo.integrations": 4,
     "fogzo": 4,
     "fogzo_lab": 5,
     "fogzo_lab.figures": 5,
@@ -41,6 +43,8 @@ LEVELS = {
 # What export writes with and reads back with, imported where it is needed.
 EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
 EXPORTERS |= {"accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torchao"}
+# The libraries in whose loops the estimators work, likewise.
+HOSTS = {"accelerate", "transformers"}
 HEAVY = {
     "accelerate",
     "brevitas",
@@ -127,7 +131,7 @@ def test_a_module_imports_only_its_own_floor_and_those_below(name):
 @pytest.mark.parametrize("name", LIBRARY)
 def test_the_library_imports_torch_and_the_standard_library_only(name):
     allowed = sys.stdlib_module_names | {"torch", "fogzo"}
-    allowed |= EXPORTERS if room(name) == "fogzo.export" else set()
+    allowed |= {"fogzo.export": EXPORTERS, "fogzo.integrations": HOSTS}.get(room(name), set())
     others = {dotted.partition(".")[0] for dotted in imports(name)} - allowed
     assert not others, f"{name} imports {', '.join(sorted(others))}"
 

@@ -75,7 +75,8 @@ def __getattr__(name: str) -> Any:
         sources = ("estimators", "inspection", "layers", "probing", "quantizers")
         found = [vars(import_module(f"{__name__}.{source}")) for source in sources]
         globals().update({n: names[n] for names in found for n in __all__ if n in names})
-        import_module(f"{__name__}.methods")  # a room of its own: fogzo.methods.cage
+        for room in ("methods", "integrations"):  # fogzo.methods.cage, and the like
+            import_module(f"{__name__}.{room}")
     if name in globals():
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -97,6 +97,10 @@ class GradientEstimator(ABC):
         seed: Directions follow from it and the step. Give every rank the same.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
+    Attributes:
+        step: How many steps have been refined.
+        stats: What the last `refine_grads_` returned.
+
     Raises:
         ValueError: If an argument is out of range or a weight cannot be perturbed.
     """
@@ -144,6 +148,7 @@ class GradientEstimator(ABC):
         self.one_sided = one_sided
         self.seed = _check_seed(seed)
         self.step = 0
+        self.stats: RefineStats | None = None
         self._lender = Lender(self.weights, model)
         check_evaluate(evaluate, self.weights, self._lender)
         self.evaluate: Evaluate = evaluate
@@ -258,6 +263,7 @@ class GradientEstimator(ABC):
             self._lender.recorded_rng = None  # it belonged to this step
         self._window.clear()
         self.step += 1
+        self.stats = stats
         return stats
 
     def _refine(

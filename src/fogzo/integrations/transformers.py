@@ -1,0 +1,5 @@
+"""Hugging Face transformers."""
+
+from fogzo.integrations.trainer import refine
+
+__all__ = ["refine"]

@@ -1,0 +1,327 @@
+"""transformers' Trainer and its subclasses, trained as their users do."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import audit_every_step, count_calls, differences, llama, sequences, transformers
+from torch import nn
+
+import fogzo
+
+refine = fogzo.integrations.transformers.refine
+
+pytestmark = [
+    # Of such small batches a measured slope is tiny, or large, now and then.
+    pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _streams():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def make_trainer(folder, model=None, data=None, cls=None, **options):
+    return (cls or transformers.Trainer)(
+        model=model or llama(),
+        args=arguments(folder, **options),
+        train_dataset=data or sequences(),
+    )
+
+
+class AtFirstStep(transformers.TrainerCallback):
+    """The random state that the first forward pass begins from."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.rng = torch.get_rng_state()
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def train(trainer, **options):
+    """Refine and train; the handle of `refine`."""
+    handle = refine(trainer, noise_share=0.05, **options)
+    trainer.train()
+    return handle
+
+
+def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path, monkeypatch):
+    audit_every_step(monkeypatch)
+    trainer = make_trainer(tmp_path)
+    first = AtFirstStep()
+    trainer.add_callback(first)
+    handle = refine(trainer, kappa=0.5, start=0.25, num_samples=2)
+    trainer.train()
+
+    model, rows = llama(), sequences()
+    estimator = fogzo.FogzoEstimator(
+        fogzo.quantized_weights(model),
+        noise_share=fogzo.linear_noise_share(total_steps=4, kappa=0.5, start=0.25),
+        num_samples=2,
+        seed=5,
+    )
+    named = dict(model.named_parameters())
+    plain = [n for n in named if n.endswith("_step") or "norm" in n]
+    groups = [
+        {"params": [p for n, p in named.items() if n not in plain], "weight_decay": 0.1},
+        {"params": [named[n] for n in plain], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    torch.set_rng_state(first.rng)
+    model.train()
+    agreements = []
+    for start in range(0, len(rows), 4):  # the last window has one micro-batch of two
+        window = [rows[i : i + 2] for i in range(start, min(start + 4, len(rows)), 2)]
+        batches = [{k: torch.stack([r[k] for r in part]) for k in part[0]} for part in window]
+        count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        for batch in batches:
+            output = estimator.record(model, **batch, num_items_in_batch=count)
+            output.loss.backward()
+        agreements.append(estimator.refine_grads_().agreement)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    assert differences(trainer.model, model) == [0.0] * len(named)
+    assert handle.estimator.state_dict() == {"step": 4, "seed": 5} == estimator.state_dict()
+    assert handle.stats.step == 3
+    assert agreements[0] is None
+    assert logged(trainer, "agreement") == agreements[1:]
+    assert logged(trainer, "kappa") == pytest.approx([0, 0.5 / 3, 1 / 3])
+    assert logged(trainer, "fallbacks") == [0, 0, 0, 0]
+
+
+def test_the_loss_falls_and_each_step_is_refined_once(tmp_path, monkeypatch):
+    calls = count_calls(monkeypatch, fogzo.FogzoEstimator, "refine_grads_")
+    trainer = make_trainer(
+        tmp_path, num_train_epochs=12, max_grad_norm=1.0, weight_decay=0.0, logging_steps=4
+    )
+    refine(trainer)
+    trainer.train()
+    assert len(calls) == trainer.state.global_step == 48
+    losses = logged(trainer, "loss")
+    assert losses[-1] < 0.6 * losses[0]
+    assert len(logged(trainer, "agreement")) == 12
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, **options)
+    refine(whole, kappa=0.5, start=0.3)
+    whole.train()
+    resumed = make_trainer(tmp_path, **options)
+    handle = refine(resumed, kappa=0.5, start=0.3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # in mid-epoch
+    assert max(differences(whole.model, resumed.model)) == 0
+    assert handle.estimator.step == 8
+    assert logged(resumed, "agreement") == logged(whole, "agreement")
+
+    # A checkpoint from before refine was called: the step is the trainer's.
+    (tmp_path / "checkpoint-3" / "fogzo_estimator.pt").unlink()
+    older = make_trainer(tmp_path, **options)
+    refine(older, kappa=0.5, start=0.3)
+    older.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert max(differences(whole.model, older.model)) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"label_smoothing_factor": 0.1},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_probes_compute_what_the_forward_pass_did(options, tmp_path, monkeypatch):
+    audit_every_step(monkeypatch)
+    trainer = make_trainer(tmp_path, max_steps=2, **options)
+    handle = train(trainer)
+    assert handle.stats.fallback is None
+    assert len(logged(trainer, "agreement")) == 2
+
+
+def test_a_scaler_of_half_precision_changes_no_agreement(tmp_path):
+    agreements = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**14)):
+        trainer = make_trainer(tmp_path, max_steps=3)
+        trainer.accelerator.scaler = scaler  # as with fp16=True, which needs a GPU
+        handle = train(trainer)
+        agreements.append(logged(trainer, "agreement"))
+        assert handle.stats.probe_losses[0] < 10  # in the loss's units
+    assert agreements[0] == pytest.approx(agreements[1], rel=1e-3)
+
+
+def test_evaluations_in_mid_training_change_nothing(tmp_path):
+    models = []
+    for evaluations in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = make_trainer(tmp_path, **evaluations)
+        trainer.eval_dataset = sequences(4)
+        train(trainer)
+        models.append(trainer.model)
+        assert len(logged(trainer, "eval_loss")) == (4 if evaluations else 0)
+    assert max(differences(*models)) == 0
+
+
+def test_a_data_set_may_draw_random_numbers(tmp_path, monkeypatch):
+    audit_every_step(monkeypatch)
+
+    class Noisy(torch.utils.data.Dataset):
+        rows = sequences()
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, i):
+            shift = int(torch.randint(3, ()))
+            return {key: value.roll(shift) for key, value in self.rows[i].items()}
+
+    train(make_trainer(tmp_path, data=Noisy()))
+
+
+def test_a_trainer_of_ones_own_counts_once(tmp_path):
+    class Counting(transformers.Trainer):
+        tokens = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.tokens += inputs["input_ids"].numel()
+            self.seen = [*getattr(self, "seen", []), len(inputs["input_ids"])]
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
+            self.model_accepts_loss_kwargs = False
+            return (loss, logits) if return_outputs else loss
+
+    trainer = make_trainer(tmp_path, cls=Counting)
+    handle = train(trainer)
+    assert trainer.tokens == 14 * 8
+    assert trainer.seen == [2] * 7
+    assert handle.stats.fallback is None
+
+
+def test_learned_steps_do_not_decay(tmp_path):
+    trainer = make_trainer(tmp_path)
+    refine(trainer)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len([name for name in decays if name.endswith("_step")]) == 7
+    assert all((decay == 0) == ("_step" in n or "norm" in n) for n, decay in decays.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_sft_counts_its_tokens_once(tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklm"])}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words)),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": [3 + (i + j) % 13 for j in range(4 + i % 3)]} for i in range(8)]
+    histories = []
+    for refined in (False, True):
+        options = arguments(tmp_path).to_dict() | {"max_length": 16, "bf16": False}
+        kept = {
+            k: options[k]
+            for k in trl.SFTConfig.__dataclass_fields__
+            if k in options and not str(options[k]).startswith("<")
+        }
+        trainer = trl.SFTTrainer(
+            model=llama(dropout=0.0),
+            args=trl.SFTConfig(**kept, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        if refined:
+            handle = train(trainer)
+        else:
+            trainer.train()
+        histories.append(trainer.state.log_history)
+    assert handle.estimator.step == 2
+    plain, refined = histories
+    assert [e["num_tokens"] for e in plain[:2]] == [e["num_tokens"] for e in refined[:2]]
+    assert plain[1]["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+    for key in ("loss", "entropy", "mean_token_accuracy"):
+        assert refined[0][key] == plain[0][key]
+    assert math.isfinite(refined[1]["agreement"])
+
+
+# Mistakes
+
+
+def test_what_cannot_be_refined_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"refine\(trainer, kappa=0.01\)"):
+        refine(trainer, kappa=0.1, noise_share=0.1)
+    refine(trainer)
+    with pytest.raises(ValueError, match="once"):
+        refine(trainer)
+    with pytest.raises(ValueError, match=r"Trainer\(model=fogzo.quantize_"):
+        refine(make_trainer(tmp_path, model=fogzo.dequantize_(llama())))
+    deep = make_trainer(tmp_path)
+    deep.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DDP"):
+        refine(deep)
+
+
+def test_weights_in_half_precision_are_warned_about(tmp_path):
+    trainer = make_trainer(tmp_path, model=llama().bfloat16(), max_steps=1)
+    refine(trainer)
+    with pytest.warns(RuntimeWarning, match="dtype=torch.float32"):
+        trainer.train()
+
+
+def test_an_optimizer_of_ones_own_that_decays_steps_is_warned_about(tmp_path):
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=sequences(),
+        optimizers=(optimizer, None),
+    )
+    refine(trainer)
+    with pytest.warns(RuntimeWarning, match="weight_decay=0.0"):
+        trainer.train()
+
+
+def test_another_run_of_the_same_trainer_starts_anew(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    handle = train(trainer)
+    first = copy.copy(handle.estimator)
+    trainer.train()
+    assert handle.estimator is not first
+    assert handle.estimator.step == 1

@@ -7,15 +7,12 @@ Gradient accumulation, autocast, a GradScaler, clipping, dropout and batch norm,
 
 import argparse
 import io
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fogzo
-
-Batch = tuple[Tensor, Tensor]
 
 
 def main() -> None:
@@ -50,23 +47,18 @@ def main() -> None:
         noise_share=fogzo.linear_noise_share(total_steps=options.steps, kappa=0.1, start=0.3),
     )
 
-    def window_loss(window: Sequence[Batch]) -> Tensor:
-        """The loss that backward() differentiates: summed over the window, on the same batches."""
-        total = torch.zeros((), device=device)
-        for images, labels in window:
-            with torch.autocast(device.type, dtype):  # one block a forward: see the caveats
-                loss = cross_entropy(model(images), labels) / len(window)
-            if torch.is_grad_enabled():  # the first-order pass; probes run without gradient
-                scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+    def compute_loss(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return cross_entropy(model(images), labels)
 
     for step in range(options.steps):
-        window = [batch(32, generator, device) for _ in range(options.accumulate)]
-        with estimator.record_rng():  # so that the probes see the same dropout masks
-            loss = window_loss(window)
+        for _ in range(options.accumulate):
+            images, labels = batch(32, generator, device)
+            # As compute_loss(images, labels), and remembered for the probes.
+            loss = estimator.record(compute_loss, images, labels)
+            scaler.scale(loss / options.accumulate).backward()
+        stats = estimator.refine_grads_()
         scaler.unscale_(optimizer)
-        stats = estimator.refine_grads_(lambda w=window: window_loss(w), expected_loss=loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -86,7 +78,7 @@ def main() -> None:
     print(f"accuracy {accuracy:.3f}")
 
 
-def batch(size: int, generator: torch.Generator, device: torch.device) -> Batch:
+def batch(size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     """Noisy 12 x 12 images of stripes in one of four directions."""
     labels = torch.randint(4, (size,), generator=generator)
     y, x = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")

@@ -55,7 +55,7 @@ def audit_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def differences(a: nn.Module, b: nn.Module) -> list[float]:
     """The largest difference of each parameter of two models."""
     pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return [float((p - q).abs().max()) for p, q in pairs]
+    return [float((p - q).detach().abs().max()) for p, q in pairs]
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:

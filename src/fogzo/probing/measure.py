@@ -189,5 +189,6 @@ def _check_dependence(
         raise ValueError(
             "the closure's loss does not depend on the quantized weights: it evaluates another "
             "model, or a cached output. List the weights of the model in the closure: "
-            "fogzo.quantized_weights(model)"
+            "fogzo.quantized_weights(model). A loss whose value stays the same while its gradient "
+            "does not, such as exp(x - x.detach()), cannot be measured"
         )

@@ -41,6 +41,7 @@ SCENARIOS = {
     "lsq, n=2, one-sided": {"preset": "lsq", "num_samples": 2, "one_sided": True},
     "lsq per channel, isotropic noise": {"preset": "lsq per channel", "noise_shape": "isotropic"},
     "lsq per group, 3 micro-batches": {"preset": "lsq per group", "micro_batches": 3},
+    "lsq, 3 recorded micro-batches": {"micro_batches": 3, "recorded": True},
     "lsq per channel, steps that crossed zero": {"preset": "lsq past zero"},
     "fixed per channel, control variate": {
         "preset": "fixed per channel",
@@ -133,6 +134,7 @@ def train(
     transposed=False,
     mesh=None,
     micro_batches=1,
+    recorded=False,
     estimator="FogzoEstimator",
     **options,
 ):
@@ -144,6 +146,13 @@ def train(
     refiner = getattr(fogzo, estimator)(fogzo.quantized_weights(model), seed=5, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, stats = [], []
+
+    def loss_of(a, b):
+        return refiner.record(compute_loss, a, b) if recorded else compute_loss(a, b)
+
+    def compute_loss(a, b):
+        return mse_loss(parallel(a), b)
+
     for step in range(STEPS):
         x, y = batch(step, rank)
         window = list(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True))
@@ -154,16 +163,19 @@ def train(
             if fsdp:
                 model.set_requires_gradient_sync(last)
             with nullcontext() if fsdp or last else parallel.no_sync():
-                loss = mse_loss(parallel(a), b) / len(window)
+                loss = loss_of(a, b) / len(window)
                 if refiner.needs_gradient:
                     loss.backward()
             expected += loss.detach()
 
         def closure(window=window):
-            return sum(mse_loss(parallel(a), b) for a, b in window) / len(window)
+            return sum(compute_loss(a, b) for a, b in window) / len(window)
 
         flips = refiner.flip_rate()
-        result = refiner.refine_grads_(closure, expected_loss=expected)
+        if recorded:
+            result = refiner.refine_grads_()
+        else:
+            result = refiner.refine_grads_(closure, expected_loss=expected)
         assert result.fallback is None
         losses += result.probe_losses
         agreements = (result.agreement, result.agreement_error, result.applied_agreement)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fogzo.collectives import local
+from fogzo.collectives import is_sharded, local
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.lender import Lender
 from fogzo.probing.micro_batch import MicroBatch
@@ -38,6 +38,8 @@ class Window:
     def __init__(self, weights: Sequence[QuantizedWeight], lender: Lender) -> None:
         self._weights = weights
         self._lender = lender
+        # FSDP keeps gradients to itself until a micro-batch synchronises them.
+        self._is_sharded = any(is_sharded(weight.param) for weight in weights)
         self._task = -1  # autograd's number of the backward pass that goes on
         self._seen: list[tuple[MicroBatch, Tensor]] = []  # in it, and their incoming gradients
         self._at_start: list[Version] = []
@@ -102,7 +104,7 @@ class Window:
     def _backward_ends(self) -> None:
         seen, self._task, self._seen = self._seen, -1, []
         self._versions = self._versions_now()
-        if self._versions == self._at_start:
+        if self._versions == self._at_start and not self._is_sharded:
             return  # torch.autograd.grad, say, which leaves the gradients alone
         for micro_batch, grad in seen:
             if not any(micro_batch is known for known in self._micro_batches):
@@ -119,7 +121,7 @@ class Window:
         """Whether the gradients of this window are gone."""
         grads = [w.param.grad for w in self._weights if w.param.grad is not None]
         if not grads:
-            return True
+            return any(self._versions)
         # Looking at them stops a GPU, so only if something has been done to them.
         return self._at_start != self._versions and not any(bool(g.any()) for g in grads)
 

@@ -9,6 +9,7 @@ from tiny import audit_every_step, count_calls, differences, llama, sequences, t
 from torch import nn
 
 import fogzo
+from toolbox import Net, batch
 
 refine = fogzo.integrations.transformers.refine
 
@@ -89,9 +90,9 @@ def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path, monkeypatch):
     for start in range(0, len(rows), 4):  # the last window has one micro-batch of two
         window = [rows[i : i + 2] for i in range(start, min(start + 4, len(rows)), 2)]
         batches = [{k: torch.stack([r[k] for r in part]) for k in part[0]} for part in window]
-        count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-        for batch in batches:
-            output = estimator.record(model, **batch, num_items_in_batch=count)
+        count = sum((inputs["labels"][:, 1:] != -100).sum() for inputs in batches)
+        for inputs in batches:
+            output = estimator.record(model, **inputs, num_items_in_batch=count)
             output.loss.backward()
         agreements.append(estimator.refine_grads_().agreement)
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
@@ -111,14 +112,14 @@ def test_a_run_equals_the_plain_loop_bit_for_bit(tmp_path, monkeypatch):
 def test_the_loss_falls_and_each_step_is_refined_once(tmp_path, monkeypatch):
     calls = count_calls(monkeypatch, fogzo.FogzoEstimator, "refine_grads_")
     trainer = make_trainer(
-        tmp_path, num_train_epochs=8, max_grad_norm=1.0, weight_decay=0.0, logging_steps=4
+        tmp_path, num_train_epochs=4, max_grad_norm=1.0, learning_rate=0.03, logging_steps=4
     )
     refine(trainer)
     trainer.train()
-    assert len(calls) == trainer.state.global_step == 32
+    assert len(calls) == trainer.state.global_step == 16
     losses = logged(trainer, "loss")
-    assert losses[-1] < 0.6 * losses[0]
-    assert len(logged(trainer, "agreement")) == 8
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(logged(trainer, "agreement")) == 4
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
@@ -147,7 +148,6 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
         {"bf16": True},
         {"label_smoothing_factor": 0.1},
         {"activation_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
         {"neftune_noise_alpha": 5.0},
     ],
     ids=lambda options: next(iter(options)),
@@ -170,6 +170,27 @@ class HalfPrecision(transformers.TrainerCallback):
     def on_train_begin(self, *args, **kwargs):
         self.accelerator.native_amp = True
         self.accelerator.state._mixed_precision = "fp16"
+
+
+def test_a_compiled_network_of_ones_own(tmp_path, monkeypatch):
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net(dropout=0.0, norm=nn.LayerNorm)
+
+        def forward(self, x, labels):
+            return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+    audit_every_step(monkeypatch)
+    trainer = make_trainer(
+        tmp_path,
+        model=fogzo.quantize_(Regression(), fogzo.lsq(2)),
+        data=[{"x": x, "labels": y} for x, y in zip(*batch(8), strict=True)],
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    train(trainer)
+    assert len(logged(trainer, "agreement")) == 2
 
 
 def test_a_scaler_of_half_precision_changes_nothing(tmp_path):
@@ -223,7 +244,7 @@ def test_a_trainer_of_ones_own_counts_once(tmp_path):
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             self.tokens += inputs["input_ids"].numel()
-            self.seen = [*getattr(self, "seen", []), len(inputs["input_ids"])]
+            self.rows.append(len(inputs["input_ids"]))
             labels = inputs.pop("labels")
             logits = model(**inputs).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
@@ -231,9 +252,10 @@ def test_a_trainer_of_ones_own_counts_once(tmp_path):
             return (loss, logits) if return_outputs else loss
 
     trainer = make_trainer(tmp_path, cls=Counting)
+    trainer.rows = []
     handle = train(trainer)
     assert trainer.tokens == 14 * 8
-    assert trainer.seen == [2] * 7
+    assert trainer.rows == [2] * 7
     assert handle.stats.fallback is None
 
 

@@ -133,6 +133,13 @@ class Quantizer:
         step, empty = self.scale.measure_once(groups.to(wide), self.grid, fan_in, smallest)
         return step.to(weight.dtype), int(empty.sum())
 
+    def empty_step_size(self, weight: Tensor, output_dim: int = 0) -> Tensor | None:
+        """Of the shape that `initial_step_size` gives, without values: the weight has none yet."""
+        if not self.scale.has_state:
+            return None
+        groups = self._groups(torch.empty_like(weight, device="meta"), output_dim)
+        return torch.empty(len(groups), 1, dtype=weight.dtype, device=weight.device)
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise a `ValueError` unless a step size that was given fits weights of this dtype."""
         self._check_step_size_fits(dtype, "a weight of")

@@ -56,8 +56,9 @@ class Hadamard:
             matrix = hadamard_matrix(block, x.dtype, x.device)
         else:
             matrix = _cached_matrix(block, x.dtype, x.device)
-        # Autocast would round the latent weights to bfloat16 inside this product.
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast would round the latent weights to bfloat16 inside this product. It does not know
+        # the meta device, where models are built before their weights are loaded.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
 
 

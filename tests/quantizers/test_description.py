@@ -1,0 +1,62 @@
+"""Quantizers as plain values and back."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fogzo
+from fogzo.quantizers import Surrogate, surrogates
+from fogzo.quantizers.description import describe, from_description
+from fogzo.quantizers.smoothing import Scaled, SmoothingLaw, Uniform
+from toolbox import PRESETS
+
+CASES = {
+    **{name: make() for name, make in PRESETS.items()},
+    "bbq": fogzo.bbq(2),
+    "given step": fogzo.fixed(2, step_size=0.1, granularity=4, scale_dtype=torch.float16),
+    "named": fogzo.lsq(2, surrogate="erf"),
+    "of a width": fogzo.sign(surrogate=surrogates.tanh(3.0)),
+    "never masked": fogzo.lsq(2, surrogate=surrogates.identity_unmasked(2.0)),
+    "of a scaled law": fogzo.lsq(
+        2, surrogate=Surrogate("mine", Scaled(Uniform(), 2.0), Scaled(Uniform(), 2.0))
+    ),
+    "stochastic": dataclasses.replace(fogzo.lsq(2, surrogate="identity_unmasked"), stochastic=True),
+}
+
+
+@pytest.mark.parametrize("quantizer", CASES.values(), ids=CASES.keys())
+def test_a_quantizer_survives_json(quantizer):
+    text = json.dumps(describe(quantizer), allow_nan=False)
+    assert from_description(json.loads(text)) == quantizer
+
+
+def test_a_kernel_with_a_name_survives():
+    again = from_description(describe(fogzo.lsq(2, surrogate="stable_qat")))
+    x = torch.linspace(-2, 2, 9)
+    slopes = [q.surrogate.slope(x, q.grid) for q in (again, fogzo.lsq(2, surrogate="stable_qat"))]
+    assert torch.equal(*slopes)
+
+
+def test_what_only_code_knows_is_refused():
+    with pytest.raises(ValueError, match="'mine' has a kernel of its own"):
+        describe(fogzo.lsq(2, surrogate=Surrogate("mine", None, Uniform(), kernel=abs)))
+
+    class Own(Uniform):
+        """A law of one's own."""
+
+    law: SmoothingLaw = Own()
+    with pytest.raises(ValueError, match="smoothing law Own is your own"):
+        describe(fogzo.lsq(2, surrogate=Surrogate("mine", law, law)))
+
+
+@pytest.mark.parametrize("quantizer", CASES.values(), ids=CASES.keys())
+def test_on_the_meta_device_there_are_shapes(quantizer):
+    weight, real = torch.empty(8, 16, device="meta"), torch.randn(8, 16)
+    step, expected = quantizer.empty_step_size(weight), quantizer.initial_step_size(real)
+    if expected is None:
+        assert step is None
+    else:
+        assert step.shape == expected.shape and step.is_meta
+    assert quantizer(weight, step).shape == weight.shape

@@ -23,7 +23,6 @@ LEVELS = {
     "fogzo.probing": 2,
     "fogzo.estimators": 3,
     "fogzo.inspection": 4,
-
     "fogzo.integrations": 4,
     "fogzo": 4,
     "fogzo_lab": 5,
@@ -44,7 +43,7 @@ LEVELS = {
 EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
 EXPORTERS |= {"accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torchao"}
 # The libraries in whose loops the estimators work, likewise.
-HOSTS = {"accelerate", "transformers"}
+HOSTS = {"accelerate", "peft", "transformers"}
 HEAVY = {
     "accelerate",
     "brevitas",

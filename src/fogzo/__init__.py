@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         calibrate_,
         dequantize_,
         measure_step_sizes_,
+        parameter_groups,
         quantize_,
         quantized_weights,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "linear_noise_share",
     "lsq",
     "measure_step_sizes_",
+    "parameter_groups",
     "quantize_",
     "quantized_weights",
     "quest",

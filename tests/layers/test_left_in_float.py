@@ -88,11 +88,6 @@ def _mixtral() -> nn.Module:
 
 # A model, and what the warning says of the largest in float.
 MOSTLY_FLOAT = {
-    "Mixtral": (
-        _mixtral,
-        r"only \d+% .*'model\.layers\.0\.mlp\.experts\.gate_up_proj' and 1 like it "
-        r"\(2,048 weights\), a parameter of MixtralExperts.*filter_fn",
-    ),
     "fused experts": (Experts, r"only 2% .*'blocks\.0\.up' and 3 like it \(2,048 weights\)"),
     "a matrix of one's own": (
         lambda: Raw(99),
@@ -127,6 +122,11 @@ def test_a_warning_made_an_error_leaves_the_model_untouched():
 def test_a_filter_knows_what_it_leaves():
     fogzo.quantize_(Experts(), QUANTIZER, lambda module, name: name == "router")
     fogzo.quantize_(_mixtral(), QUANTIZER, lambda module, name: isinstance(module, nn.Linear))
+
+
+def test_fused_experts_of_transformers_are_not_left_in_float():
+    model = fogzo.quantize_(_mixtral(), QUANTIZER)
+    assert sum("experts" in weight.name for weight in fogzo.quantized_weights(model)) == 4
 
 
 def test_attention_is_mentioned_whatever_the_filter():

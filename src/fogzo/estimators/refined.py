@@ -24,7 +24,8 @@ def weights_to_refine(
     if not trained:
         raise ValueError(
             "no quantized weight requires a gradient, they are all frozen: "
-            "model.requires_grad_(True), or train without an estimator"
+            "model.requires_grad_(True), or train without an estimator. Under adapters (LoRA) "
+            "the base stays frozen, and their gradients are exact without one"
         )
     if not needs_gradient:
         return trained

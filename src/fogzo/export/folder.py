@@ -36,6 +36,8 @@ def write_config(
     config = copy.deepcopy(own)
     config.architectures = [type(model).__name__]
     config.dtype = str(next(p for p in model.parameters()).dtype).removeprefix("torch.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the latent weights, which are not what is written
     for name, value in entries.items():
         setattr(config, name, value)
     config.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
     Raises:
         ValueError: If the levels of its grid are no multiples of one number exactly.
     """
-    quantizer, dim = layer.quantizer, layer.output_dim
+    quantizer, dim = cast(Quantizer, layer.quantizer), layer.output_dim  # no experts come here
     grid = quantizer.grid
     if math.frexp(grid.spacing)[0] != 0.5:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fogzo.collectives import is_sharded
 from fogzo.export.integers import IntegerWeight, integer_weight
 from fogzo.layers import QuantizedLayer, dequantize_
+from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.quantized_layer import plain_class
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.checks import require_type
@@ -224,6 +225,12 @@ def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def _check(name: str, layer: QuantizedLayer) -> None:
+    if isinstance(layer, ExpertMatrices):
+        raise ValueError(
+            f"{layer_name(name, layer)!r} are fused experts, which no format holds yet: "
+            "fogzo.dequantize_(model); model.save_pretrained(folder) writes the quantized weights "
+            "as float numbers, or leave experts in float with filter_fn"
+        )
     layer._check_own_weight()
     if is_sharded(layer.weight):
         raise ValueError(

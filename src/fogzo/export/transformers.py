@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fogzo.export.packed import METHOD, check_version, pack_layers_, tie_layers_
 
 
-class FogzoConfig(QuantizationConfigMixin):
+class PackedConfig(QuantizationConfigMixin):
     """What ``quantization_config`` of a packed folder says."""
 
     def __init__(
@@ -33,11 +33,11 @@ class FogzoConfig(QuantizationConfigMixin):
         self.ties = ties
 
 
-class FogzoQuantizer(HfQuantizer):
+class PackedQuantizer(HfQuantizer):
     """Makes the layers of a model that is being loaded take packed weights."""
 
     requires_calibration = True
-    quantization_config: FogzoConfig
+    quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model: Any, **unused: Any) -> None:
         config = self.quantization_config
@@ -65,6 +65,13 @@ class FogzoQuantizer(HfQuantizer):
         return False
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # imported a second time, as notebooks do
-    register_quantization_config(METHOD)(FogzoConfig)
-    register_quantizer(METHOD)(FogzoQuantizer)
+def register(
+    method: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]
+) -> None:
+    """Make a quantization method known to transformers; once, as notebooks import again."""
+    if method not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(method)(config)
+        register_quantizer(method)(quantizer)
+
+
+register(METHOD, PackedConfig, PackedQuantizer)

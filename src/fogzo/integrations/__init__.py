@@ -1,4 +1,4 @@
-"""The estimators in training loops of other libraries, one module for each.
+"""Quantized models and estimators in other libraries, one module for each.
 
 fogzo.integrations.transformers.refine(trainer, kappa=0.01)
 
@@ -8,7 +8,7 @@ Each module imports its library when it is used, and this package imports nothin
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("accelerate", "transformers")
+MODULES = ("accelerate", "peft", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

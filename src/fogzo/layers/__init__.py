@@ -7,6 +7,7 @@ from fogzo.layers.attach import (
     quantize_,
     quantized_weights,
 )
+from fogzo.layers.parameter_groups import parameter_groups
 from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.layers.weights import QuantizedWeight
 
@@ -16,6 +17,7 @@ __all__ = [
     "calibrate_",
     "dequantize_",
     "measure_step_sizes_",
+    "parameter_groups",
     "quantize_",
     "quantized_weights",
 ]

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from fogzo.collectives import full, is_sharded
 from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.layers.experts import ExpertMatrices
 from fogzo.quantizers import Quantizer, unsigned
 from fogzo.quantizers.grids import TIE_MARGIN
 from fogzo.quantizers.reading import can_be_read, has_a_value
 from fogzo.quantizers.step_sizes import knee_of, loaded_knee, positive_step_size, smallest_step_size
+from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -385,11 +387,18 @@ def activation_quantizers(
                 f"returns one or None, got {activations!r:.80}: for example "
                 "fogzo.quantize_(model, fogzo.lsq(2), activations=fogzo.lsq(2))"
             ) from None
+    experts = [name for name, layer in layers.items() if isinstance(layer, ExpertMatrices)]
+    if experts and activations is not None:
+        logger.warning(
+            "the inputs of fused experts, %s, stay in float: one forward computes with all of "
+            "them, and what lies between is out of reach",
+            listed(experts),
+        )
     quantizers: dict[str, Quantizer | None] = {}
     for name, layer in layers.items():
         chosen = activations
-        if isinstance(layer, nn.Embedding):
-            chosen = None  # its inputs are indices
+        if isinstance(layer, nn.Embedding | ExpertMatrices):
+            chosen = None  # its inputs are indices, or within the forward of another module
         elif chosen is not None and not isinstance(chosen, Quantizer):
             chosen = chosen(layer, name)
         if chosen is not None:

@@ -16,7 +16,10 @@ from fogzo.layers.activations import (
     quantized_input_class,
 )
 from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.layers.experts import ExpertMatrices, layer_name
+from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
 from fogzo.layers.quantizable import check_quantizable, warn_of_own_quantization
+from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
     plain_class,
@@ -30,9 +33,11 @@ from fogzo.layers.selection import (
     quantizable_layers,
     select_layers,
     warn_of_selection,
+    without_adapters,
 )
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers import Quantizer, Surrogate
+from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.step_sizes import knee_of
 from fogzo.wording import listed
 
@@ -50,11 +55,12 @@ def quantize_(
     """Quantize the weights of a model's layers in place and, if you like, the layers' inputs.
 
     Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are supported,
-    with their subclasses. By default embeddings and output heads stay as they are: layers whose
-    name ends in lm_head, classifier, head, fc, score, ... or, where there is none, the last
-    linear layer. Printing the model shows which layers are quantized; the ``fogzo`` logger says
-    which were left alone, and a warning if the default leaves more than half of the weights in
-    float or quantizes the last layer.
+    with their subclasses, and the parameters of fused experts, of one matrix per expert. By default
+    embeddings, adapters of PEFT and output heads stay as they are: layers whose name ends in
+    lm_head, classifier, head, fc, score, ... or, where there is none, the last linear layer.
+    Printing the model shows which layers are quantized; the ``fogzo`` logger says which were left
+    alone, and a warning if the default leaves more than half of the weights in float or quantizes
+    the last layer.
 
     Do it before anything else takes hold of the layers: optimizers (which have to train learned
     step sizes too), ``fully_shard``, ``accelerate.dispatch_model``, `torch.compile`. Initialise,
@@ -66,9 +72,9 @@ def quantize_(
         filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
         activations: How the first input of each of these layers is quantized, embeddings apart:
             a preset, or ``activations(module, name)`` that returns one or None. None leaves
-            inputs in float. `fixed` and `lsq` measure theirs in the first training pass or
-            by `calibrate_`, and take unsigned levels where no input is negative (after a ReLU);
-            ``levels="unsigned"`` decides that beforehand.
+            inputs in float, as those of fused experts always are. `fixed` and `lsq` measure theirs
+            in the first training pass or by `calibrate_`, and take unsigned levels where no
+            input is negative (after a ReLU); ``levels="unsigned"`` decides that beforehand.
 
     Returns:
         The same model.
@@ -83,18 +89,12 @@ def quantize_(
             not finite, or a tied one is selected in one place and not in another. The model is
             then untouched.
     """
-    if not isinstance(quantizer, Quantizer):
-        raise ValueError(
-            f"quantizer must be a fogzo.Quantizer, got {type(quantizer).__name__}: "
-            "for example fogzo.quantize_(model, fogzo.lsq(bits=2))"
-        )
-    if quantizer.granularity == "token":
-        raise ValueError(
-            'weights have no tokens, but the quantizer has granularity="token": use "channel", '
-            'one per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
-        )
+    check_weight_quantizer(quantizer)
+    check_loaded_as_saved(model)
     reshard([model])
     layers = quantizable_layers(model)
+    if filter_fn is None:
+        layers = without_adapters(model, layers)
     selected = select_layers(model, layers, filter_fn)
     one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
     check_ties(layers, selected, one_step)
@@ -107,12 +107,13 @@ def quantize_(
         if id(layer.weight) not in steps:
             weight, dim = cast(Tensor, layer.weight), output_dim(layer) or 0
             try:
-                step, empty = quantizer.find_step_size(weight, dim)
-                quantizer.codes(weight, step, dim)
+                own = quantizer_for(layer, quantizer)
+                step, empty = own.find_step_size(weight, dim)
+                own.codes(weight, step, dim)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
             if step is not None and quantizer.scale.kind == "learned":
-                step = nn.Parameter(step)
+                step = nn.Parameter(step, requires_grad=weight.requires_grad)
             steps[id(layer.weight)] = step
             empty_groups[name] = empty, 0 if step is None else step.numel()
     inputs = activation_quantizers(selected, activations)
@@ -122,9 +123,10 @@ def quantize_(
     warn_of_empty_groups(quantizer, empty_groups)
     stale: list[str] = []
     for name, layer in selected.items():
-        _attach(name, layer, quantizer, steps[id(layer.weight)], stale)
+        attach_(name, layer, quantizer, steps[id(layer.weight)], stale)
         cast(QuantizedLayer, layer).attach_input(inputs[name])
-    _leave_fast_path(model)
+    leave_fast_path(model)
+    tell_transformers(model)
 
     left = [name for name in layers if name not in selected]
     logger.info("quantized %s; left alone %s", ", ".join(selected), ", ".join(left) or "nothing")
@@ -149,7 +151,9 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             module._check_own_weight()
-            shared.setdefault(id(module.weight), []).append((name, module))
+            shared.setdefault(id(module.weight), []).append((layer_name(name, module), module))
+    if not shared:
+        check_loaded_as_saved(model)
     return [_record(model, uses[0][0], [layer for _, layer in uses]) for uses in shared.values()]
 
 
@@ -224,7 +228,10 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
             cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))
             continue
         layer.detach_input()
+        if isinstance(layer, ExpertMatrices):
+            detach_matrices_(layer)
         cast(nn.Module, layer).__class__ = plain_class(layer)
+    tell_transformers(model)
     return model
 
 
@@ -235,15 +242,45 @@ def measure_step_sizes_(model: nn.Module) -> None:
             module.measure_step_size_()
 
 
-def _attach(
+def quantizer_for(layer: nn.Module, quantizer: Quantizer) -> Quantizer | ExpertQuantizer:
+    """The quantizer of a layer's weight, made of the one that was given."""
+    if isinstance(layer, ExpertMatrices):
+        return ExpertQuantizer(quantizer, layer.transposed)
+    return quantizer
+
+
+def check_weight_quantizer(quantizer: object) -> None:
+    """Raise a `ValueError` unless it is a quantizer of weights."""
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            f"quantizer must be a fogzo.Quantizer, got {type(quantizer).__name__}: "
+            "for example fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
+    if quantizer.granularity == "token":
+        raise ValueError(
+            'weights have no tokens, but the quantizer has granularity="token": use "channel", '
+            'one per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
+        )
+
+
+def attach_(
     name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | None, stale: list[str]
 ) -> None:
+    """Make one layer quantize its weight.
+
+    Args:
+        name: What messages call it.
+        plain: The layer, checked.
+        quantizer: Of its weight.
+        step: Its step sizes, of shape (groups, 1); a parameter if they are learned.
+        stale: Shared by the layers that are attached together.
+    """
     dim = output_dim(plain)
     cls: Any = type(plain)
     plain.__class__ = quantized_class(cls)
     layer = cast(QuantizedLayer, plain)
     layer.__dict__.pop("forward", None)  # its class's own, as `check_quantizable` made sure
-    layer.quantizer = quantizer
+    layer.quantizer = quantizer_for(plain, quantizer)
     layer.output_dim = dim or 0
     layer._name, layer._stale = name or "model", stale
     layer._held_step_size = None
@@ -256,10 +293,13 @@ def _attach(
         layer.register_buffer("weight_step", step)
     else:
         layer.weight_step = None
-    layer._note_versions()
+    if isinstance(layer, ExpertMatrices):
+        attach_matrices_(layer)
+    if not layer.weight.is_meta:
+        layer._note_versions()
 
 
-def _leave_fast_path(model: nn.Module) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """Make transformer encoders call their layers: in eval mode they would read raw weights."""
     for module in model.modules():
         if not any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
@@ -274,7 +314,8 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
     """The record of one weight and all the layers that share it."""
     layer = layers[0]
     quantizer = layer.quantizer
-    full_name = f"{name}.weight" if name else "weight"
+    of_experts = isinstance(layer, ExpertMatrices)
+    full_name = name if of_experts else f"{name}.weight".lstrip(".")
     if quantizer.rotation is not None and sharded_dims(layer.weight) - {layer.output_dim}:
         raise ValueError(
             f"{full_name!r} is rotated along its inputs, and no rank holds them all: cut it by "
@@ -295,6 +336,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         codes=layer.codes,
         grid=quantizer.grid if quantizer.companding is None else None,
         held=_padding(layer),
+        of_experts=of_experts,
         hold_step_size=nullcontext
         if quantizer.scale.has_state
         else partial(_held_step_sizes, layers),

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fogzo.collectives import is_sharded
+from fogzo.layers.experts import ExpertMatrices
 from fogzo.layers.weights import check_parameter
 from fogzo.wording import listed
 
@@ -78,13 +79,14 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is computed by {how.name} and is no parameter of its own: "
             f"{how.way_out}, or leave it out with filter_fn"
         )
-    quantizing = _own_quantization(layer)
+    computing = layer.experts if isinstance(layer, ExpertMatrices) else layer
+    quantizing = _own_quantization(computing, cast(Tensor, weight))
     if quantizing is not None:
         raise ValueError(
             f"{name!r} is quantized already, by {quantizing}: start from the float model, or leave "
             "it out with filter_fn"
         )
-    _check_own_forward(name, layer)
+    _check_own_forward(name, computing)
     check_parameter(f"{name}.weight", weight)
     weight = cast(Tensor, weight)
     if weight.dtype not in _LATENT_DTYPES:
@@ -133,7 +135,7 @@ def warn_of_own_quantization(layers: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _own_quantization(layer: nn.Module) -> str | None:
+def _own_quantization(layer: nn.Module, weight: Tensor) -> str | None:
     """The tool that quantizes the layer's weight already."""
     for cls in type(layer).__mro__:
         if f"{cls.__module__}.".startswith(_QUANTIZING_PACKAGES):
@@ -142,11 +144,11 @@ def _own_quantization(layer: nn.Module) -> str | None:
     for child in layer._modules:
         if "weight" in child and "quant" in child:
             return f"its module {child!r}"
-    tensor = type(layer.weight)
-    if tensor is nn.Parameter or is_sharded(cast(Tensor, layer.weight)):
+    tensor = type(weight)
+    if tensor is nn.Parameter or is_sharded(weight):
         return None
     of_package = f"{tensor.__module__}.".startswith(_QUANTIZING_PACKAGES)
-    if of_package or is_traceable_wrapper_subclass(layer.weight):
+    if of_package or is_traceable_wrapper_subclass(weight):
         return f"{tensor.__module__}.{tensor.__name__}, the type of its weight"
     return None
 

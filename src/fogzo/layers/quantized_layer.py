@@ -13,6 +13,8 @@ from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers.activations import QuantizedInput
 from fogzo.layers.quantizable import parametrization
 from fogzo.quantizers import Quantizer
+from fogzo.quantizers.experts import ExpertQuantizer
+from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import listed
 
@@ -28,7 +30,7 @@ class QuantizedLayer(QuantizedInput):
     names ``weight_step`` and ``input_step`` are those of saved networks, and so they stay.)
     """
 
-    quantizer: Quantizer
+    quantizer: Quantizer | ExpertQuantizer
     weight: nn.Parameter
     weight_step: Tensor | None
     weight_step_knee: Tensor | None
@@ -61,11 +63,8 @@ class QuantizedLayer(QuantizedInput):
         if "weight" not in self._parameters:
             self._check_own_weight()
         tracing = torch.compiler.is_dynamo_compiling()
-        if not tracing and self._versions is not None:
-            self._check_versions(self._versions)
-        self.__dict__["_forward_dtype"] = self.weight.dtype
         args = self.with_quantized_input(args)
-        weight = self.quantized_weight()
+        weight = self.weight_of_forward(tracing)
         if tracing:
             # Only the trace sees this attribute, and unlike a view's it knows whose it is.
             self.__dict__["weight"] = weight
@@ -73,13 +72,25 @@ class QuantizedLayer(QuantizedInput):
                 return super().forward(*args, **kwargs)
             finally:
                 del self.__dict__["weight"]
-        if self.observe_quantized_weight is not None:
-            self.observe_quantized_weight(weight)
         # Threads may share the layer, so the quantized weight lives on an object of this call's.
         view = object.__new__(_view_class(type(self)))
         object.__setattr__(view, "__dict__", self.__dict__)
         object.__setattr__(view, "_quantized_weight", weight)
         return super(QuantizedLayer, view).forward(*args, **kwargs)
+
+    def weight_of_forward(self, tracing: bool) -> Tensor:
+        """`quantized_weight`, where a forward pass is about to use it.
+
+        Args:
+            tracing: Whether the compiler records that pass.
+        """
+        if not tracing and self._versions is not None:
+            self._check_versions(self._versions)
+        self.__dict__["_forward_dtype"] = self.weight.dtype
+        weight = self.quantized_weight()
+        if not tracing and self.observe_quantized_weight is not None:
+            self.observe_quantized_weight(weight)
+        return weight
 
     def step_size(self) -> Tensor:
         """Step sizes in use, broadcastable to the weight.
@@ -115,6 +126,12 @@ class QuantizedLayer(QuantizedInput):
             yield
         finally:
             self._held_step_size = None
+
+    def was_loaded_(self) -> None:
+        """Take note of tensors that a loader has put in place itself, without a state dict."""
+        self._versions = None
+        state = self.input_state
+        self._was_measured = state is not None and has_a_value(state) and self._is_measured()
 
     @torch.no_grad()
     def measure_step_size_(self) -> None:
@@ -172,10 +189,11 @@ class QuantizedLayer(QuantizedInput):
 
     def _check_step_size_shape(self) -> None:
         """Raise a `ValueError` unless there is a step size for each group of weights."""
-        shape, by = self.weight.shape, self.quantizer.granularity
-        groups = shape.numel() // by if isinstance(by, int) else shape[self.output_dim]
-        groups = 1 if by == "tensor" else groups
-        if self.weight_step is not None and len(self.weight_step) != groups:
+        if self.weight_step is None:
+            return
+        expected = self.quantizer.empty_step_size(self.weight, self.output_dim)
+        groups = 0 if expected is None else len(expected)
+        if len(self.weight_step) != groups:
             raise ValueError(
                 f"the weight of {self._name!r} has {groups} groups now but {len(self.weight_step)} "
                 "step sizes, as its shape was changed after fogzo.quantize_: change it first "
@@ -189,8 +207,9 @@ class QuantizedLayer(QuantizedInput):
             ValueError: If the weight would be replaced.
         """
         present = self._parameters.get("weight")
-        held = name == "weight" and not self._loading and present is not None
-        if held and not _same_values(param, present):
+        # On the meta device there are no values to lose, and loaders put the weight in so.
+        held = present is not None and not present.is_meta and not self._loading
+        if name == "weight" and held and not _same_values(param, present):
             raise ValueError(
                 f"the weight of {self._name!r} is quantized with step sizes of its own and cannot "
                 "be replaced. Tie, fuse (fuse_conv_bn_eval) or resize before fogzo.quantize_, or "
@@ -212,7 +231,7 @@ class QuantizedLayer(QuantizedInput):
 
         Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
         """
-        weight, step = self._parameters.get("weight"), self.weight_step
+        weight, step = self.weight, self.weight_step
         if not (self.training and torch.is_grad_enabled() and type(weight) is nn.Parameter):
             return
         if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -242,15 +261,25 @@ class QuantizedLayer(QuantizedInput):
         weight = full(self.weight)
         return weight.to(self._forward_dtype or weight.dtype)
 
+    def measure_missing_step_size(self, state_dict: dict[str, Any], weight: str, step: str) -> None:
+        """Add what a float checkpoint lacks, measured on its weights, so that none stays stale.
+
+        Args:
+            state_dict: To be loaded.
+            weight: The name that the weight has there.
+            step: The name of its step sizes.
+        """
+        if self.weight_step is None or step in state_dict or weight not in state_dict:
+            return
+        own = full(state_dict[weight]).to(self.weight.dtype)
+        measured, empty = self.quantizer.find_step_size(own, self.output_dim)
+        assert measured is not None
+        state_dict[step] = distributed_like(measured, self.weight_step)
+        warn_of_empty_groups(self.quantizer, {self._name: (empty, measured.numel())})
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight, step = state_dict.get(f"{prefix}weight"), f"{prefix}weight_step"
-        if self.weight_step is not None and weight is not None and step not in state_dict:
-            # A float checkpoint has no step sizes: measure its weights instead of keeping old ones.
-            own = full(weight).to(self.weight.dtype)
-            measured, empty = self.quantizer.find_step_size(own, self.output_dim)
-            assert measured is not None
-            state_dict[step] = distributed_like(measured, self.weight_step)
-            warn_of_empty_groups(self.quantizer, {self._name: (empty, measured.numel())})
+        step = f"{prefix}weight_step"
+        self.measure_missing_step_size(state_dict, f"{prefix}weight", step)
         knee = f"{prefix}weight_step_knee"
         if self.weight_step_knee is not None and step in state_dict and knee not in state_dict:
             state_dict[knee] = loaded_knee(full(state_dict[step]), self.weight_step_knee)
@@ -347,7 +376,7 @@ def _same_values(new: Tensor | None, old: Tensor | None) -> bool:
     return new.device == old.device and not old.is_meta and torch.equal(new, old)
 
 
-def _describe(quantizer: Quantizer) -> str:
+def _describe(quantizer: Quantizer | ExpertQuantizer) -> str:
     """A quantizer in the words that a printed model shows."""
     surrogate = getattr(quantizer.surrogate, "name", quantizer.surrogate)
     return (
@@ -356,7 +385,9 @@ def _describe(quantizer: Quantizer) -> str:
     )
 
 
-def warn_of_empty_groups(quantizer: Quantizer, found: Mapping[str, tuple[int, int]]) -> None:
+def warn_of_empty_groups(
+    quantizer: Quantizer | ExpertQuantizer, found: Mapping[str, tuple[int, int]]
+) -> None:
     """Say which layers have groups without a step size of their own, of how many, and what then."""
     layers = []
     for name, (count, total) in found.items():

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from fogzo.layers.experts import ExpertMatrices, fused_parameters
 from fogzo.wording import listed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
+# What PEFT adds to the name of a layer that it wraps.
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)$")
 _HEAD_NAMES = {"lm_head", "classifier", "head", "fc", "score", "qa_outputs", "embed_out"}
 
 
@@ -24,6 +27,8 @@ def output_dim(module: nn.Module) -> int | None:
         return 1
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
         return 0
+    if isinstance(module, ExpertMatrices):
+        return 0  # as its quantizer puts the outputs of all experts in rows
     # transformers' Conv1D is a linear layer of transposed weight; known by name, as this package
     # must not import transformers.
     if any(
@@ -36,11 +41,21 @@ def output_dim(module: nn.Module) -> int | None:
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The supported layers of a model, by name; none without weights, such as Linear(0, n)."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if output_dim(module) is not None and _has_weights(module)
-    }
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertMatrices):
+            continue  # listed with the module that holds the weight
+        if output_dim(module) is not None and _has_weights(module):
+            layers[name] = module
+        for matrices in fused_parameters(module):
+            layers[f"{name}.{matrices.parameter}".lstrip(".")] = matrices
+    return layers
+
+
+def without_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers less those of adapters (LoRA and others of PEFT), which are small and in float."""
+    inside = _adapters(model)
+    return {name: layer for name, layer in layers.items() if not inside(name)}
 
 
 def select_layers(
@@ -65,7 +80,7 @@ def select_layers(
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer that can be quantized: Linear, Conv1d/2d/3d, "
-            "ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D are"
+            "ConvTranspose1d/2d/3d, Embedding, transformers' Conv1D and fused experts are"
         )
     rule = "the default filter leaves embeddings and output heads alone"
     raise ValueError(
@@ -85,7 +100,27 @@ def _output_heads(layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _heads_by_name(layers: Mapping[str, nn.Module]) -> set[str]:
-    return {name for name in layers if name.rpartition(".")[2] in _HEAD_NAMES}
+    return {name for name in layers if _WRAPPED.sub("", name).rpartition(".")[2] in _HEAD_NAMES}
+
+
+def _adapters(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a module of that name belongs to an adapter; known by the name of PEFT's class."""
+    wrappers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if any(
+            cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.")
+            for cls in type(module).__mro__
+        )
+    ]
+
+    def inside(name: str) -> bool:
+        return any(
+            name.startswith(wrapper) and not f"{name}.".startswith(f"{wrapper}base_layer.")
+            for wrapper in wrappers
+        )
+
+    return inside
 
 
 def _tied_to_embeddings(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -96,7 +131,8 @@ def _tied_to_embeddings(layers: Mapping[str, nn.Module]) -> set[str]:
 
 def _id(layer: nn.Module) -> int:
     # A weight that a parametrization computes is another tensor each time it is read.
-    weight = layer._parameters.get("weight")
+    own = layer._parameters.get("weight")
+    weight = layer.weight if isinstance(layer, ExpertMatrices) else own
     return id(layer if weight is None else weight)
 
 
@@ -186,9 +222,12 @@ def left_in_float(
     """The matrices that stay in float, but for embeddings, heads and normalization."""
     meant = _output_heads(layers) - doubtful
     seen = {_id(layer) for name, layer in layers.items() if name in selected or name in meant}
+    of_adapter = _adapters(model)
     for module_name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in kind.lower():
+            continue
+        if of_adapter(module_name):
             continue
         for name, param in module._parameters.items():
             if param is None or id(param) in seen or not _is_matrix(param) or "embed" in name:
@@ -198,7 +237,7 @@ def left_in_float(
                 reason = "taken for an output head by its name"
             elif isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
                 reason = _ATTENTION
-            elif module_name in layers:
+            elif module_name in layers or f"{module_name}.{name}".lstrip(".") in layers:
                 reason = f"a {kind} that filter_fn did not pick"
             else:
                 reason = f"a parameter of {kind}, which is no layer that can be quantized"

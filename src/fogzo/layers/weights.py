@@ -39,6 +39,8 @@ class QuantizedWeight:
             broadcastable to the weight. A weight that does not require a gradient is held whole.
         hold_step_size: A context in which the quantizer keeps its present step sizes although its
             weights move, for scales that are measured from the weights.
+        of_experts: Whether the first dimension counts experts. Each then takes noise by its own
+            gradient, and none in a step that did not use it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class QuantizedWeight:
     grid: Grid | None = None
     held: Tensor | None = None
     hold_step_size: Callable[[], AbstractContextManager[None]] = nullcontext
+    of_experts: bool = False
 
 
 WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]

@@ -137,7 +137,9 @@ class Directions:
         total = sum(weight.param.numel() for weight in weights)
         self.sizes: list[Tensor] = []
         for part, (scaled, plain) in zip(self.parts, pairs, strict=True):
-            if noise_shape == "tensor_rms":
+            if part.weight.of_experts and part.grad is not None:
+                self.sizes.append(self._size_of_experts(part, noise_shape))
+            elif noise_shape == "tensor_rms":
                 rms = plain * self._inverse_norm * math.sqrt(total / part.weight.param.numel())
                 self.sizes.append(part.moves * rms)
             else:
@@ -145,6 +147,18 @@ class Directions:
                 self.sizes.append(part.eps.reciprocal().nan_to_num_(posinf=0.0) * moves)
         self._eps_squared = [part.eps.square() for part in self.parts]
         self._noise_factors = list(map(torch.mul, self._eps_squared, self.sizes))
+
+    def _size_of_experts(self, part: Part, noise_shape: NoiseShape) -> Tensor:
+        """The size of noise for each expert: 0 where its gradient is zero, as it was not used."""
+        dims = tuple(range(1, part.param.dim()))
+        assert part.grad is not None
+        moved = part.rotated(part.grad) * part.moves
+        norms = torch.linalg.vector_norm(moved, dim=dims, keepdim=True)
+        if noise_shape == "isotropic":
+            return part.eps.reciprocal().nan_to_num_(posinf=0.0) * ((norms > 0) | (not self.guided))
+        total = sum(weight.param.numel() for weight in self.weights)
+        rms = norms * self._inverse_norm * math.sqrt(total / part.param.shape[1:].numel())
+        return part.moves * rms
 
     def has_gradient(self) -> bool:
         """Whether any gradient is not zero, of weights that stay where they are too."""

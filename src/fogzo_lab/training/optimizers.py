@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo import quantized_weights
-from fogzo.collectives import reshard
+from fogzo.layers.parameter_groups import decaying
 from fogzo.wording import nearest
 from fogzo_lab.training import parq
 from fogzo_lab.training.config import TrainConfig
@@ -48,8 +48,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     """
     name = config.optimizer.lower()
     cls = optimizer_class(config.optimizer)
-    reshard([model])  # else FSDP may expose weights that it has gathered for a forward pass
-    decays = _trained_parameters(model)
+    decays = decaying(model)
     if name == "muon":
         if config.method.name == "parq":
             raise ValueError("parq goes around one optimizer, and muon is two: --optimizer adamw")
@@ -131,19 +130,6 @@ def optimizer_class(given: str) -> type[Optimizer]:
             f"--optimizer {nearest(name, names) or 'adamw'}"
         )
     return classes[name]
-
-
-def _trained_parameters(model: nn.Module) -> dict[nn.Parameter, bool]:
-    """Every trained parameter once, in the model's order, and whether it decays."""
-    decays: dict[nn.Parameter, bool] = {}
-    for module in model.modules():
-        norm = "Norm" in type(module).__name__
-        for name, parameter in module.named_parameters(recurse=False):
-            # By name, as step sizes are of shape (groups, 1) and class tokens of (1, 1, width).
-            weight = "weight" in name and not name.endswith("_step")
-            if parameter.requires_grad:
-                decays.setdefault(parameter, weight and parameter.ndim >= 2 and not norm)
-    return decays
 
 
 def _groups(

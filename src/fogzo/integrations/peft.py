@@ -1,0 +1,39 @@
+"""Adapters of PEFT on a quantized base.
+
+model = fogzo.quantize_(AutoModelForCausalLM.from_pretrained("float"), fogzo.quest(4))
+model = peft.get_peft_model(model, peft.LoraConfig(...))  # trains adapters on the frozen base
+merged = fogzo.integrations.peft.merge_and_unload(model)
+"""
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from fogzo.layers import dequantize_
+from fogzo.layers.described import forms_of
+from fogzo.wording import listed
+
+
+def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
+    """Merge adapters into the quantized weights: a float model that answers as the two together.
+
+    PEFT's own ``merge_and_unload`` adds adapters to the latent weights, and what comes out is
+    rounded again, to other weights than were trained. Here the quantized weights are baked in
+    first, so the result is in float.
+
+    Args:
+        model: With adapters on a quantized base.
+        options: Of PEFT's ``merge_and_unload``.
+
+    Raises:
+        ValueError: If nothing in the base is quantized, or inputs are quantized, which the merged
+            layers would take in float. The model is then untouched.
+    """
+    with_input = [name for name, form in forms_of(model).items() if form.input is not None]
+    if with_input:
+        raise ValueError(
+            f"the inputs of {listed(with_input)} are quantized for the base alone, so one merged "
+            "layer cannot compute both: keep the adapters apart, model.save_pretrained(folder)"
+        )
+    return dequantize_(model).merge_and_unload(**options)

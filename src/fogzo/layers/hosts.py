@@ -1,0 +1,53 @@
+"""transformers saves and loads models by its own means, and is told what became of them."""
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+# By name, as this package must not import what is built on it.
+_INTEGRATION = "fogzo.integrations.transformers"
+
+
+def tell_transformers(model: nn.Module) -> None:
+    """Note in the config of transformers' models how they are quantized now.
+
+    What `save_pretrained` and the Trainer write then says so. Nothing happens to other models, and
+    transformers is not imported for them.
+
+    Args:
+        model: As it was given to `quantize_` or `dequantize_`: a model of transformers, or one
+            that holds some.
+    """
+    for own in _models_of_transformers(model):
+        import_module(_INTEGRATION).update_config_(own)
+
+
+def check_loaded_as_saved(model: nn.Module) -> None:
+    """Raise a `ValueError` if transformers loaded a quantized model as one in float.
+
+    It does so, with no more than a warning, where the method that its config names is unknown.
+    """
+    for own in _models_of_transformers(model):
+        found: Any = getattr(own.config, "quantization_config", None)
+        if isinstance(found, dict) and found.get("quant_method") == _INTEGRATION:
+            raise ValueError(
+                "this model was saved quantized and loaded in float, with latent weights and "
+                f"without their step sizes: import {_INTEGRATION} before from_pretrained"
+            )
+
+
+def _models_of_transformers(model: nn.Module) -> Iterator[Any]:
+    """The outermost models of transformers in a model."""
+    # A model of theirs implies that this module is loaded.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not hasattr(modeling, "PreTrainedModel"):
+        return
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, modeling.PreTrainedModel) and not inside:
+            outermost.append(name)
+            yield module

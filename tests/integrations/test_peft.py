@@ -1,0 +1,99 @@
+"""Adapters of PEFT on a quantized base: what is quantized, what trains, and what merging gives."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fogzo
+from toolbox import draw, fill
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+from fogzo.integrations.peft import merge_and_unload  # noqa: E402
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+        fill(self, 0.4)
+
+    def forward(self, x):
+        return self.head(self.down(self.up(x).tanh()))
+
+
+ADAPTERS = {"target_modules": ["up", "head"], "r": 2, "init_lora_weights": False}
+
+
+def adapted(first, **options):
+    """The network with adapters and a quantized base, in either order."""
+    config = peft.LoraConfig(**{**ADAPTERS, **options})
+    if first == "quantized first":
+        return peft.get_peft_model(fogzo.quantize_(Net(), fogzo.lsq(2)), config)
+    return fogzo.quantize_(peft.get_peft_model(Net(), config), fogzo.lsq(2))
+
+
+ORDERS = pytest.mark.parametrize("first", ["quantized first", "adapted first"])
+
+
+@ORDERS
+def test_adapters_train_in_float_on_a_quantized_base(first):
+    model = adapted(first)
+    quantized = [name for name, m in model.named_modules() if isinstance(m, fogzo.QuantizedLayer)]
+    assert quantized == ["base_model.model.up.base_layer", "base_model.model.down"]
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = (model(draw(16, 8)) - draw(16, 4, seed=1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trained
+
+
+def test_copies_of_heads_that_adapters_train_stay_in_float():
+    model = adapted("adapted first", target_modules=["up"], modules_to_save=["head"])
+    weights = [weight.name for weight in fogzo.quantized_weights(model)]
+    assert weights == ["base_model.model.up.base_layer.weight", "base_model.model.down.weight"]
+
+
+def test_adapters_are_quantized_if_they_are_asked_for():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(**ADAPTERS))
+    fogzo.quantize_(model, fogzo.lsq(2), lambda module, name: "lora_A" in name)
+    assert len(fogzo.quantized_weights(model)) == 2
+
+
+def test_on_a_frozen_base_there_is_nothing_to_refine():
+    model = adapted("quantized first")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    loss = model(draw(4, 8)).square().mean()
+    loss.backward()
+    with pytest.raises(ValueError, match=r"all frozen.*Under adapters \(LoRA\) the base stays"):
+        estimator.refine_grads_(lambda: model(draw(4, 8)).square().mean())
+
+
+@ORDERS
+def test_merging_gives_what_was_trained(first):
+    model, x = adapted(first).eval(), draw(4, 8)
+    answer = model(x)
+    # PEFT's own adds adapters to the latent weights, and rounds the sum.
+    assert (copy.deepcopy(model).merge_and_unload()(x) - answer).abs().max() > 0.01
+    merged = merge_and_unload(model)
+    torch.testing.assert_close(merged(x), answer)
+    assert not any(isinstance(module, fogzo.QuantizedLayer) for module in merged.modules())
+
+
+def test_quantized_inputs_cannot_be_merged():
+    base = fogzo.quantize_(Net(), fogzo.lsq(2), activations=fogzo.abs_max(8))
+    model = peft.get_peft_model(base, peft.LoraConfig(**ADAPTERS))
+    with pytest.raises(ValueError, match=r"keep the adapters apart"):
+        merge_and_unload(model)
+    assert isinstance(model.base_model.model.down, fogzo.QuantizedLayer)

@@ -224,6 +224,12 @@ def test_fused_experts_are_refined_saved_and_loaded(name, granularity, tmp_path)
     assert_same(again.state_dict(), model.state_dict())
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)
     answer = model(BATCH).logits
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = load(
+        tmp_path / "quantized", device_map=places, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert torch.equal(spread(BATCH).logits, answer)
     fogzo.dequantize_(model)
     model.save_pretrained(tmp_path / "float")
     assert torch.equal(load(tmp_path / "float")(BATCH).logits, answer)

@@ -283,3 +283,17 @@ def test_where_nothing_can_be_read_an_unmeasured_input_shows(activations):
     skeleton = _model(activations).eval().to("meta")
     output = vmap(lambda p, b: functional_call(skeleton, (p, b), (X,)))(params, buffers)
     assert not output.isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_an_estimator_goes_with_its_model(copied):
+    model = fogzo.quantize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), fogzo.lsq(2))
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    other, its = copied((model, estimator))
+    (record,) = its.weights
+    assert record.param is other[0].weight and record.model is other
+    with torch.no_grad():
+        other[0].weight_step.mul_(2)
+    torch.testing.assert_close(record.step_size(), 2 * estimator.weights[0].step_size())

@@ -14,7 +14,7 @@ class ExpertMatrices(nn.Module):
     """One parameter of fused experts, listed as a layer that can be quantized.
 
     `fogzo.quantize_` gives it to ``filter_fn``, under the parameter's own name. Its weight stays
-    the parameter of the module that computes with it; it has no forward of its own.
+    the parameter of the module that computes with it.
 
     Args:
         experts: The module.
@@ -26,6 +26,10 @@ class ExpertMatrices(nn.Module):
         super().__init__()
         self._held_by = (experts,)  # in a tuple, as the module is no child of this one
         self.parameter = parameter
+
+    def forward(self) -> Tensor:
+        """The weight; once it is quantized, as the experts compute with it."""
+        return self.weight
 
     @property
     def experts(self) -> nn.Module:

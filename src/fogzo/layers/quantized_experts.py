@@ -19,7 +19,11 @@ class QuantizedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, on quantized weights."""
         tracing = torch.compiler.is_dynamo_compiling()
-        weights = {name: child.weight_of_forward(tracing) for name, child in self._matrices()}
+        # By a call, as hooks (of accelerate's offloading) may have to fetch step sizes.
+        weights = {
+            name: child.weight_of_forward(tracing) if tracing else child()
+            for name, child in self._matrices()
+        }
         if tracing:
             # Only the trace sees these attributes; see QuantizedLayer.forward.
             self.__dict__.update(weights)

@@ -1,8 +1,13 @@
-"""Fused experts: one quantized matrix per expert in a parameter of three dimensions."""
+"""Fused experts: one quantized matrix per expert in a parameter of three dimensions.
+
+This file is also the program that each rank runs: ``python test_experts.py RANK FOLDER``.
+"""
 
 import copy
 import logging
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from torch import Tensor, nn
 import fogzo
 import fogzo.export
 from fogzo.layers.experts import ExpertMatrices
-from toolbox import PRESETS, WAYS, Snapshot, draw, everything, fill
+from toolbox import PRESETS, WAYS, Snapshot, draw, everything, fill, joined, run_ranks
 
 X, EXPERTS = draw(12, 8), 4
 
@@ -180,3 +185,39 @@ def test_compiled_experts_answer_the_same():
     model = fogzo.quantize_(Net(), fogzo.lsq(2))
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(X), model(X))
+
+
+# --- two ranks ------------------------------------------------------------------------------------
+
+
+def refined(quantizer, sharded):
+    """The agreement of one step and the gradient that it wrote, whole."""
+    model = fogzo.quantize_(Net(), quantizer)
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.1)
+    loss = model(X).square().mean()
+    loss.backward()
+    stats = estimator.refine_grads_(lambda: model(X).square().mean(), expected_loss=loss)
+    grad = model.experts.up.grad
+    return stats.agreement, grad.full_tensor() if sharded else grad
+
+
+def main(rank, folder):
+    with joined(rank, folder):
+        cases = (fogzo.lsq(2), fogzo.lsq(2, granularity="channel"), fogzo.quest(2))
+        torch.save([(refined(q, False), refined(q, True)) for q in cases], folder / f"{rank}.pt")
+
+
+def test_experts_are_sharded_among_ranks(tmp_path):
+    for found in run_ranks(__file__, tmp_path):
+        for (agreement, grad), (of_shards, grad_of_shards) in found:
+            assert of_shards == pytest.approx(agreement, abs=1e-6)
+            torch.testing.assert_close(grad_of_shards, grad)
+            assert not grad_of_shards[-1].any()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

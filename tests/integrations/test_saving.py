@@ -375,6 +375,10 @@ def test_other_models_of_the_same_config_are_not_touched():
     student = transformers.LlamaForCausalLM(teacher.config)
     fogzo.quantize_(student, fogzo.lsq(2))
     assert not hasattr(teacher.config, "quantization_config")
+    other = fogzo.quantize_(transformers.LlamaForCausalLM(student.config), fogzo.quest(4))
+    fogzo.dequantize_(other)
+    assert not hasattr(other.config, "quantization_config")
+    assert student.config.quantization_config.groups[0]["weight"]["rotation"] is None
     configs = [module.config for module in student.modules() if hasattr(module, "config")]
     assert len(configs) > 2 and all(config is student.config for config in configs)
 

@@ -195,11 +195,15 @@ def update_config_(model: PreTrainedModel) -> None:
     `fogzo.quantize_` and `fogzo.dequantize_` do it for the model that they are given. Call it
     where they were given a part of it alone.
     """
-    if isinstance(getattr(model.config, "quantization_config", None), FogzoConfig):
-        del model.config.quantization_config
-    if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    is_quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
+    was_quantized = isinstance(getattr(model.config, "quantization_config", None), FogzoConfig)
+    if not (is_quantized or was_quantized):
         return
     _take_own_config(model)
+    if was_quantized:
+        del model.config.quantization_config
+    if not is_quantized:
+        return
     try:
         model.config.quantization_config = FogzoConfig.of(model)
     except ValueError as error:

@@ -110,6 +110,10 @@ class ExpertQuantizer:
         """As `Quantizer.codes`."""
         return self._back(self._of_rows.codes(self._rows(weight), step), weight)
 
+    def in_step_sizes(self, weight: Tensor, step: Tensor | None = None, dim: int = 0) -> Tensor:
+        """As `Quantizer.in_step_sizes`."""
+        return self._back(self._of_rows.in_step_sizes(self._rows(weight), step), weight)
+
     def rotate(self, weight: Tensor, output_dim: int = 0) -> Tensor:
         """As `Quantizer.rotate`."""
         return self._back(self._of_rows.rotate(self._rows(weight)), weight)

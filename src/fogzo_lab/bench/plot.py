@@ -125,7 +125,7 @@ def _scaling(cases: list[CaseResults]) -> tuple[float, Draw]:
     return _LINES, draw
 
 
-def _export(cases: list[CaseResults]) -> tuple[float, Callable[[Axes], None]]:
+def _export(cases: list[CaseResults]) -> tuple[float, Draw]:
     rows: Dots = {
         case["name"]: {
             kind: _spread(case["ratios"][f"{kind}, speed over float"])

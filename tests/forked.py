@@ -28,6 +28,14 @@ _IMPORTED = [
 ]
 
 
+def start_server():
+    """Have the server run, for `multiprocessing`'s method "forkserver"."""
+    # Not when this file is imported: the programs do that too, and have servers of their own.
+    _SERVER.set_forkserver_preload(_IMPORTED)
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
 class Python:
     """``python ARGUMENTS`` as `subprocess.Popen` would run it, with one thread.
 
@@ -43,10 +51,7 @@ class Python:
         self._outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         given = (list(map(str, arguments)), environment or {}, new_session, self._outputs)
         self._process = _SERVER.Process(target=_run, args=given)
-        # Here, as the programs import this file too, and start servers of their own.
-        _SERVER.set_forkserver_preload(_IMPORTED)
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-            forkserver.ensure_running()
+        start_server()
         self._process.start()
         self.pid = self._process.pid
 

@@ -6,15 +6,17 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import start_processes
 
 import fogzo
 from fogzo.quantizers.smoothing import Rademacher, with_radius
 from fogzo.quantizers.surrogates import identity
-from fogzo_lab.bench import mezo
+from fogzo_lab.bench import mezo, ranks
 from fogzo_lab.bench.cases import NotHereError, reason
 from fogzo_lab.bench.comparing import compare
 from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig, Limits
@@ -33,6 +35,7 @@ from fogzo_lab.cli.main import main
 from fogzo_lab.interleaved import Spread, Turns, take_turns
 from fogzo_lab.training.model_config import LlamaConfig
 from fogzo_lab.training.models import Shapes, float_model
+from forked import start_server
 
 CPU = torch.device("cpu")
 TINY = BenchConfig(suite="tiny", device="cpu")
@@ -72,6 +75,8 @@ def results():
     with pytest.MonkeyPatch.context() as patch:
         for name in PEERS:
             patch.setitem(sys.modules, name, None)
+        start_server()
+        patch.setattr(ranks, "spawn", partial(start_processes, start_method="forkserver"))
         told = []
         found = run_suite(TINY, lambda *progress: told.append(progress))
     cases = sum(len(section["cases"]) for section in found["sections"].values())

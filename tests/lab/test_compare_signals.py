@@ -13,21 +13,10 @@ import pytest
 
 from fogzo_lab.cli import commands
 from fogzo_lab.cli.main import main
+from forked import Python
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = ("--rows", "ste", "fogzo", "--learning-rates", "0.003", "--num-seeds", "2")
 OPTIONS += ("--max-steps", "200", "--log-every", "5", "--no-equal-time", "--workers", "1")
-
-
-def start(*arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fogzo_lab.cli.main", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | environment,
-        start_new_session=True,
-    )
 
 
 def command(folder):
@@ -79,7 +68,7 @@ def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed,
         (signal.SIGTERM, -1, 143, "fogzo: ended by SIGTERM; finished runs are kept"),
         (signal.SIGKILL, 0, -signal.SIGKILL, ""),
     ):
-        process = start(*command(tmp_path))
+        process = Python("-m", "fogzo_lab.cli.main", *command(tmp_path), new_session=True)
         workers = wait_for_a_run(process, tmp_path, finished)
         process.send_signal(number)
         began = time.monotonic()
@@ -97,7 +86,7 @@ def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed,
 
     marked = {p for p in times_of(tmp_path, "result.json") if '"run"' in p.read_text()}
     before = times_of(tmp_path, "result.json")
-    process = start(*command(tmp_path))
+    process = Python("-m", "fogzo_lab.cli.main", *command(tmp_path), new_session=True)
     workers = wait_for_a_run(process, tmp_path)
     trainer = next(worker for worker in workers if worker.cmdline()[-1].endswith("fork"))
     trainer.kill()  # as the system does where memory runs out
@@ -153,7 +142,9 @@ def test_output_that_nobody_reads_ends_a_command_quietly(undisturbed, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_torch_is_imported_is_one_line(number, tmp_path):
-    process = start("train", "digits-mlp", "--output-dir", str(tmp_path))
+    command = [sys.executable, "-m", "fogzo_lab.cli.main", "train", "digits-mlp"]
+    command += ["--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     watched = psutil.Process(process.pid)
     while not any("libtorch" in mapped.path for mapped in watched.memory_maps()):
         assert process.poll() is None

@@ -34,7 +34,7 @@ class ForgetReport:
     Attributes:
         reached: Whether the loss to forget is at the target. If not, no weight has changed.
         step: Length of the edit, the root mean square over weights, in perturbation radii (for the
-            identity .29 steps); 0 if nothing changed.
+            identity .29 step sizes); 0 if nothing changed.
         forget_before: Quantized loss on what is to be forgotten, before.
         forget_after: The same afterwards.
         keep_before: Mean quantized loss on what is to be kept, before.

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fogzo.quantizers.checks import is_int, require_positive, require_type
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.reading import can_be_read, needs_grad
-from fogzo.quantizers.smoothing import SmoothingLaw
+from fogzo.quantizers.smoothing import Logistic, Normal
 
 Backward = Literal["gumbel_rao", "reinmax", "st"]
 
@@ -114,26 +114,26 @@ def conditional_gumbels(logits: Tensor, one_hot: Tensor) -> Tensor:
     return -log_top.where(chosen, torch.logaddexp(log_e - wide, log_top))
 
 
-def level_logits(x: Tensor, grid: Grid, law: SmoothingLaw) -> Tensor:
+def level_logits(x: Tensor, grid: Grid, law: Logistic | Normal) -> Tensor:
     """Logarithms of the probabilities of a grid's levels, ``P(Q(x + z) = level)`` for z of a law.
 
     Args:
         x: Weights divided by their step sizes.
         grid: The levels.
-        law: Of unbounded support, such as `Logistic` or `Normal`.
+        law: One that reaches every level, or some would have the logarithm of 0.
 
     Returns:
         Logits of shape ``(*x.shape, grid.num_levels)``, ascending levels, in float32 or finer.
 
     Raises:
-        ValueError: If the law cannot reach every level.
+        ValueError: If the law is another one.
     """
-    require_type("grid", grid, Grid, "level_logits(weight / step, uniform(2), Logistic())")
-    require_type("law", law, SmoothingLaw, "level_logits(weight / step, uniform(2), Logistic())")
-    if not law.cdf(torch.tensor(-6.0 * law.radius, dtype=torch.float64)) > 0:
+    require_type("grid", grid, Grid, "level_logits(weight / step_size, uniform(2), Logistic())")
+    if not isinstance(law, Logistic | Normal):
         raise ValueError(
-            f"{law} ends, so that some levels have probability 0 and no logarithm: use a law of "
-            "unbounded support, smoothing.Logistic(tau=2.0) or smoothing.Normal(sigma=0.5)"
+            f"a draw of levels needs a law of unbounded support, or some levels have probability 0 "
+            f"and no logarithm, got {law!r:.80}: Logistic(tau=2.0) or Normal(sigma=0.5), both of "
+            "fogzo.quantizers.smoothing"
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     thresholds = torch.tensor(grid.thresholds, dtype=wide.dtype, device=x.device)
@@ -146,7 +146,7 @@ def level_logits(x: Tensor, grid: Grid, law: SmoothingLaw) -> Tensor:
 def draw_levels(
     x: Tensor,
     grid: Grid,
-    law: SmoothingLaw,
+    law: Logistic | Normal,
     backward: Backward = "gumbel_rao",
     *,
     temperature: float = 1.0,
@@ -160,19 +160,20 @@ def draw_levels(
 
     >>> from fogzo.quantizers import uniform
     >>> from fogzo.quantizers.smoothing import Logistic
-    >>> weight, step = torch.zeros(64, 64, requires_grad=True), 0.1
-    >>> quantized = step * draw_levels(weight / step, uniform(2), Logistic(tau=2.0))
+    >>> weight, step_size = torch.zeros(64, 64, requires_grad=True), 0.1
+    >>> levels = draw_levels(weight / step_size, uniform(2), Logistic(tau=2.0))
+    >>> quantized = step_size * levels
 
     Args:
         x: Weights divided by their step sizes.
         grid: The levels.
-        law: Of unbounded support.
+        law: Of the noise z, in step sizes.
         backward: As in `one_hot_sample`, as are the others.
         temperature: Of the softmax whose slope is taken.
         samples: Of ``"gumbel_rao"``.
 
     Returns:
-        Levels in steps, of x's shape and dtype.
+        Levels in step sizes, of x's shape and dtype.
 
     Raises:
         ValueError: If an argument is not as described.

@@ -117,6 +117,9 @@ class Logistic(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         return self.tau / 2 * (1 - torch.tanh(self.tau * z).square())
 
+    def cdf(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self.tau * z)
+
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         # atanh(±1) is infinite, and uniform_ may return its lower bound.
         edge = 1 - 1e-7
@@ -144,6 +147,9 @@ class Normal(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         y = z / self.sigma
         return torch.exp(-0.5 * y * y) / (self.sigma * math.sqrt(2 * math.pi))
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return 0.5 * torch.erfc(-z / (self.sigma * math.sqrt(2)))
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return out.normal_(generator=generator)

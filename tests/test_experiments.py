@@ -332,6 +332,21 @@ def test_learning_rates_of_the_autoencoder_are_tuned_and_reported_on_other_seeds
         assert len(row["bound"]) == len(results["config"]["seeds"]) >= 6
 
 
+def test_the_page_of_discrete_variables_says_what_was_measured():
+    page = (ROOT / "docs" / "discrete.md").read_text(encoding="utf-8")
+    gaps = {(gap["row"], gap["other"]): gap for gap in committed("latents")["differences"]}
+    best = gaps["reinmax at 1", "st at 1"]
+    assert best["high"] < 0 and f"{-best['mean']:.3f}"[1:] + " nats below" in page
+    means = {row["name"]: statistics.mean(row["bound"]) for row in committed("latents")["rows"]}
+    ranks = sorted(means, key=means.get)
+    assert ranks[0] == "reinmax at 1"
+    assert set(ranks[1:3]) == {"gumbel_rao-10 at 0.1", "gumbel_rao-10 at 0.5"}
+    assert gaps["gumbel_rao-1 at 0.1", "st at 1"]["low"] > 0
+    assert gaps["gumbel_rao-10 at 0.1", "st at 1"]["high"] < 0
+    at_one = gaps["gumbel_rao-10 at 1", "gumbel_rao-1 at 1"]
+    assert at_one["low"] < 0 < at_one["high"]
+
+
 def scores_after(task, row, score):
     (found,) = [entry for entry in committed("forgetting")["tasks"] if entry["task"] == task]
     return statistics.mean(found["rows"][row][score])

@@ -184,7 +184,7 @@ def test_logits_far_from_each_other_keep_finite_gradients(backward):
 
 def test_weights_far_beyond_the_range_stay_there():
     x = torch.tensor([-1e6, -40.0, 40.0, 1e6], requires_grad=True)
-    levels = draw_levels(x, uniform(2), Logistic(2.0))
+    levels = draw_levels(x, uniform(2), Logistic(2.0), "gumbel_rao")
     levels.sum().backward()
     assert levels.tolist() == [-1.5, -1.5, 1.5, 1.5]
     assert x.grad.abs().max() < 1e-6
@@ -229,7 +229,8 @@ class Latent(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:2]:
-            x = one_hot_sample(layer(x).unflatten(-1, (2, 4)), samples=3).flatten(-2)
+            logits = layer(x).unflatten(-1, (2, 4))
+            x = one_hot_sample(logits, "gumbel_rao", samples=3).flatten(-2)
         return self.layers[2](x).square().mean()
 
 
@@ -272,8 +273,8 @@ def test_the_gradient_of_a_gradient_is_refused():
         ({"backward": "gumbel"}, "one of gumbel_rao, reinmax, st, got 'gumbel'"),
         ({"temperature": 0}, "temperature must be a positive, finite number, got 0"),
         ({"temperature": torch.nan}, "temperature must be a positive"),
-        ({"samples": 0}, "samples must be an integer, 1 or more, got 0"),
-        ({"samples": 2.5}, "samples must be an integer"),
+        ({"samples": 0, "backward": "gumbel_rao"}, "samples must be an integer, 1 or more, got 0"),
+        ({"samples": 2.5, "backward": "gumbel_rao"}, "samples must be an integer"),
         ({"backward": "st", "samples": 10}, r"samples=10 are of \"gumbel_rao\" alone"),
         ({"logits": torch.zeros(3, 1)}, r"two categories or more, got the shape \(3, 1\)"),
         ({"logits": torch.tensor(0.0)}, "two categories or more"),

@@ -236,10 +236,11 @@ class LlamaCpp:
     def __init__(self, path: Path) -> None:
         import llama_cpp
 
+        exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        threads = {"n_threads": 1, "n_threads_batch": 1}
         self.model = llama_cpp.Llama(
-            str(path), n_ctx=2 * PROMPT, n_threads=1, n_threads_batch=1, logits_all=True,
-            verbose=False,
-        )  # fmt: skip
+            str(path), n_ctx=2 * PROMPT, logits_all=True, verbose=False, **exact, **threads
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits of token ids of shape (length,)."""

@@ -14,6 +14,7 @@ Without one of them its rows say so. Writes results.json.
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -289,12 +290,12 @@ def llama_cpp_speeds(folder: Path, quick: bool) -> list[dict[str, Any]]:
 
 
 def interleaved(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -> Turns:
-    """Functions timed in turns of about a twentieth of a second."""
+    """Functions timed in turns of about a twentieth of a second of CPU time."""
     timed, counts = {}, {}
     for (name, kind), function in calls.items():
         function()
         key = f"{name}: {kind}"
-        timed[key] = stopwatch(function, torch.device("cpu"))
+        timed[key] = stopwatch(function, torch.device("cpu"), clock=time.process_time)
         counts[key] = max(1, int(0.05 / timed[key](1)))
     return take_turns(timed, counts, rounds)
 
@@ -350,7 +351,7 @@ def table(results: dict[str, Any]) -> Table:
         "Error of llama.cpp's logits on held-out text, in norm, over those of the trained network: "
         "as it was trained, and with its inputs rounded to 8 bits in groups of 256. Sizes and "
         f"speeds are of a LLaMA of {weights / 1e6:.0f}M weights, one thread, medians of "
-        f"interleaved turns. {where(results['environment'])}"
+        f"interleaved turns, in CPU time. {where(results['environment'])}"
     )
     return Table("", heading, rows, caption)
 

@@ -393,10 +393,10 @@ def test_a_server_that_ends_is_no_answer(tmp_path):
     way.write(export.quantized(plain, way), tmp_path / "out", tokens)
     with Server(way.reader, tmp_path / "out", tokens, 1) as server:
         assert server.logits.shape == (1, 3, 8)
-        server.answer(2)
+        assert server.answer(2, 3) > 0
         server._process.kill()
         with pytest.raises(NotHereError, match="its process ended"):
-            server.answer(2)
+            server.answer(2, 1)
 
 
 def test_reasons_are_one_line():

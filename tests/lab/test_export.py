@@ -157,7 +157,7 @@ def test_the_tokenizer_of_a_run_goes_into_its_file(tmp_path, capsys):
     read = AutoTokenizer.from_pretrained(tmp_path / "run/export/gguf", gguf_file="model.gguf")
     assert read("Line 7")["input_ids"] == tokenizer_of(name)("Line 7")["input_ids"]
     assert read.eos_token == "<|end|>"
-    code, out, err = command(capsys, *export, "--no-tokenizer", "--output", tmp_path / "bare")
+    code, out, err = command(capsys, *export, "--tokenizer", "none", "--output", tmp_path / "bare")
     assert code == 0, err
     with_words, without = (
         (folder / "model.gguf").stat().st_size

@@ -143,5 +143,5 @@ def _pre(state: dict[str, Any]) -> str | None:
 def _refusal(why: str) -> str:
     return (
         f"gguf cannot say this tokenizer, as {why}: leave it out with tokenizer=None "
-        "(--no-tokenizer), and give llama.cpp token ids"
+        "(--tokenizer none), and give llama.cpp token ids"
     )

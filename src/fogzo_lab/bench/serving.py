@@ -41,7 +41,8 @@ class Server:
         threads: Threads of the process.
 
     Attributes:
-        load_seconds: From the files to a network.
+        load_seconds: From the files to a network. As all times here they are the process's own CPU
+            time on one thread, so that other programs do not count, and those of a clock on more.
         resident_bytes: By how much the process's memory has grown with the network and its first
             answer; None where the system does not tell.
         logits: The first answer.
@@ -72,10 +73,11 @@ class Server:
             raise
         self.logits = torch.tensor(logits)
 
-    def answer(self, length: int) -> None:
-        """Let it answer to so many of the first question's tokens."""
-        self._connection.send(length)
-        self._receive()
+    def answer(self, length: int, calls: int) -> float:
+        """The seconds of so many answers to so many of the first question's tokens."""
+        self._connection.send((length, calls))
+        seconds: float = self._receive()
+        return seconds
 
     def close(self) -> None:
         """End the process."""
@@ -110,20 +112,24 @@ def _serve(
     """Load, answer, say what that took, and answer until the process is ended."""
     torch.set_num_threads(threads)
     question = torch.tensor(tokens)
+    clock = time.process_time if threads == 1 else time.perf_counter
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # of readers
             before = _resident_bytes()
-            began = time.perf_counter()
+            began = clock()
             serve = READERS[reader](folder, threads)
-            load_seconds = time.perf_counter() - began
+            load_seconds = clock() - began
             logits = serve(question)
             after = _resident_bytes()
             grown = None if before is None or after is None else after - before
             connection.send((load_seconds, grown, logits.tolist()))
             while True:
-                serve(question[:, : connection.recv()])
-                connection.send(None)
+                length, calls = connection.recv()
+                began = clock()
+                for _ in range(calls):
+                    serve(question[:, :length])
+                connection.send(clock() - began)
     except Exception as error:
         connection.send(reason(error))
 

@@ -34,16 +34,26 @@ def time_in_turns(
         steps_per_call: Seconds are divided by it.
         clock: Returns seconds.
     """
-    for function in alternatives.values():
-        for _ in range(_WARM_UPS):
-            function()
     timed = {name: stopwatch(f, device, steps_per_call, clock) for name, f in alternatives.items()}
+    return turns_within(timed, limits, steps_per_call)
+
+
+def turns_within(timed: Mapping[str, Timed], limits: Limits, steps_per_call: int = 1) -> Turns:
+    """The turns of what measures its own seconds, after a warm-up, for as long as the limits say.
+
+    Args:
+        timed: By name, what makes so many calls and returns their seconds.
+        limits: Most rounds, and seconds in all.
+        steps_per_call: What its seconds were divided by.
+    """
+    for turn in timed.values():
+        turn(_WARM_UPS)
     once = {name: turn(1) * steps_per_call for name, turn in timed.items()}
     calls = {
         name: max(1, math.ceil(_SHORTEST_TURN / max(seconds, 1e-9)))
         for name, seconds in once.items()
     }
-    round_seconds = sum(once[name] * calls[name] for name in alternatives)
+    round_seconds = sum(once[name] * calls[name] for name in timed)
     fitting = int(limits.seconds / max(round_seconds, 1e-9))
     rounds = min(limits.rounds, max(_FEWEST_ROUNDS, fitting))
     return take_turns(timed, calls, rounds)

@@ -226,7 +226,8 @@ _VIEWS = {
         "Every row is a process of its own, on CPUs. In memory: what the process grew by until it "
         "had answered once. Off by: the largest difference from the trained network's logits, over "
         "the largest of them. A token: a forward pass of one token without those before it, which "
-        "is most of what generating the next one costs. In brackets the speed over that of the "
+        "is most of what generating the next one costs. Times are CPU time where there is one "
+        "thread. In brackets the speed over that of the "
         "same reader's float network.",
         (
             _NAME,

@@ -14,7 +14,7 @@ from fogzo.export.format_table import FORMATS
 from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.data.batches import load
-from fogzo_lab.options import Example, OneOf, Options
+from fogzo_lab.options import Example, OneOf, Options, PathOrName
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table
 from fogzo_lab.training.checkpoint_format import step_of
@@ -50,8 +50,9 @@ class ExportConfig(Options):
     """Use more bits than the quantizer, where the format has no narrower type."""
     variant: Annotated[_Variant | None, Example("tq1_0")] = None
     """A type of gguf (tq1_0, q1_0, ...) or a style of onnx (nbits, qdq)."""
-    tokenizer: bool = True
-    """Write the run's tokenizer too, unless it was trained on bytes."""
+    tokenizer: Annotated[PathOrName, Example("none")] = "auto"
+    """The tokenizer to write too: auto takes the run's own, none leaves it out; or a hub id or a
+    folder with tokenizer.json."""
     verify: bool = True
     """Read the files back and compare."""
     json: bool = False
@@ -109,7 +110,7 @@ def export_run(config: ExportConfig) -> ExportReport:
         activations=config.activations,
         allow_wider=config.allow_wider,
         variant=config.variant,
-        tokenizer=_tokenizer(settings) if config.tokenizer else None,
+        tokenizer=_tokenizer(config.tokenizer, settings),
         verify=config.verify,
     )
 
@@ -140,13 +141,15 @@ def report_table(report: ExportReport) -> Table:
     return Table(f"{report.format} export", heading, rows, caption)
 
 
-def _tokenizer(settings: TrainConfig) -> Any:
-    """The run's, as transformers has it; None of a network of images or bytes."""
-    if settings.data.kind != "text" or settings.data.tokenizer == "bytes":
+def _tokenizer(name: str, settings: TrainConfig) -> Any:
+    """As transformers has it; None of a network of images or bytes."""
+    if name == "auto":
+        name = settings.data.tokenizer if settings.data.kind == "text" else "none"
+    if name in ("none", "bytes"):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(settings.data.tokenizer)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _example(task: Task) -> Tensor:

@@ -20,7 +20,8 @@ from fogzo.quantizers import Quantizer
 from fogzo_lab.bench.cases import Case, Facts, reason
 from fogzo_lab.bench.config import BenchConfig, Suite
 from fogzo_lab.bench.serving import Server
-from fogzo_lab.bench.timing import time_in_turns
+from fogzo_lab.bench.timing import turns_within
+from fogzo_lab.interleaved import Timed
 from fogzo_lab.training.model_config import LlamaConfig
 from fogzo_lab.training.models import Shapes, float_model
 
@@ -32,8 +33,6 @@ SIZES: dict[Suite, tuple[int, int, int]] = {
     "full": (512, 8, 64),
 }
 """Width, blocks, and tokens of the prompt; widths of 256, as the blocks of gguf."""
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def compare(
     with ExitStack() as running, tempfile.TemporaryDirectory() as folder:
         facts: dict[str, Facts] = {}
         failures: dict[str, str] = {}
-        calls: dict[str, Callable[[], object]] = {}
+        timed: dict[str, Timed] = {}
         for number, way in enumerate(ways):
             own: Facts = {"reader": way.reader, "prompt_tokens": tokens.shape[1]}
             try:
@@ -88,10 +87,10 @@ def compare(
             else:
                 running.enter_context(server)
                 facts[way.name] = {**own, **measured}
-                calls[f"{way.name}: prompt"] = partial(server.answer, tokens.shape[1])
-                calls[f"{way.name}: token"] = partial(server.answer, 1)
+                timed[f"{way.name}: prompt"] = partial(server.answer, tokens.shape[1])
+                timed[f"{way.name}: token"] = partial(server.answer, 1)
         base = ways[0].name
-        turns = None if base in failures else time_in_turns(calls, config.limits, _CPU)
+        turns = None if base in failures else turns_within(timed, config.limits)
         for way in ways:
             if turns is None or way.name in failures:
                 why = failures.get(way.name) or f"{base} failed: {failures[base]}"

@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ _IMPORTS = [
     "onnxruntime",
     "fogzo_lab.bench.serving",
 ]
+
+_PATIENCE = 10.0  # seconds
 
 
 class Server:
@@ -81,6 +84,9 @@ class Server:
 
     def close(self) -> None:
         """End the process."""
+        with suppress(OSError):  # it may have ended
+            self._connection.send(None)
+        self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -124,8 +130,8 @@ def _serve(
             after = _resident_bytes()
             grown = None if before is None or after is None else after - before
             connection.send((load_seconds, grown, logits.tolist()))
-            while True:
-                length, calls = connection.recv()
+            while (request := connection.recv()) is not None:
+                length, calls = request
                 began = clock()
                 for _ in range(calls):
                     serve(question[:, :length])

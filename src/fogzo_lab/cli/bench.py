@@ -18,6 +18,10 @@ def run(arguments: Sequence[str]) -> None:
     find_device(config.device)  # before anything is written
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail at once
+    if "export" in config.sections:
+        from transformers.utils.logging import disable_progress_bar  # here, as it takes a second
+
+        disable_progress_bar()  # of saving; it would go between the lines here
     with display.progress(len(config.sections), "measuring") as advance:
         results = run_suite(config, advance)
     write_text(folder / "results.json", dumps(results, indent=1) + "\n")

@@ -28,7 +28,9 @@ from fogzo_lab.bench import plot as bench_plot
 from fogzo_lab.bench import views
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.comparison.overview import (
+    beside_table,
     differences_table,
+    leaders_table,
     rivals_table,
     tuning_table,
     verdict_table,
@@ -80,6 +82,12 @@ NETWORKS = {
     },
 }
 """The folders of the comparisons with the paper's, by network and quantizer."""
+
+METHODS = {
+    "MLP, methods: fixed, identity": "methods-mnist-mlp",
+    "MLP, methods: LSQ, W2": "methods-mnist-mlp-lsq",
+}
+"""Those of the methods that a user would weigh."""
 
 PAPER = {
     ("DeiT", "fixed, identity"): ("DeiT-Tiny", "62.72 → 70.06"),
@@ -292,12 +300,21 @@ def table(name: str, results: Results) -> Table:
 
 def verdicts(results: Results) -> Table:
     """Every network in one table."""
-    lines = {
+    return verdict_table(results.comparisons(every_network()))
+
+
+def leaders(results: Results) -> Table:
+    """What led each comparison."""
+    return leaders_table(results.comparisons(METHODS | every_network()))
+
+
+def every_network() -> dict[str, str]:
+    """The folders of all networks, by network and quantizer."""
+    return {
         f"{network}: {quantizer}": folder
         for network, quantizers in NETWORKS.items()
         for quantizer, folder in quantizers.items()
     }
-    return verdict_table(results.comparisons(lines))
 
 
 def paper(results: Results) -> Table:
@@ -338,6 +355,11 @@ def measured(table: Table, results: dict[str, Any], threads: bool = True) -> Tab
 
 TABLES: dict[str, Callable[[Results], Table]] = {
     "verdicts": verdicts,
+    "leaders": leaders,
+    **{
+        folder: lambda results, folder=folder: beside_table(results.comparison(folder))
+        for folder in METHODS.values()
+    },
     **{
         f"network-{network.lower()}": lambda results, own=own: differences_table(
             results.comparisons(own)

@@ -11,8 +11,10 @@ from fogzo_lab.comparison import run_cache
 from fogzo_lab.comparison import tables as words
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
 from fogzo_lab.comparison.overview import (
+    beside_table,
     best_free_rival,
     differences_table,
+    leaders_table,
     rivals_table,
     tuning_table,
     verdict_table,
@@ -253,6 +255,39 @@ def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
     assert table.rows[1] == ["another", "+ / ·", "= / ·", "− / ·", "= / · (STE, unmasked)"]
     assert "9 signs in the first three columns: 2 are +, 4 are − and 3 are =" in table.caption
     assert "edge of the grid: 2 of 9 tuned rows" in table.caption
+
+
+def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
+    cage = row("ste-cage", (0.81, 0.83, 0.82), value=10.0, tuning=[Candidate(0.01, 10.0, 0.3)])
+    later = row("ste", (0.82, 0.83, 0.84), budget="time", tuning=[Candidate(0.01, None, 0.2)])
+    found = replace(
+        made(*RIVALS, FOGZO, cage, later),
+        run_seconds={
+            "ste": 2.0,
+            "ste-unmasked": 2.0,
+            "placebo": 2.2,
+            "fogzo": 4.0,
+            "ste-cage": 2.1,
+        },
+        environment={"processor": "P", "cores": 2, "torch": "2", "date": "today"},
+    )
+    table = beside_table(found)
+    assert table.heading[1:5] == [
+        "test accuracy %",
+        "− STE",
+        "test accuracy % at equal time",
+        "− STE",
+    ]
+    (line,) = [cells for cells in table.rows if cells[0] == "STE, CAGE"]
+    assert line[1:3] == ["82.00 ± 1.00", "**+4.00 [+1.52, +6.48]** better"]
+    assert line[3:] == ["82.00 ± 1.00", "-1.00 [-3.48, +1.48]", "0.01, strength 10", "1.05"]
+    assert table.rows[0][2] == "" and "FOGZO's seconds" in table.caption
+    assert leaders_table({"a net": found}).rows == [
+        ["a net", "steps", "78.00 ± 1.00", "STE, CAGE", line[2], "**+2.00 [+2.00, +2.00]** better"],
+        ["a net", "time", "83.00 ± 1.00", "STE", "", "**-3.00 [-3.00, -3.00]** worse"],
+    ]
+    with pytest.raises(ValueError, match="there is no row ste at equal steps, only placebo"):
+        beside_table(replace(found, rows=(RIVALS[2],)))
 
 
 def test_the_best_free_rival_is_chosen_by_validation_loss_and_costs_nothing():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fogzo_lab.comparison.intervals import Interval, Verdict
 from fogzo_lab.comparison.results import Budget, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.comparison.tables import where
 from fogzo_lab.table import Table
 
 RIVALS = ("ste", "ste-unmasked", "placebo")
@@ -18,6 +19,7 @@ SIGNS: Mapping[Verdict | None, str] = {
     None: "·",
 }
 _BUDGETS: tuple[Budget, ...] = ("steps", "time")
+_WHEN: Mapping[Budget, str] = {"steps": "", "time": " at equal time"}
 
 
 def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
@@ -105,6 +107,82 @@ def rivals_table(comparison: Comparison, name: str) -> Table:
     heading = ["rival", f"{main.name} of the rival", f"of {label}", "difference"]
     caption = "All rows take the seconds of a whole run of FOGZO. Differences are paired by seed."
     return Table(label, heading, rows, caption)
+
+
+def beside_table(comparison: Comparison, name: str = "ste") -> Table:
+    """Every row minus one of them at each budget, what it was tuned to and what a step costs.
+
+    Args:
+        comparison: It has that row.
+        name: The row that the others are compared with.
+
+    Raises:
+        ValueError: If it lacks the row.
+    """
+    main, base = comparison.main_metric, ROWS[name].label
+    budgets = _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]
+    heading = ["method"]
+    for budget in budgets:
+        heading += [f"{main.heading}{_WHEN[budget]}", f"− {base}"]
+    heading += ["learning rate, own parameter", f"step time / {base}'s"]
+    seconds, rows = comparison.run_seconds, []
+    for row in comparison.rows:
+        if row.budget != "steps":
+            continue
+        cells = [row.label]
+        for budget in budgets:
+            found = comparison.find(row.name, budget) or row
+            gap = main.called(_minus(comparison, found, name, budget))
+            cells += [main.spread(found.summary(main.key)), gap]
+        tuned = f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")
+        cells += [", ".join(filter(None, (tuned, row.chosen_value)))]
+        rows.append([*cells, f"{seconds[row.name] / seconds[name]:.2f}"])
+    time = "; at equal time each row takes as many steps as fit into FOGZO's seconds"
+    caption = (
+        f"Mean ± standard deviation over {comparison.num_seeds} seeds, differences paired by seed, "
+        f"with 95% intervals, bold where they exclude zero{time if len(budgets) > 1 else ''}. "
+        "Chosen by validation loss and shown as chosen at equal steps. "
+        f"{where(comparison.environment)}"
+    )
+    return Table("", heading, rows, caption)
+
+
+def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """For every comparison and budget the row of lowest validation loss, and FOGZO, minus STE.
+
+    Args:
+        comparisons: By what was trained, and how it was quantized; each has STE and FOGZO.
+    """
+    rows = []
+    for label, comparison in comparisons.items():
+        main = comparison.main_metric
+        for budget in _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]:
+            names = dict.fromkeys(row.name for row in comparison.rows if row.name != "float")
+            found = [row for name in names if (row := comparison.find(name, budget)) is not None]
+            leader = min(found, key=lambda row: row.best_loss)
+            ste, fogzo = (comparison.find(name, budget) for name in ("ste", "fogzo"))
+            if ste is None or fogzo is None:
+                raise ValueError(f"{label} lacks a row: expected ste and fogzo")
+            gaps = [_minus(comparison, row, "ste", budget) for row in (leader, fogzo)]
+            reached = main.spread(ste.summary(main.key))
+            rows.append([label, budget, reached, leader.label, *map(main.called, gaps)])
+    heading = ["network: quantizer", "equal", "STE", "lowest validation loss", "it − STE"]
+    caption = (
+        "Test accuracy in % (more is better), or perplexity for LLaMA (less is better), mean ± "
+        "standard deviation over seeds; differences paired by seed, with 95% intervals, bold where "
+        "they exclude zero. Comparisons differ in the rows that were in them."
+    )
+    return Table("Leaders", [*heading, "FOGZO − STE"], rows, caption)
+
+
+def _minus(comparison: Comparison, row: RowResult, name: str, budget: Budget) -> Interval | None:
+    """A row minus that of the name at the same budget; None for that row itself."""
+    base = comparison.find(name, budget)
+    if base is None:
+        known = ", ".join(each.name for each in comparison.rows)
+        raise ValueError(f"there is no row {name} at equal {budget}, only {known}")
+    key = comparison.main_metric.key
+    return None if row is base else Interval.paired(row.values(key), base.values(key))
 
 
 def tuning_table(comparisons: Mapping[str, Comparison]) -> Table:

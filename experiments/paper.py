@@ -90,7 +90,7 @@ def comparisons() -> dict[str, CompareConfig]:
             replace(short, radius=radius), equal_time=False
         )
     fixed, lsq = (QuantizerConfig(preset=preset, bits=2) for preset in ("fixed", "lsq"))
-    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, (9.49e-4, 3e-3, 9.49e-3))
+    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, (9.49e-4, 3e-3, 9.49e-3, 0.03))
     found["methods-mnist-mlp-lsq"] = methods(
         lsq, METHOD_ROWS + PUBLISHED_ROWS, (3e-3, 9.49e-3, 0.03), equal_time=False
     )

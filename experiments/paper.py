@@ -89,11 +89,9 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"radius-{radius:g}-mnist-mlp"] = small(
             replace(short, radius=radius), equal_time=False
         )
-    fixed, lsq = (QuantizerConfig(preset=preset, bits=2) for preset in ("fixed", "lsq"))
-    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, (9.49e-4, 3e-3, 9.49e-3, 0.03))
-    found["methods-mnist-mlp-lsq"] = methods(
-        lsq, METHOD_ROWS + PUBLISHED_ROWS, (3e-3, 9.49e-3, 0.03), equal_time=False
-    )
+    fixed = QuantizerConfig(preset="fixed", bits=2)
+    rates = (9.49e-4, 3e-3, 9.49e-3, 0.03)
+    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, rates, equal_time=False)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fogzo_lab.comparison.intervals import Interval
 from fogzo_lab.comparison.overview import best_free_rival
 from fogzo_lab.comparison.results import Comparison
 
@@ -152,6 +153,42 @@ def test_choosing_says_what_was_measured_of_the_perceptron():
     lost = gap(quest, "ste")
     said = f"loses {-lost['mean']:.1f} points [{-lost['high']:.1f}, {-lost['low']:.1f}]"
     assert said in page and gap(quest, "placebo")["high"] < 0
+
+
+def minus(results, name, base):
+    """A row minus another in percentage points, in the words of the pages."""
+    rows = {row["name"]: row for row in results["rows"] if row["budget"] == "steps"}
+    ours, theirs = ([seed["test_accuracy"] for seed in rows[n]["seeds"]] for n in (name, base))
+    found = Interval.paired(ours, theirs)
+    mean, low, high = (f"{100 * number:+.1f}" for number in (found.mean, found.low, found.high))
+    return f"{mean} points [{low}, {high}]", found.verdict(more_is_better=True)
+
+
+def test_choosing_says_what_was_measured_of_methods():
+    page, fixed = words("docs/choosing.md"), committed("methods-mnist-mlp")
+    seconds = fixed["run_seconds_measured_in_turns"]
+    cost = {name: f"{each / seconds['ste']:.2f} times" for name, each in seconds.items()}
+    half, bbq = "float-then-ste", "ste-bbq"
+    assert f"STE reaches {accuracy(fixed, 'ste')}. With half of the steps in float" in page
+    assert f"it reaches {accuracy(fixed, half)} at {cost[half]} the cost" in page
+    assert f"on `fogzo.bbq(2)` {accuracy(fixed, bbq)} at {cost[bbq]}" in page
+    assert f'`surrogate="identity_unmasked"`: {accuracy(fixed, "ste-unmasked")}, for free' in page
+    assert f"**PARQ**: {accuracy(fixed, 'parq')}, on step sizes of its own" in page
+    for name, said in (
+        ("ste-cage", "strength: {} over STE"),
+        ("ste-cewt", "**CEWT**: {} at " + cost["ste-cewt"] + " the cost"),
+        ("placebo", "forward passes, {} over STE"),
+        ("fogzo", "`FogzoEstimator`: {} over STE at " + cost["fogzo"] + " the cost"),
+    ):
+        difference, verdict = minus(fixed, name, "ste")
+        assert verdict == "better" and said.format(difference) in page
+    for name in ("ste-winq", "ste-dampening", "ste-stable-qat"):
+        assert minus(fixed, name, "ste")[1] == "not significant"
+    difference, verdict = minus(fixed, "fogzo", "placebo")
+    assert verdict == "not significant"
+    assert f"{difference.replace(' points', '')} over the placebo, which is not" in page
+    for name in (half, bbq, "ste-unmasked", "parq"):
+        assert minus(fixed, "fogzo", name)[1] == "worse"
 
 
 def test_what_the_results_say_in_words_is_what_was_measured():

@@ -150,6 +150,8 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
 def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
     """For every comparison and budget the row of lowest validation loss, and FOGZO, minus STE.
 
+    Rows without quantized training cannot lead.
+
     Args:
         comparisons: By what was trained, and how it was quantized; each has STE and FOGZO.
     """
@@ -157,8 +159,9 @@ def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
     for label, comparison in comparisons.items():
         main = comparison.main_metric
         for budget in _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]:
-            names = dict.fromkeys(row.name for row in comparison.rows if row.name != "float")
-            found = [row for name in names if (row := comparison.find(name, budget)) is not None]
+            names = dict.fromkeys(row.name for row in comparison.rows)
+            trained = [n for n in names if n != "float" and not ROWS[n].quantized_after]
+            found = [row for name in trained if (row := comparison.find(name, budget)) is not None]
             leader = min(found, key=lambda row: row.best_loss)
             ste, fogzo = (comparison.find(name, budget) for name in ("ste", "fogzo"))
             if ste is None or fogzo is None:

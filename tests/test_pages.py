@@ -44,7 +44,9 @@ def test_python_code_runs_from_top_to_bottom(name, capsys):
             if needs is None:
                 exec(compiled, namespace)
     if name == "README.md":
-        assert 0 < float(capsys.readouterr().out) < 3  # the printed agreement
+        agreement, *inspection = capsys.readouterr().out.splitlines()
+        assert 0 < float(agreement) < 3
+        assert inspection[0].startswith("layer")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -5,6 +5,7 @@ This file is also the program that each rank runs.
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fogzo
 from fogzo import collectives
-from fogzo.methods import cage, cewt, dampening, quantize_from, winq
+from fogzo.methods import cage, cewt, dampening, project_, quantize_from, winq
 from toolbox import draw, everything, fill, joined, run_ranks
 
 STEPS = 6
@@ -31,12 +32,14 @@ METHODS = {
     "winq": lambda model, optimizer: winq(model, every=2, keep=0.5),
     "dampening": lambda model, optimizer: dampening(model, total_steps=STEPS),
     "switch": lambda model, optimizer: quantize_from(model, 0.5, total_steps=STEPS),
+    "project": lambda model, optimizer: partial(project_, model),
 }
 CASES = [
     (method, preset)
     for method in METHODS
     for preset in PRESETS
     if method == "switch" or preset != "bbq"
+    if method != "project" or preset == "fixed"  # the only constant steps
 ]
 
 
@@ -74,6 +77,8 @@ def train(method, preset, rank=None, fsdp=False):
             made.pull_()
         elif method == "switch":
             made.advance_()
+        elif method == "project":
+            made()
     return {n: collectives.full(p.detach()).clone() for n, p in model.named_parameters()}
 
 

@@ -340,6 +340,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         hold_step_size=nullcontext
         if quantizer.scale.has_state
         else partial(_held_step_sizes, layers),
+        has_constant_step_size=quantizer.scale.kind == "fixed",
     )
 
 

@@ -41,6 +41,7 @@ class QuantizedWeight:
             weights move, for scales that are measured from the weights.
         of_experts: Whether the first dimension counts experts. Each then takes noise by its own
             gradient, and none in a step that did not use it.
+        has_constant_step_size: False where it is learned, or measured in every forward pass.
     """
 
     name: str
@@ -54,6 +55,7 @@ class QuantizedWeight:
     held: Tensor | None = None
     hold_step_size: Callable[[], AbstractContextManager[None]] = nullcontext
     of_experts: bool = False
+    has_constant_step_size: bool = True
 
 
 WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]

@@ -9,6 +9,7 @@ pull.pull_()
 from fogzo.methods.cewt import Cewt, cewt, project_to_gaussian
 from fogzo.methods.forgetting import ForgetReport, forget_
 from fogzo.methods.phases import Switch, quantize_from
+from fogzo.methods.project import project_
 from fogzo.methods.pull import GridPenalty, GridPull, cage, dampening, winq
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "cewt",
     "dampening",
     "forget_",
+    "project_",
     "project_to_gaussian",
     "quantize_from",
     "winq",

@@ -312,10 +312,10 @@ def _move(weight: QuantizedWeight, share: float) -> None:
     param = local(weight.param)
     w, level, _, _ = rounded(weight)
     if weight.rotate is None:
-        level = level.where(_free(weight), w)
+        level = level.where(free(weight), w)
         param.copy_(torch.lerp(w, level, share))  # exactly the level at 1
     else:
-        change = weight.rotate(level - w) * _free(weight)
+        change = weight.rotate(level - w) * free(weight)
         param.copy_(param.to(change.dtype).add_(change, alpha=share))
 
 
@@ -325,10 +325,10 @@ def _distance_within_range(weight: QuantizedWeight) -> Tensor:
     distance = w.clamp(low, high) - level
     if weight.rotate is not None:
         distance = weight.rotate(distance)
-    return distance * _free(weight)
+    return distance * free(weight)
 
 
-def _free(weight: QuantizedWeight) -> Tensor:
+def free(weight: QuantizedWeight) -> Tensor:
     """True where a weight may move; broadcastable to this rank's shard."""
     device = local(weight.param).device
     if weight.held is None:

@@ -20,9 +20,16 @@ from fogzo.quantizers.scales import (
     max_scale,
     rms_scale,
 )
-from fogzo.quantizers.surrogates import SURROGATE_NAMES, Surrogate, resolve_surrogate
+from fogzo.quantizers.surrogates import (
+    DRAWN_SURROGATE_NAMES,
+    SURROGATE_NAMES,
+    Surrogate,
+    adjacent,
+    resolve_surrogate,
+)
 
 __all__ = [
+    "DRAWN_SURROGATE_NAMES",
     "SIGN",
     "SURROGATE_NAMES",
     "TERNARY",
@@ -35,6 +42,7 @@ __all__ = [
     "Surrogate",
     "abs_max",
     "abs_mean_scale",
+    "adjacent",
     "bbq",
     "conditional_gumbels",
     "draw_levels",

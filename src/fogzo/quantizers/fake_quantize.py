@@ -35,7 +35,8 @@ def fake_quantize(
         grids: The levels Q rounds to: one grid, or two to choose from.
         surrogate: Whose slope is h'.
         grad_scales: Multiplies the gradient of the step sizes, for each grid.
-        dither: Added to x before rounding, for stochastic rounding; the slope stays that at x.
+        dither: Added to x before rounding, for stochastic rounding; the slope stays that at x, or
+            is that of the level that was drawn (`surrogates.adjacent`).
         second: A bool tensor of one element, true for the second of two grids. Its value is part
             of the arithmetic, so nothing waits for a device to read it.
     """
@@ -92,10 +93,13 @@ class _FakeQuantize(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, step, ctx.grids, ctx.surrogate, ctx.grad_scales, dither, second = inputs
+        ctx.is_drawn = dither is not None and ctx.surrogate.is_of_drawn_level
         if ctx.needs_input_grad[1]:
             # Under autocast the layer keeps a copy of lower precision, and only that.
             half = torch.is_autocast_enabled(weight.device.type)
             ctx.save_for_backward(weight, step, dither, second, None if half else output)
+        elif ctx.is_drawn:
+            ctx.save_for_backward(weight, step, None, second, output)
         elif ctx.surrogate.passes_all:
             # The gradient passes as it is.
             ctx.save_for_backward(None, None, None, None, None)
@@ -109,8 +113,11 @@ class _FakeQuantize(Function):
         if weight is None:
             return grad, None, None, None, None, None, None
         grids, surrogate, grad_scales = ctx.grids, ctx.surrogate, ctx.grad_scales
+        if output is None and ctx.needs_input_grad[1]:
+            output = fake_quantize(weight, step, grids, surrogate, grad_scales, dither, second)
+        drawn = output if ctx.is_drawn else None
         grad_weight = _of_chosen(
-            second, grids, lambda grid: surrogate.pull_back(grad, weight, step, grid)
+            second, grids, lambda grid: surrogate.pull_back(grad, weight, step, grid, drawn)
         )
         grad_step = None
         if ctx.needs_input_grad[1]:
@@ -119,10 +126,8 @@ class _FakeQuantize(Function):
                 masked = _of_chosen(
                     second,
                     grids,
-                    lambda grid: surrogate.pull_back_for_step_size(grad, weight, step, grid),
+                    lambda grid: surrogate.pull_back_for_step_size(grad, weight, step, grid, drawn),
                 )
-            if output is None:
-                output = fake_quantize(weight, step, grids, surrogate, grad_scales, dither, second)
             # Both parts of Q(x) - x h'(x), times the step size, are at hand.
             total = _sum_to(step, grad, output) - _sum_to(step, masked, weight)
             grad_step = (total / step * _chosen_scale(second, grad_scales)).to(step.dtype)
@@ -142,16 +147,18 @@ class _ForwardModeFakeQuantize(_FakeQuantize):
         weight, step, second, output = ctx.saved_tensors
         grids, surrogate = ctx.grids, ctx.surrogate
         # A slope acts on each element alone, so what it does to a gradient it does to a tangent.
-        tangent = torch.zeros_like(output)
+        tangent, drawn = torch.zeros_like(output), output if ctx.is_drawn else None
         if along_weight is not None:
             tangent = tangent + _of_chosen(
-                second, grids, lambda grid: surrogate.pull_back(along_weight, weight, step, grid)
+                second,
+                grids,
+                lambda grid: surrogate.pull_back(along_weight, weight, step, grid, drawn),
             )
         if along_step is not None:
             masked = _of_chosen(
                 second,
                 grids,
-                lambda grid: surrogate.pull_back_for_step_size(weight, weight, step, grid),
+                lambda grid: surrogate.pull_back_for_step_size(weight, weight, step, grid, drawn),
             )
             scale = _chosen_scale(second, ctx.grad_scales)
             tangent = tangent + (output - masked) / step * (scale * along_step).to(output.dtype)

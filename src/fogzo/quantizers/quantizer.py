@@ -51,7 +51,8 @@ class Quantizer:
             takes: for the identity the clipped weight itself, rounded up more often
             the nearer it is. Surrogates without a law take uniform noise as wide as the grid's
             spacing. Draws come from torch's global stream, which FOGZO's probes replay. Codes are
-            those of rounding to nearest.
+            those of rounding to nearest. The surrogate ``"adjacent"`` needs it, and is given
+            together with it: ``replace(fogzo.fixed(2), surrogate="adjacent", stochastic=True)``.
         companding: A curve that weights pass before they are rounded, or None. Step sizes are then
             those of the output alone.
         noise: In training, round ``w + N(0, noise^2)`` in place of a weight w, and move a learned
@@ -92,6 +93,12 @@ class Quantizer:
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
         object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))
+        if surrogate.is_of_drawn_level and not self.stochastic:
+            raise ValueError(
+                f"the slope {surrogate.name!r} is that of a level that was drawn, and this "
+                "quantizer rounds to the nearest: dataclasses.replace(fogzo.fixed(2), "
+                f"surrogate={surrogate.name!r}, stochastic=True)"
+            )
         masks = surrogate.range_slack not in (None, math.inf)
         # Only inputs have unsigned levels, and no input is stuck.
         if self.stochastic and masks and self.grid.low < 0:

@@ -33,6 +33,17 @@ class SmoothingLaw(ABC):
     def pdf(self, z: Tensor) -> Tensor:
         """Density at z."""
 
+    def cdf(self, z: Tensor) -> Tensor:
+        """P(Z <= z), for laws by whose noise levels are drawn (`surrogates.adjacent`).
+
+        Raises:
+            ValueError: If this law has none here.
+        """
+        raise ValueError(
+            f"{self} has no distribution function here, which the slope of a drawn level needs: "
+            "adjacent(Logistic(3.0)), or write a cdf for it"
+        )
+
     @abstractmethod
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill ``out`` with independent u of zero mean and unit variance, and return it.
@@ -62,6 +73,9 @@ class Uniform(SmoothingLaw):
     def pdf(self, z: Tensor) -> Tensor:
         return (z.abs() <= self.width / 2).to(z.dtype) / self.width
 
+    def cdf(self, z: Tensor) -> Tensor:
+        return (z / self.width + 0.5).clamp(0, 1)
+
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return _fill_uniform_(out, math.sqrt(3), generator)
 
@@ -89,6 +103,10 @@ class Triangular(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         return (1 - (z / self.half_width).abs()).clamp(min=0) / self.half_width
+
+    def cdf(self, z: Tensor) -> Tensor:
+        y = (z / self.half_width).clamp(-1, 1)
+        return 0.5 + y - 0.5 * y * y.abs()
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         _fill_uniform_(out, 1.0, generator)
@@ -257,6 +275,9 @@ class Scaled(SmoothingLaw):
 
     def pdf(self, z: Tensor) -> Tensor:
         return self.law.pdf(z / self.factor) / self.factor
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self.law.cdf(z / self.factor)
 
     def sample_(self, out: Tensor, generator: Generator | None = None) -> Tensor:
         return self.law.sample_(out, generator)

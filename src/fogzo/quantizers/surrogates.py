@@ -44,6 +44,8 @@ class Surrogate:
             kernels.
         kernel: The density summed over thresholds where there is no law of finite variance, for
             example ``lambda z: gamma / (math.pi * (z * z + gamma**2))`` for an arctangent.
+        least_probability: For rules whose slope depends on the level that was drawn, the least
+            probability that they divide by (`adjacent`). None for all others.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Surrogate:
     perturbation: SmoothingLaw
     range_slack: float | None = None
     kernel: Kernel | None = None
+    least_probability: float | None = None
 
     def __post_init__(self) -> None:
         example = 'Surrogate("wide", Uniform(2.0), Uniform(2.0))'
@@ -68,6 +71,12 @@ class Surrogate:
                 f"kernel must be a function from tensor to tensor, got {self.kernel!r:.80}: "
                 "for example the pdf of a law, Uniform(2.0).pdf"
             )
+        least = self.least_probability
+        if least is not None and not (is_number(least) and 0 < least <= 1):
+            raise ValueError(
+                "least_probability must be above 0 and at most 1, as slopes are divided by it, "
+                f"got {least!r}: adjacent(least_probability=0.1)"
+            )
 
     @property
     def radius(self) -> float:
@@ -75,8 +84,13 @@ class Surrogate:
         return self.perturbation.radius
 
     @property
+    def is_of_drawn_level(self) -> bool:
+        """Whether the slope depends on the level that was drawn, so that one must be drawn."""
+        return self.least_probability is not None
+
+    @property
     def passes_all(self) -> bool:
-        """Whether the slope is 1 everywhere, so the backward pass needs no mask."""
+        """Whether the slope (its mean over draws) is 1 everywhere, so no mask is needed."""
         return self.range_slack == math.inf
 
     def slope(self, x: Tensor, grid: Grid) -> Tensor:
@@ -89,14 +103,43 @@ class Surrogate:
             total = total + density(x - threshold)
         return total if grid.spacing == 1 else total * grid.spacing
 
-    def pull_back(self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
-        """``grad * h'(weight / step)``: what the backward pass makes of a gradient."""
+    def slope_of_drawn(self, x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+        """``(f_in + f_out) / 2p`` at x where this level was drawn (see `adjacent`)."""
+        law, half = self.perturbation, grid.spacing / 2
+        enter, leave = x - (level - half - grid.margin), x - (level + half - grid.margin)
+        lowest, highest = level < grid.low + half, level > grid.high - half
+        density = law.pdf(enter).where(~lowest, 0) + law.pdf(leave).where(~highest, 0)
+        probability = law.cdf(enter).where(~lowest, 1) - law.cdf(leave).where(~highest, 0)
+        assert self.least_probability is not None
+        slope = grid.spacing * density / (2 * probability.clamp(min=self.least_probability))
+        if self.law is None:  # and so no mask
+            return slope.where((x > grid.low) & (x < grid.high), 1)
+        return slope
+
+    def pull_back(
+        self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, drawn: Tensor | None = None
+    ) -> Tensor:
+        """``grad * h'(weight / step)``: what the backward pass makes of a gradient.
+
+        Args:
+            grad: Of the quantized weight.
+            weight: The latent weight.
+            step: Step sizes that broadcast against it.
+            grid: The levels.
+            drawn: The quantized weight, for the slope of the level that was drawn; without it a
+                rule with such a slope takes its mean over draws.
+        """
+        if drawn is not None and self.is_of_drawn_level:
+            wide = torch.promote_types(weight.dtype, torch.float32)  # or 1 - |x - k| is coarse
+            step = step.to(wide)
+            slope = self.slope_of_drawn(weight.to(wide) / step, drawn.to(wide) / step, grid)
+            return (grad * slope).to(grad.dtype)
         if self.range_slack is None:
             return grad * self.slope(weight / step, grid)
         return grad if self.passes_all else _masked(grad, weight, step, grid, self.range_slack)
 
     def pull_back_for_step_size(
-        self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid
+        self, grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, drawn: Tensor | None = None
     ) -> Tensor:
         """The same with the slope in the step size's gradient ``Q(x) - x h'(x)``.
 
@@ -104,9 +147,9 @@ class Surrogate:
         pull the step size without bound there, against the levels that are really used, so it
         gets LSQ's gradient, masked at the range.
         """
-        if self.range_slack is None:
-            return self.pull_back(grad, weight, step, grid)
-        return _masked(grad, weight, step, grid, 0.0)
+        if self.range_slack is None or self.is_of_drawn_level:
+            grad = self.pull_back(grad, weight, step, grid, drawn)
+        return grad if self.range_slack is None else _masked(grad, weight, step, grid, 0.0)
 
 
 def _masked(grad: Tensor, weight: Tensor, step: Tensor, grid: Grid, slack: float) -> Tensor:
@@ -165,6 +208,39 @@ def trust(spacing: float = 1.0) -> Surrogate:
     [[1.0, 0.0]]
     """
     return Surrogate("trust", None, Uniform(spacing), range_slack=spacing / 2)
+
+
+def adjacent(
+    law: SmoothingLaw | None = None, spacing: float = 1.0, least_probability: float | None = None
+) -> Surrogate:
+    """The slope that fits a drawn level: for weights that are rounded at random.
+
+    The level k was drawn with the probability p_k, and the densities of the noise at the thresholds
+    on either side of it are f_in and f_out. The slope is ``m_k = (f_in + f_out) / (2 p_k)``. Then
+    the mean over draws of ``L'(k) m_k`` is a sum over thresholds of f times the mean of L' at the
+    two levels there. Where L is quadratic in each weight, that is exactly the slope of
+    ``E L(Q(x + z))``. The mean of m_k is the slope that the same law has without draws.
+
+    Without a law the noise is uniform over one step, so a weight between two levels takes one of
+    them, with probability ``1 - |x - k|``, and ``m = 1 / (2 (1 - |x - k|))``. Beyond the range,
+    where nothing is drawn, the slope is 1. A law of unbounded support, ``adjacent(Logistic(3.0))``,
+    needs no such rule.
+
+    >>> from fogzo.quantizers import uniform
+    >>> x, level = torch.tensor([0.25, 0.25, 9.0]), torch.tensor([0.0, 1.0, 3.0])
+    >>> [round(slope, 3) for slope in adjacent().slope_of_drawn(x, level, uniform(3)).tolist()]
+    [0.667, 2.0, 1.0]
+
+    Args:
+        law: Of the noise that draws.
+        spacing: Of the grid's levels, where there is no law.
+        least_probability: What p_k is raised to, which bounds the slope and biases it where levels
+            so unlikely are drawn. By default 0.1, and 0.001 where there is a law.
+    """
+    noise = law or Uniform(spacing)
+    least = least_probability or (0.1 if law is None else 1e-3)
+    slack = math.inf if law is None else None
+    return Surrogate("adjacent", law, noise, range_slack=slack, least_probability=least)
 
 
 def hardtanh() -> Surrogate:
@@ -259,6 +335,9 @@ _FIXED_WIDTH: dict[str, Callable[[], Surrogate]] = {
     "erf": erf,
 }
 SURROGATE_NAMES = (*_AS_WIDE_AS_THE_GRID, *_FIXED_WIDTH)
+"""Of surrogates for any kind of rounding."""
+DRAWN_SURROGATE_NAMES = ("adjacent",)
+"""Of those whose slope depends on the level that was drawn: for ``stochastic=True``."""
 
 
 def resolve_surrogate(surrogate: str | Surrogate, grid: Grid) -> Surrogate:
@@ -274,9 +353,13 @@ def resolve_surrogate(surrogate: str | Surrogate, grid: Grid) -> Surrogate:
         return _AS_WIDE_AS_THE_GRID[surrogate](grid.spacing)
     if isinstance(surrogate, str) and surrogate in _FIXED_WIDTH:
         return _FIXED_WIDTH[surrogate]()
+    if surrogate == "adjacent":
+        require_type("grid", grid, Grid, 'resolve_surrogate("adjacent", uniform(2))')
+        return adjacent(spacing=grid.spacing)
+    names = (*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES)
     close = get_close_matches(str(surrogate), SURROGATE_NAMES, n=1)
     suggestion = close[0] if close else "identity"
     raise ValueError(
-        f"unknown surrogate {surrogate!r}: use one of {', '.join(SURROGATE_NAMES)}, "
+        f"unknown surrogate {surrogate!r}: use one of {', '.join(names)}, "
         f'for example fogzo.fixed(bits=2, surrogate="{suggestion}"), or a Surrogate object'
     )

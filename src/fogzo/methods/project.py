@@ -1,0 +1,68 @@
+"""The projection of latent weights onto the range of their levels, after the optimizer's step.
+
+A masked gradient never brings back a weight that has left the range; where weights cannot leave,
+no mask holds any. So a masked STE gets what the unmasked one has anyway.
+"""
+
+import torch
+from torch import Tensor
+
+from fogzo.collectives import full, local, reshard, shard_like
+from fogzo.layers.weights import QuantizedWeight
+from fogzo.methods.pull import Weights, free, rounded, weights_with_levels
+
+
+@torch.no_grad()
+def project_(weights: Weights) -> None:
+    """Clamp latent weights to the range of their levels. Call it after the optimizer's step.
+
+    ``w <- clip(w, lowest level, highest level)``, in the basis where the weight is rounded. Codes,
+    step sizes, the optimizer's state, frozen weights and entries that a record holds stay what
+    they are.
+
+    Args:
+        weights: A quantized model, or what `fogzo.quantized_weights` lists, which saves looking for
+            them in every step.
+
+    Raises:
+        ValueError: If the levels of a weight are not known, or its step size is learned or measured
+            from the weights in every forward pass. Then no weight has been changed.
+    """
+    records = weights_with_levels(weights)
+    for record in records:
+        _check_step_is_constant(record)
+    reshard({id(r.model): r.model for r in records if r.model is not None}.values())
+    for record in records:
+        if record.param.requires_grad:
+            _clamp_(record)
+
+
+def _clamp_(weight: QuantizedWeight) -> None:
+    param = local(weight.param)
+    w, _, low, high = rounded(weight)
+    inside = w.clamp(low, high)
+    if weight.rotate is None:
+        param.copy_(_within(inside.to(param.dtype), weight).where(free(weight), param))
+    elif not torch.equal(inside, w):  # as rotating there and back would round
+        change = weight.rotate(inside - w) * free(weight)
+        param.copy_(param.to(change.dtype).add_(change))
+
+
+def _within(end: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The end of a range, rounded inwards where a mask in the weight's own dtype would drop it."""
+    grid = weight.grid
+    assert grid is not None
+    x = end / shard_like(full(weight.step_size()).detach().to(end), weight.param)
+    return torch.where(
+        (x < grid.low) | (x > grid.high), end * (1 - torch.finfo(end.dtype).eps), end
+    )
+
+
+def _check_step_is_constant(weight: QuantizedWeight) -> None:
+    if not weight.has_constant_step_size:
+        raise ValueError(
+            f"the range of {weight.name!r} moves with its step size, which is learned or measured "
+            "from the weights: clamping to it was measured to harm, and can drive a learned step "
+            "to zero. Use fogzo.fixed(...), or leave the weights where they are and drop the "
+            'mask, surrogate="identity_unmasked"'
+        )

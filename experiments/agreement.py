@@ -29,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import regression
+import regression_runs
 import torch
 
 import fogzo
@@ -81,7 +82,7 @@ def rule(name: str) -> Any:
     """Every estimator inside follows this rule."""
     with (
         mock.patch("fogzo.estimators.family.shrink", RULES[name]),
-        mock.patch.object(regression, "AGREEMENT", "shrunk"),
+        mock.patch.object(regression_runs, "AGREEMENT", "shrunk"),
     ):
         yield
 

@@ -115,6 +115,7 @@ SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept
 SCRIPTS = (
     "agreement",
     "doctor",
+    "dynamics",
     "embedded",
     "executors",
     "forgetting",
@@ -369,6 +370,12 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "kappa": lambda results: tuning_table(results.comparisons(KAPPAS)),
     "mixture": lambda results: rivals_table(
         results.comparison(NETWORKS["LLaMA"]["fixed, identity"]), "ste-then-fogzo"
+    ),
+    "regression-theory": lambda results: script("regression_views").theory_table(
+        results.experiment("regression")
+    ),
+    "dynamics-sizes": lambda results: script("dynamics").sizes_table(
+        results.experiment("dynamics")
     ),
     "paper": paper,
     **{

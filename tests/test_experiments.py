@@ -21,13 +21,16 @@ from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "experiments"))  # scripts import one another
 PLOTS = {
     "synthetic_law": "variance.svg",
     "regression": "curves.svg",
+    "dynamics": "curves.svg",
     "forwards": "forwards.svg",
 }
 ROWS = {"ste", "placebo", "lambda", "fogzo", "control-variate"}
 ROWS |= {f"{name}-unmasked" for name in ROWS}
+ROWS |= {"ste-projected", "ste-drawn", "ste-drawn-projected", "ste-drawn-adjacent"}
 
 
 def module(name):

@@ -27,6 +27,7 @@ LEVELS = {
     "fogzo": 4,
     "fogzo_lab": 5,
     "fogzo_lab.figures": 5,
+    "fogzo_lab.dynamics": 5,
     "fogzo_lab.interleaved": 5,
     "fogzo_lab.options": 5,
     "fogzo_lab.executors": 5,

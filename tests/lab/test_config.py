@@ -135,3 +135,22 @@ def test_unsigned_levels_are_for_inputs():
     check_quantizers(QuantizerConfig(preset="lsq"), unsigned)
     with pytest.raises(ValueError, match=r"--quantizer\.levels integer"):
         check_quantizers(unsigned, QuantizerConfig())
+
+
+def test_the_slope_of_a_drawn_level_comes_with_drawn_levels():
+    from fogzo_lab.comparison.rows import ROWS
+
+    recipe = RECIPES["digits-mlp"]()
+    quantizers = {
+        name: ROWS[name].change(recipe).quantizer.build()
+        for name in ("ste-drawn", "ste-drawn-adjacent")
+    }
+    assert all(quantizer.stochastic for quantizer in quantizers.values())
+    assert [quantizer.surrogate.name for quantizer in quantizers.values()] == [
+        "identity_unmasked",
+        "adjacent",
+    ]
+    with pytest.raises(
+        ValueError, match=r"level that was drawn: --quantizer.stochastic, or --quan"
+    ):
+        QuantizerConfig(preset="lsq", surrogate="adjacent").check_together("quantizer.")

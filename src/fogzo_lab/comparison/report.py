@@ -35,6 +35,8 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     "ste": ("#D55E00", "solid", "s"),
     "ste-unmasked": ("#E69F00", "dashed", "D"),
     "ste-stochastic": ("#A0522D", "dashdot", "d"),
+    "ste-drawn": ("#CC6677", (0, (5, 2, 1, 2)), "H"),
+    "ste-drawn-adjacent": ("#DDCC77", (0, (2, 1)), "P"),
     "placebo": ("#0072B2", "dashdot", "^"),
     "fogzo": ("#000000", "solid", "o"),
     "lambda": ("#CC79A7", "dotted", "v"),

@@ -116,6 +116,16 @@ ROWS: dict[str, Row] = {
     "ste-stochastic": Row(
         "STE, stochastic", "STE with weights rounded at random", _quantizer(stochastic=True)
     ),
+    "ste-drawn": Row(
+        "STE, drawn",
+        "STE without a mask, weights rounded at random",
+        _quantizer(surrogate="identity_unmasked", stochastic=True),
+    ),
+    "ste-drawn-adjacent": Row(
+        "STE, drawn, adjacent",
+        "weights rounded at random, with the slope of the level that was drawn",
+        _quantizer(surrogate="adjacent", stochastic=True),
+    ),
     "placebo": Row(
         "placebo",
         "STE plus noise of FOGZO's law and size, no loss measured",

@@ -10,7 +10,7 @@ import tyro
 
 from fogzo import quantizers
 from fogzo.quantizers import Quantizer
-from fogzo.quantizers.surrogates import SURROGATE_NAMES
+from fogzo.quantizers.surrogates import DRAWN_SURROGATE_NAMES, SURROGATE_NAMES
 from fogzo_lab.options import (
     Example,
     NonNegativeFloat,
@@ -24,7 +24,7 @@ from fogzo_lab.options import (
 
 _Bits = Annotated[int, Rule(lambda bits: 1 <= bits <= 8, "from 1 to 8")]
 _OF_FEW = {"detach_scale": ("quest",), "learned": ("bbq",), "block": ("quest", "bbq")}
-_Surrogate = Annotated[str, OneOf(SURROGATE_NAMES)]
+_Surrogate = Annotated[str, OneOf((*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class QuantizerConfig(Options):
     bits: Annotated[_Bits | None, Example(2)] = None
     """Bits of fixed, lsq, quest, bbq (by default 2) and abs_max (8)."""
     surrogate: Annotated[_Surrogate | None, Example("identity")] = None
-    """Backward rule; by default the preset's own."""
+    """Backward rule; by default the preset's own. adjacent needs stochastic."""
     granularity: Annotated[
         Literal["tensor", "channel", "token"] | PositiveInt | None, Example("channel")
     ] = None
@@ -71,6 +71,11 @@ class QuantizerConfig(Options):
 
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` if the preset does not take an option that is given."""
+        if self.surrogate in DRAWN_SURROGATE_NAMES and not self.stochastic:
+            raise ValueError(
+                f"the slope {self.surrogate} is that of a level that was drawn: "
+                f"--{prefix}stochastic, or --{prefix}surrogate identity_unmasked"
+            )
         if self.preset in ("ternary", "sign") and self.bits is not None:
             raise ValueError(
                 f"{self.preset} has levels of its own and takes no bits, got {self.bits}: "
@@ -103,8 +108,9 @@ class QuantizerConfig(Options):
         """The quantizer, or None for float."""
         if self.preset == "none":
             return None
+        drawn = self.surrogate if self.surrogate in DRAWN_SURROGATE_NAMES else None
         options: dict[str, Any] = {
-            "surrogate": self.surrogate,
+            "surrogate": None if drawn else self.surrogate,
             "granularity": self.granularity,
             "init": self.init,
             "bits": self.bits,
@@ -118,7 +124,8 @@ class QuantizerConfig(Options):
         if self.preset in ("fixed", "lsq", "quest", "bbq"):
             given.setdefault("bits", 2)
         quantizer = typing.cast(Quantizer, getattr(quantizers, self.preset)(**given))
-        return replace(quantizer, stochastic=self.stochastic, noise=self.noise)
+        surrogate = drawn or quantizer.surrogate
+        return replace(quantizer, surrogate=surrogate, stochastic=self.stochastic, noise=self.noise)
 
     def build_for_inputs(self) -> Quantizer | None:
         """The quantizer of the inputs of layers, where one step that is kept serves all tokens."""

@@ -44,7 +44,7 @@ LEVELS = {
 EXPORTERS = {"safetensors", "transformers", "compressed_tensors", "gguf", "numpy"}
 EXPORTERS |= {"accelerate", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torchao"}
 # The libraries in whose loops the estimators work, likewise.
-HOSTS = {"accelerate", "peft", "transformers"}
+HOSTS = {"accelerate", "brevitas", "lightning", "peft", "torchao", "transformers"}
 HEAVY = {
     "accelerate",
     "brevitas",

@@ -8,7 +8,7 @@ Each module imports its library when it is used, and this package imports nothin
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("accelerate", "peft", "transformers")
+MODULES = ("accelerate", "brevitas", "lightning", "peft", "torchao", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

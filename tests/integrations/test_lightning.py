@@ -1,0 +1,326 @@
+"""Lightning's Trainer with the callback."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+import fogzo
+from tiny import audit_every_step, differences
+from toolbox import Net, batch, fill, streams_put_back
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+
+import lightning.pytorch as lightning
+import lightning.pytorch.demos.boring_classes as boring
+import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+
+FogzoCallback = fogzo.integrations.lightning.FogzoCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+ROWS = 40  # micro-batches of 6 rows, the last one of 4
+
+
+@pytest.fixture(autouse=True)
+def _streams(monkeypatch):
+    audit_every_step(monkeypatch)
+    with streams_put_back(0):
+        yield
+
+
+class Module(lightning.LightningModule):
+    """What users write: dropout, logs, a metric and counters of its own."""
+
+    clip = 0.05
+
+    def __init__(self, manual=False, dropout=0.2, skipped=()):
+        super().__init__()
+        self.automatic_optimization = not manual
+        net = nn.Sequential(nn.Dropout(dropout), fill(Net(norm=nn.LayerNorm), 0.4))
+        self.net = fogzo.quantize_(net, fogzo.lsq(2))
+        self.mean_loss = torchmetrics.MeanMetric()
+        self.skipped, self.seen, self.losses = skipped, 0, []
+        self.total = torch.zeros(())
+        self.begun = []
+
+    def training_step(self, batch, batch_idx):
+        self.begun.append(torch.get_rng_state())
+        if batch_idx in self.skipped:
+            return None
+        x, y = batch
+        loss = mse_loss(self.net(x).float(), y)
+        self.seen += len(x)
+        self.losses.append(loss.item())
+        self.total += loss.detach()
+        self.mean_loss(loss.detach())
+        self.log("loss", loss)
+        self.log("mean_loss", self.mean_loss, on_step=False, on_epoch=True)
+        self.logger.log_metrics({"raw": loss.item()}, step=batch_idx)
+        if self.automatic_optimization:
+            return {"loss": loss, "more": x}
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        with optimizer.toggle_model():
+            self.manual_backward(loss / 2)
+        if batch_idx % 2 or len(x) < 6:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return None
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def loader():
+    return DataLoader(TensorDataset(*batch(ROWS)), batch_size=6)
+
+
+class Logger(CSVLogger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__("unused")
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append(metrics)
+
+    def save(self):
+        pass
+
+
+def trainer(callback, **options):
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05, **options}
+    return lightning.Trainer(
+        callbacks=[] if callback is None else [callback],
+        logger=Logger(),
+        log_every_n_steps=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": False, **options},
+    )
+
+
+class Kept(FogzoCallback):
+    """Keeps the statistics of all steps."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.all = []
+
+    def on_before_optimizer_step(self, *args):
+        super().on_before_optimizer_step(*args)
+        self.all.append(self.stats)
+
+
+def by_hand(begun, epochs=1, skipped=(), autocast=False):
+    """The same run in a plain loop."""
+    module = Module()
+    model = module.net
+    (optimizer,), _ = module.configure_optimizers()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.1)
+    stats = []
+
+    def compute_loss(x, y):
+        return mse_loss(model(x).float(), y)
+
+    chunks = list(enumerate(zip(*(tensor.split(6) for tensor in batch(ROWS)), strict=True)))
+    torch.set_rng_state(begun)
+    for start in range(0, len(chunks), 2):
+        for i, (x, y) in chunks[start : start + 2]:
+            if i not in skipped:
+                with torch.autocast("cpu", torch.bfloat16, autocast, cache_enabled=False):
+                    loss = estimator.record(compute_loss, x, y)
+                (loss / 2).backward()
+        stats.append(estimator.refine_grads_())
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model, stats
+
+
+@pytest.fixture(params=[False, True], ids=["automatic", "manual"])
+def run(request):
+    """A run in either way of optimization."""
+    module, callback = Module(manual=request.param), Kept(noise_share=0.1)
+    own = module.training_step
+    options = {"accumulate_grad_batches": 1, "gradient_clip_val": None} if request.param else {}
+    runner = trainer(callback, **options)
+    runner.fit(module, loader())
+    assert module.training_step == own
+    return module, callback, runner
+
+
+def test_a_run_equals_the_plain_loop_bit_for_bit(run):
+    module, callback, runner = run
+    model, stats = by_hand(module.begun[0])
+    assert callback.all == stats
+    assert len(stats) == runner.global_step == callback.estimator.step == 4
+    assert max(differences(module.net, model)) == 0
+
+
+def test_probes_leave_no_trace_in_logs_metrics_and_the_modules_own_numbers(run):
+    module, callback, runner = run
+    assert module.seen == ROWS
+    assert len(module.begun) == len(module.losses) == 7
+    assert module.total.item() == pytest.approx(sum(module.losses), rel=1e-6)
+    logged = runner.logger.logged
+    assert [entry["raw"] for entry in logged if "raw" in entry] == module.losses
+    mean = sum(module.losses) / 7
+    assert runner.callback_metrics["mean_loss"].item() == pytest.approx(mean, rel=1e-6)
+    agreements = [entry["agreement"] for entry in logged if "agreement" in entry]
+    expected = [stats.agreement for stats in callback.all]
+    assert list(dict.fromkeys(agreements)) == pytest.approx(expected)
+    assert logged[-2].keys() >= {"agreement", "kappa", "fallbacks", "loss"}
+
+
+def test_bfloat16_runs_again_in_bfloat16():
+    module, callback = Module(), Kept(noise_share=0.1)
+    trainer(callback, precision="bf16-mixed").fit(module, loader())
+    model, stats = by_hand(module.begun[0], autocast=True)
+    assert callback.all == stats
+    assert max(differences(module.net, model)) == 0
+
+
+def test_latent_weights_in_sixteen_bits_are_warned_of():
+    with pytest.warns(RuntimeWarning, match="bf16-mixed"):
+        trainer(FogzoCallback(), precision="bf16-true", max_steps=1).fit(
+            Module(dropout=0.0), loader()
+        )
+
+
+def test_skipped_micro_batches_are_no_part_of_a_step():
+    module, callback = Module(skipped=(2, 4, 5)), Kept(noise_share=0.1)
+    with pytest.warns(UserWarning, match="returned `None`"):
+        trainer(callback).fit(module, loader())
+    assert [stats and stats.step for stats in callback.all] == [0, 1, 1, 2]
+
+
+def test_the_noise_grows_until_the_end_and_the_loss_falls():
+    module, callback = Module(dropout=0.0), Kept(kappa=0.02, start=0.5)
+    trainer(callback, max_epochs=6, gradient_clip_val=1.0).fit(module, loader())
+    assert module.losses[-7] < module.losses[0]
+    kappas = [stats.kappa for stats in callback.all]
+    assert kappas[:12] == [None] * 12
+    assert kappas[-1] == pytest.approx(0.02, rel=0.2)
+
+
+class Resuming:
+    """A loader that continues in the middle of an epoch, as torchdata's do."""
+
+    def __init__(self):
+        self.position = self.start = 0
+
+    def __len__(self):
+        return 7
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for i, chunk in enumerate(list(loader())[start:], start):
+            self.position = i + 1
+            yield chunk
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.start = state["position"]
+
+
+def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path):
+    runs = []
+    for seed, path in ((0, None), (1, tmp_path / "step=2.ckpt")):
+        module, callback = Module(dropout=0.0), Kept(kappa=0.1, seed=seed)
+        runner = trainer(callback, max_epochs=2, enable_checkpointing=True)
+        saving = ModelCheckpoint(
+            tmp_path if path is None else tmp_path / "again",
+            "{step}",
+            every_n_train_steps=2,
+            save_top_k=-1,
+        )
+        runner.callbacks.append(saving)
+        runner.fit(module, Resuming(), ckpt_path=path, weights_only=False)
+        runs.append((module, callback))
+    (whole, kept), (resumed, kept_again) = runs
+    assert kept_again.all == kept.all[2:]
+    assert kept_again.estimator.state_dict() == {"step": 8, "seed": 0}
+    assert max(differences(whole.net, resumed.net)) == 0
+
+
+def refused(module=None, callback=None, strategy=None, **options):
+    """Begin to fit what cannot be refined."""
+    callback = callback or FogzoCallback()
+    runner, module = trainer(callback, **options), module or Module()
+    if strategy is not None:
+        runner.strategy.__class__ = strategy
+    runner.fit(module, loader())
+
+
+class WithoutManualBackward(Module):
+    def training_step(self, batch, batch_idx):
+        self.net(batch[0]).sum().backward()
+        self.optimizers().step()
+
+
+class ByIterator(Module):
+    def training_step(self, dataloader_iter):
+        return self.net(next(dataloader_iter)[0][0]).sum()
+
+
+class TwoOptimizers(Module):
+    def configure_optimizers(self):
+        halves = self.net[1].first, self.net[1].last
+        return [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves]
+
+
+class WithLBFGS(Module):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.net.parameters())
+
+
+MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"strategy": FSDPStrategy}, "fully_shard in configure_model"),
+        (
+            {"callback": FogzoCallback(kappa=0.01), "max_epochs": -1},
+            "until the end of a run",
+        ),
+        ({"module": WithoutManualBackward(manual=True), **MANUAL}, r"self\.manual_backward"),
+        ({"module": ByIterator()}, "dataloader_iter"),
+        ({"module": TwoOptimizers(manual=True), **MANUAL}, "trained by 2 optimizers"),
+        ({"module": WithLBFGS()}, "LBFGS"),
+        ({"module": boring.BoringModel()}, "quantize the model first"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        refused(**options)
+
+
+def test_options_that_say_two_things_are_refused():
+    with pytest.raises(ValueError, match="noise_share of your own"):
+        FogzoCallback(kappa=0.01, noise_share=0.1)
+    first, second = FogzoCallback(), FogzoCallback()
+    runner = trainer(first)
+    runner.callbacks.append(second)
+    with pytest.raises(ValueError, match="two callbacks"):
+        runner.fit(Module(), loader())

@@ -1,4 +1,4 @@
-"""One of two processes that train under accelerate and transformers' Trainer."""
+"""One of two processes that train under accelerate, transformers' Trainer and Lightning."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import llama, sequences, transformers
+from torch.utils.data import DataLoader
 
 import fogzo
 from toolbox import joined
@@ -67,6 +68,48 @@ def by_trainer(accumulation, folder):
     return [p.detach().clone() for p in trainer.model.parameters()], agreements
 
 
+def by_lightning(accumulation):
+    """The same, by Lightning."""
+    import lightning.pytorch as lightning
+
+    from fogzo.integrations.lightning import FogzoCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = llama(dropout=0.0)
+
+        def training_step(self, batch, batch_idx):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Callback(FogzoCallback):
+        agreements = ()
+
+        def on_train_batch_end(self, *args):
+            self.agreements = [*self.agreements, self.stats and self.stats.agreement]
+
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rows = DataLoader(sequences(12, unequal=False), batch_size=4 // accumulation // ranks)
+    module, callback = Module(), Callback()
+    lightning.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=accumulation,
+        callbacks=[callback],
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, rows)
+    agreements = callback.agreements[accumulation - 1 :: accumulation]
+    return [p.detach().clone() for p in module.model.parameters()], agreements
+
+
 def results(folder):
     """All of it, by host and accumulation."""
     return {
@@ -74,6 +117,7 @@ def results(folder):
         for host, run in (
             ("accelerate", by_accelerate),
             ("trainer", lambda accumulation: by_trainer(accumulation, folder)),
+            ("lightning", by_lightning),
         )
         for accumulation in (1, 2)
     }

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny import audit_every_step
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
-from tiny import audit_every_step
 from toolbox import assert_bits_equal, streams_put_back
 
 pytest.importorskip("brevitas", reason="brevitas is not installed")

@@ -1,4 +1,4 @@
-"""Two ranks under accelerate and transformers' Trainer are one process."""
+"""Two ranks under accelerate, transformers' Trainer and Lightning are one process."""
 
 from pathlib import Path
 
@@ -9,8 +9,12 @@ from toolbox import run_ranks
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("lightning", reason="lightning is not installed")
 
 HERE = Path(__file__).parent
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def runs(tmp_path_factory):
     return host_ranks.results(tmp_path_factory.mktemp("one")), ranks
 
 
-@pytest.mark.parametrize("host", ["accelerate", "trainer"])
+@pytest.mark.parametrize("host", ["accelerate", "trainer", "lightning"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_ranks_equal_one_process(runs, host, accumulation):
     one, ranks = runs

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny import audit_every_step, differences
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import fogzo
-from tiny import audit_every_step, differences
 from toolbox import Net, batch, fill, streams_put_back
 
 pytest.importorskip("lightning", reason="lightning is not installed")
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
 ROWS = 40  # micro-batches of 6 rows, the last one of 4
 
@@ -220,55 +220,23 @@ def test_the_noise_grows_until_the_end_and_the_loss_falls():
     assert kappas[-1] == pytest.approx(0.02, rel=0.2)
 
 
-class Resuming:
-    """A loader that continues in the middle of an epoch, as torchdata's do."""
-
-    def __init__(self):
-        self.position = self.start = 0
-
-    def __len__(self):
-        return 7
-
-    def __iter__(self):
-        start, self.start = self.start, 0
-        for i, chunk in enumerate(list(loader())[start:], start):
-            self.position = i + 1
-            yield chunk
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.start = state["position"]
-
-
 def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path):
+    # Lightning continues in the middle of an epoch with whatever its loader gives then.
+    rows = TensorDataset(*(tensor.repeat(7, 1) for tensor in batch(6)))
+    same = DataLoader(rows, batch_size=6)
     runs = []
     for seed, path in ((0, None), (1, tmp_path / "step=2.ckpt")):
         module, callback = Module(dropout=0.0), Kept(kappa=0.1, seed=seed)
-        runner = trainer(callback, max_epochs=2, enable_checkpointing=True)
-        saving = ModelCheckpoint(
-            tmp_path if path is None else tmp_path / "again",
-            "{step}",
-            every_n_train_steps=2,
-            save_top_k=-1,
-        )
-        runner.callbacks.append(saving)
-        runner.fit(module, Resuming(), ckpt_path=path, weights_only=False)
+        runner = trainer(callback, max_epochs=2)
+        if path is None:
+            saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+            runner.callbacks.append(saving)
+        runner.fit(module, same, ckpt_path=path, weights_only=False)
         runs.append((module, callback))
     (whole, kept), (resumed, kept_again) = runs
     assert kept_again.all == kept.all[2:]
     assert kept_again.estimator.state_dict() == {"step": 8, "seed": 0}
     assert max(differences(whole.net, resumed.net)) == 0
-
-
-def refused(module=None, callback=None, strategy=None, **options):
-    """Begin to fit what cannot be refined."""
-    callback = callback or FogzoCallback()
-    runner, module = trainer(callback, **options), module or Module()
-    if strategy is not None:
-        runner.strategy.__class__ = strategy
-    runner.fit(module, loader())
 
 
 class WithoutManualBackward(Module):
@@ -284,7 +252,7 @@ class ByIterator(Module):
 
 class TwoOptimizers(Module):
     def configure_optimizers(self):
-        halves = self.net[1].first, self.net[1].last
+        halves = self.net[1].first, self.net[1].second
         return [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves]
 
 
@@ -296,10 +264,10 @@ class WithLBFGS(Module):
 MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"strategy": FSDPStrategy}, "fully_shard in configure_model"),
         (
             {"callback": FogzoCallback(kappa=0.01), "max_epochs": -1},
             "until the end of a run",
@@ -312,8 +280,18 @@ MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
     ],
 )
 def test_what_cannot_be_refined_is_refused(options, says):
+    module = options.pop("module", None) or Module()
+    callback = options.pop("callback", None) or FogzoCallback()
+    runner = trainer(callback, **options)
     with pytest.raises(ValueError, match=says):
-        refused(**options)
+        runner.fit(module, loader())
+
+
+def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):
+    runner = trainer(None)
+    monkeypatch.setattr(runner._accelerator_connector, "strategy", FSDPStrategy())
+    with pytest.raises(ValueError, match="fully_shard in configure_model"):
+        FogzoCallback().on_fit_start(runner, Module())
 
 
 def test_options_that_say_two_things_are_refused():

@@ -52,9 +52,7 @@ def _streams():
 def network(config, activations=ACTIVATIONS):
     model = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
     config = copy.deepcopy(config)
-    quantize_(
-        model, QATConfig(weight_config=config, activation_config=activations, step="prepare")
-    )
+    quantize_(model, QATConfig(weight_config=config, activation_config=activations, step="prepare"))
     return model, torch.randn(32, 16), torch.randn(32, 4)
 
 

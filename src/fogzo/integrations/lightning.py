@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -88,6 +88,8 @@ class FogzoCallback(Callback):
         self.stats: RefineStats | None = None
         self._fallbacks = 0
         self._loaded: dict[str, int] | None = None
+        self._recorder: _Recorder
+        self._is_refined = False
         self._patches = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,8 +111,9 @@ class FogzoCallback(Callback):
         self.estimator = self._cls(weights, **options)
         _check_optimizers(trainer, self.estimator)
         _warn_of_half_precision(self.estimator)
-        recorder = _Recorder(trainer, pl_module, self.estimator)
-        self._patches.enter_context(recorder.installed())
+        refine = partial(self._refine, trainer, pl_module)
+        self._recorder = _Recorder(trainer, pl_module, self.estimator, refine)
+        self._patches.enter_context(self._recorder.installed())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue where a checkpoint was taken."""
@@ -125,17 +128,10 @@ class FogzoCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Refine the gradients, and log what was measured."""
-        estimator = self.estimator
-        assert estimator is not None
-        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        params = [w.param for w in estimator.weights if id(w.param) in trained]
-        if all(param.grad is None for param in params):
-            return  # another optimizer's step, or every micro-batch was skipped
-        with _undisturbed(trainer, pl_module):
-            self.stats = estimator.refine_grads_()
-        self._fallbacks += self.stats.fallback is not None
-        if not trainer.barebones:
+        if self._refine(trainer, pl_module, optimizer) and not trainer.barebones:
+            assert self.stats is not None
             pl_module.log_dict(self._numbers(self.stats), on_step=True, on_epoch=False)
+        self._is_refined = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back."""
@@ -157,6 +153,30 @@ class FogzoCallback(Callback):
         """Remember a `state_dict` until the run begins."""
         if state_dict:
             self._loaded, self._fallbacks = state_dict["estimator"], state_dict["fallbacks"]
+
+    def _refine(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> bool:
+        """Refine the gradients of an optimizer's step, unless that is done or they are not ours.
+
+        Returns:
+            Whether they are refined.
+        """
+        estimator = self.estimator
+        assert estimator is not None
+        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = [w.param for w in estimator.weights if id(w.param) in trained]
+        if self._is_refined or all(param.grad is None for param in params):
+            return self._is_refined
+        if not self._recorder.backwards:
+            raise ValueError(
+                "the gradients are of a loss that Lightning does not know of: in training_step "
+                "call self.manual_backward(loss), not loss.backward()"
+            )
+        with _undisturbed(trainer, pl_module):
+            self.stats = estimator.refine_grads_()
+        self._fallbacks += self.stats.fallback is not None
+        self._recorder.backwards = 0
+        self._is_refined = True
+        return True
 
     def _numbers(self, stats: RefineStats) -> dict[str, float]:
         numbers: dict[str, float] = {"fallbacks": float(self._fallbacks)}
@@ -198,32 +218,49 @@ class _Call:
 
 
 class _Recorder:
-    """Stands in for two methods of a module, and has an estimator record what they compute."""
+    """Stands in for methods of a module, and has an estimator record what they compute.
+
+    Manual optimization clips before its optimizer's step begins, so `clip_gradients` refines first.
+
+    Attributes:
+        backwards: Recorded losses since the last refined step.
+    """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, estimator: GradientEstimator
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimator: GradientEstimator,
+        refine: Callable[[Optimizer], bool],
     ) -> None:
         self._trainer, self._module, self._estimator = trainer, pl_module, estimator
+        self._refine = refine
         self._own_step, self._own_backward = pl_module.training_step, pl_module.manual_backward
+        self._own_clip = pl_module.clip_gradients
         self._call: _Call | None = None
+        self.backwards = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put wrappers around the methods while the context lasts."""
         step: Any = wraps(self._own_step)(lambda *args, **kwargs: self._step(*args, **kwargs))
         step.refined_by_fogzo = self
-        with (
-            _attributes(self._module, training_step=step),
-            _attributes(self._module, manual_backward=self._manual_backward),
+        with _attributes(
+            self._module,
+            training_step=step,
+            manual_backward=self._manual_backward,
+            clip_gradients=self._clip_gradients,
         ):
             yield
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if self._module.automatic_optimization:
             try:
-                return self._estimator.record(self._run, *args, **kwargs)
+                output = self._estimator.record(self._run, *args, **kwargs)
             except _Skipped:
                 return None
+            self.backwards += 1
+            return output
         rng = RngState({compute_device(weight.param) for weight in self._estimator.weights})
         self._call = _Call(args, kwargs, rng)
         return self._own_step(*args, **kwargs)
@@ -241,10 +278,16 @@ class _Recorder:
         assert call is not None
         call.backwards += 1
         if call.until is None:
+            self.backwards += 1
             loss = self._estimator.record(self._manual_loss(loss), *call.args, **call.kwargs)
             self._own_backward(loss, *args, **kwargs)
         elif call.backwards == call.until:
             raise _Reached(loss)
+
+    def _clip_gradients(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._module.automatic_optimization:
+            self._refine(optimizer)
+        self._own_clip(optimizer, *args, **kwargs)
 
     def _manual_loss(self, loss: Tensor) -> Callable[..., Tensor]:
         """A function that returns this loss, and computes it again whenever it is called again."""

@@ -5,7 +5,7 @@
 A byte-level LLaMA is trained in float for a minute, then for some steps with each quantizer, and
 exported in each type of gguf that fogzo writes and in both variants of onnx. Every file is run on
 held-out text by its reader, and the reader's logits are compared with the trained network's. The
-speed is that of a LLaMA of 27M random weights in the same types, on one thread, interleaved.
+speed is that of a LLaMA of 28M random weights in the same types, on one thread, interleaved.
 
 llama-cpp-python and openvino are no dependencies of fogzo: pip install llama-cpp-python openvino.
 Without one of them its rows say so. Writes results.json.

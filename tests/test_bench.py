@@ -62,19 +62,23 @@ class Clock:
         return function
 
 
+def hide_peers(patch):
+    """They are not needed to test, and importing them where they are would take seconds."""
+    imported = [name for name in sys.modules if name.partition(".")[0] in PEERS]
+    for name in {*PEERS, *imported}:
+        patch.setitem(sys.modules, name, None)
+
+
 @pytest.fixture(autouse=True)
 def without_peers(monkeypatch):
-    # They are not needed to test, and importing them where they are would take seconds.
-    for name in PEERS:
-        monkeypatch.setitem(sys.modules, name, None)
+    hide_peers(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def results():
     """The whole tiny suite, as results.json holds it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in PEERS:
-            patch.setitem(sys.modules, name, None)
+        hide_peers(patch)
         start_server()
         patch.setattr(ranks, "spawn", partial(start_processes, start_method="forkserver"))
         told = []

@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from networks import llama, logits, quantized, source_of, tied_llama, vit
@@ -5,8 +7,11 @@ from networks import llama, logits, quantized, source_of, tied_llama, vit
 import fogzo
 from fogzo.export.torchao import to_torchao
 
-pytest.importorskip("torchao", reason="its tensors hold the weights")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    # Found and not imported, which takes seconds, in every process that collects tests.
+    pytest.mark.skipif(find_spec("torchao") is None, reason="its tensors hold the weights"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.mark.parametrize(

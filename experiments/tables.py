@@ -85,6 +85,7 @@ NETWORKS = {
 
 METHODS = {
     "MLP, methods: fixed, identity": "methods-mnist-mlp",
+    "MLP, methods: LSQ, W2": "methods-mnist-mlp-lsq",
 }
 """Those of the methods that a user would weigh."""
 

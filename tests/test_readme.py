@@ -174,11 +174,16 @@ def minus(results, name, base):
 
 def test_choosing_says_what_was_measured_of_methods():
     page, fixed = words("docs/choosing.md"), committed("methods-mnist-mlp")
+    lsq = committed("methods-mnist-mlp-lsq")
     seconds = fixed["run_seconds_measured_in_turns"]
     cost = {name: f"{each / seconds['ste']:.2f} times" for name, each in seconds.items()}
     half, bbq = "float-then-ste", "ste-bbq"
-    assert f"STE reaches {accuracy(fixed, 'ste')}. With half of the steps in float" in page
-    assert f"it reaches {accuracy(fixed, half)} at {cost[half]} the cost" in page
+    learned = f"STE reaches {accuracy(fixed, 'ste')}, with learned ones, `fogzo.lsq(2)`, "
+    assert learned + accuracy(lsq, "ste") in page
+    for name in {row["name"] for row in lsq["rows"]} - {"float", "ptq", "ste"}:
+        assert minus(lsq, name, "ste")[1] == "not significant"
+    said = f"it reaches {accuracy(fixed, half)} without learning them, at {cost[half]} the cost"
+    assert said in page
     assert f"on `fogzo.bbq(2)` {accuracy(fixed, bbq)} at {cost[bbq]}" in page
     assert f'`surrogate="identity_unmasked"`: {accuracy(fixed, "ste-unmasked")}, for free' in page
     assert f"**PARQ**: {accuracy(fixed, 'parq')}, on step sizes of its own" in page
@@ -195,6 +200,7 @@ def test_choosing_says_what_was_measured_of_methods():
     difference, verdict = minus(fixed, "fogzo", "placebo")
     assert verdict == "not significant"
     assert f"{difference.replace(' points', '')} over the placebo, which is not" in page
+    assert minus(lsq, "ste-cewt", "ste")[0].startswith("-")  # as methods.md says
     for name in (half, bbq, "ste-unmasked", "parq"):
         assert minus(fixed, "fogzo", name)[1] == "worse"
 

@@ -118,9 +118,8 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
     weight's: the authors use 0.01 for 30M parameters to 0.00125 for 430M with AdamW.
 
     Weights that are rotated before they are rounded are constrained in that basis. Initialise
-    weights as Gaussians: the first step makes them so. In the authors' models this helps; on
-    MNIST here, where inputs that are always zero leave many weights with nothing to learn, it
-    harms.
+    weights as Gaussians: the first step makes them so, whatever the inputs are. In the authors'
+    models this helps; docs/methods.md has what was measured here.
 
     Cost: a sort of each weight per step (0.15 s per million weights on one CPU core; little on a
     GPU) and a copy of the weights during the step.

@@ -199,9 +199,9 @@ def cage(
 def winq(weights: Weights, *, every: int, keep: float = 0.2) -> GridPull:
     """WinQ's resets (arXiv 2605.17471): ``w <- keep * w + (1 - keep) * Q(w)`` every so often.
 
-    The authors reset every quarter of the run (up to 2 bits) or half (3 bits and more). On short
-    runs here, resets every tenth of the run that keep 0.8 did better. Their other part, noise on
-    the weights of every training pass, is the quantizer's: ``replace(fogzo.lsq(2), noise=1e-3)``.
+    The authors reset every quarter of the run (up to 2 bits) or half (3 bits and more), in runs of
+    80,000 steps and more. Their other part, noise on the weights of every training pass, is the
+    quantizer's: ``replace(fogzo.lsq(2), noise=1e-3)``.
 
     Args:
         weights: As for `GridPull`.

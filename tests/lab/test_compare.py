@@ -496,13 +496,14 @@ def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path,
 
 
 def test_every_row_can_be_made_of_every_recipe():
-    for recipe in RECIPES.values():
+    for make in RECIPES.values():
+        recipe = make()
         for row in ROWS.values():
-            changed = row.config(recipe(), None)
+            changed = row.config(recipe, None)
             assert (changed.seed, changed.data, changed.model) == (
-                recipe().seed,
-                recipe().data,
-                recipe().model,
+                recipe.seed,
+                recipe.data,
+                recipe.model,
             )
 
 

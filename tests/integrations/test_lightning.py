@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import fogzo
-from toolbox import Net, batch, fill, streams_put_back
+from toolbox import Net, batch, streams_put_back
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
 ROWS = 40  # micro-batches of 6 rows, the last one of 4
 
@@ -45,7 +46,7 @@ class Module(lightning.LightningModule):
     def __init__(self, manual=False, dropout=0.2, skipped=()):
         super().__init__()
         self.automatic_optimization = not manual
-        net = nn.Sequential(nn.Dropout(dropout), fill(Net(norm=nn.LayerNorm), 0.4))
+        net = Net(dropout, nn.LayerNorm)
         self.net = fogzo.quantize_(net, fogzo.lsq(2))
         self.mean_loss = torchmetrics.MeanMetric()
         self.skipped, self.seen, self.losses = skipped, 0, []
@@ -252,7 +253,7 @@ class ByIterator(Module):
 
 class TwoOptimizers(Module):
     def configure_optimizers(self):
-        halves = self.net[1].first, self.net[1].second
+        halves = self.net.first, self.net.second
         return [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import llama, sequences, transformers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import fogzo
 from toolbox import joined
@@ -92,7 +92,10 @@ def by_lightning(accumulation):
             self.agreements = [*self.agreements, self.stats and self.stats.agreement]
 
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rows = DataLoader(sequences(12, unequal=False), batch_size=4 // accumulation // ranks)
+    data = sequences(12, unequal=False)
+    # Lightning's own would shuffle.
+    sampler = DistributedSampler(data, shuffle=False) if ranks > 1 else None
+    rows = DataLoader(data, batch_size=4 // accumulation // ranks, sampler=sampler)
     module, callback = Module(), Callback()
     lightning.Trainer(
         max_epochs=1,
@@ -101,6 +104,7 @@ def by_lightning(accumulation):
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
+        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

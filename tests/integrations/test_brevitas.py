@@ -18,9 +18,6 @@ from brevitas.inject.enum import FloatToIntImplType, LearnedRoundImplType
 
 quantized_weights = fogzo.integrations.brevitas.quantized_weights
 
-# brevitas asks torch for names of tensors in passing
-pytestmark = pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-
 RULES = {
     "tensor": quant.Int8WeightPerTensorFloat,
     "channel": quant.Int8WeightPerChannelFloat,

@@ -14,12 +14,6 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 HERE = Path(__file__).parent
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     import host_ranks

@@ -23,8 +23,6 @@ FogzoCallback = fogzo.integrations.lightning.FogzoCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]

@@ -17,6 +17,7 @@ import lightning.pytorch.demos.boring_classes as boring
 import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 
 FogzoCallback = fogzo.integrations.lightning.FogzoCallback
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
+MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
 ROWS = 40  # micro-batches of 6 rows, the last one of 4
 
 
@@ -158,8 +160,7 @@ def run(request):
     """A run in either way of optimization."""
     module, callback = Module(manual=request.param), Kept(noise_share=0.1)
     own = module.training_step
-    options = {"accumulate_grad_batches": 1, "gradient_clip_val": None} if request.param else {}
-    runner = trainer(callback, **options)
+    runner = trainer(callback, **(MANUAL if request.param else {}))
     runner.fit(module, loader())
     assert module.training_step == own
     return module, callback, runner
@@ -194,6 +195,49 @@ def test_bfloat16_runs_again_in_bfloat16():
     model, stats = by_hand(module.begun[0], autocast=True)
     assert callback.all == stats
     assert max(differences(module.net, model)) == 0
+
+
+def test_a_scaler_changes_no_agreement():
+    agreements = []
+    for scale in (1.0, 2.0**12):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        module, callback = Module(dropout=0.0), Kept(noise_share=0.1)
+        trainer(callback, plugins=[precision]).fit(module, loader())
+        agreements.append([stats.agreement for stats in callback.all])
+    assert agreements[1] == pytest.approx(agreements[0], rel=0.02)
+
+
+class TwoNetworks(Module):
+    """Two backward passes and optimizers in a step, of which one trains quantized weights."""
+
+    def __init__(self):
+        super().__init__(manual=True, dropout=0.0)
+        self.critic = nn.Linear(3, 1)
+        self.steps = 0
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.critic, self.net)]
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for optimizer, sign in zip(self.optimizers(), (1, -1), strict=True):
+            loss = sign * (self.critic(self.net(x)) - self.critic(y)).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.steps += 1
+            self.losses.append(loss.item())
+
+
+def test_of_several_backward_passes_the_one_before_the_step_is_measured():
+    module, callback = TwoNetworks(), Kept(noise_share=0.0, agreement="measured")
+    trainer(callback, **MANUAL).fit(module, loader())
+    assert module.steps == 14
+    measured = callback.all[1::2]
+    assert [stats.step for stats in measured] == list(range(7))
+    for stats, loss in zip(measured, module.losses[1::2], strict=True):
+        assert sum(stats.probe_losses) / 2 == pytest.approx(loss, rel=0.3)
 
 
 def test_latent_weights_in_sixteen_bits_are_warned_of():
@@ -258,9 +302,6 @@ class TwoOptimizers(Module):
 class WithLBFGS(Module):
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.net.parameters())
-
-
-MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")

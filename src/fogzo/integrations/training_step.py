@@ -1,0 +1,224 @@
+"""A `training_step` of Lightning, recorded, and run again without a trace.
+
+Each runs again from the random state that it began from: the whole of it, or, in manual
+optimization, as far as the backward pass in question.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fogzo.collectives import compute_device
+from fogzo.estimators import GradientEstimator
+from fogzo.probing.rng import RngState
+
+
+class _Skipped(BaseException):
+    """A `training_step` returned None, which tells Lightning to skip the micro-batch."""
+
+
+class _Reached(BaseException):
+    """A `training_step` that runs again has come to the backward pass that it is run for."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+@dataclass
+class _Call:
+    """A call of a `training_step` in manual optimization.
+
+    Attributes:
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        rng: The random streams that it began from.
+        backwards: How many backward passes it has come to.
+        until: If it runs again, the one that it is run for.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: RngState
+    backwards: int = 0
+    until: int | None = None
+
+
+class Recorder:
+    """Stands in for methods of a module, and has an estimator record what they compute.
+
+    Manual optimization clips before its optimizer's step begins, so `clip_gradients` refines first.
+
+    Attributes:
+        backwards: Recorded losses since the last refined step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        estimator: GradientEstimator,
+        refine: Callable[[Optimizer], bool],
+    ) -> None:
+        self._trainer, self._module, self._estimator = trainer, pl_module, estimator
+        self._refine = refine
+        self._own_step, self._own_backward = pl_module.training_step, pl_module.manual_backward
+        self._own_clip = pl_module.clip_gradients
+        self._call: _Call | None = None
+        self.backwards = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put wrappers around the methods while the context lasts."""
+        step: Any = wraps(self._own_step)(lambda *args, **kwargs: self._step(*args, **kwargs))
+        step.refined_by_fogzo = self
+        with _attributes(
+            self._module,
+            training_step=step,
+            manual_backward=self._manual_backward,
+            clip_gradients=self._clip_gradients,
+        ):
+            yield
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._module.automatic_optimization:
+            try:
+                output = self._estimator.record(self._run, *args, **kwargs)
+            except _Skipped:
+                return None
+            self.backwards += 1
+            return output
+        rng = RngState({compute_device(weight.param) for weight in self._estimator.weights})
+        self._call = _Call(args, kwargs, rng)
+        return self._own_step(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own step, in the precision that Lightning calls it in."""
+        with self._trainer.precision_plugin.train_step_context():
+            output = self._own_step(*args, **kwargs)
+        if output is None and self._module.automatic_optimization:
+            raise _Skipped
+        return output
+
+    def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        call = self._call
+        assert call is not None
+        call.backwards += 1
+        if call.until is None:
+            self.backwards += 1
+            loss = self._estimator.record(self._manual_loss(loss), *call.args, **call.kwargs)
+            self._own_backward(loss, *args, **kwargs)
+        elif call.backwards == call.until:
+            raise _Reached(loss)
+
+    def _clip_gradients(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._module.automatic_optimization:
+            self._refine(optimizer)
+        self._own_clip(optimizer, *args, **kwargs)
+
+    def _manual_loss(self, loss: Tensor) -> Callable[..., Tensor]:
+        """A function that returns this loss, and computes it again whenever it is called again."""
+        call, first = self._call, [loss]
+        assert call is not None
+        number = call.backwards
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Tensor:
+            if first:
+                return first.pop()
+            outer, self._call = self._call, replace(call, backwards=0, until=number)
+            call.rng.restore()
+            try:
+                self._run(*args, **kwargs)
+            except _Reached as reached:
+                return reached.loss
+            finally:
+                self._call = outer
+            raise ValueError(
+                f"training_step came to its manual_backward number {number} when it ran and not "
+                "when it ran again for a probe: which losses it computes must depend on its "
+                "arguments only"
+            )
+
+        return compute_loss
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Let a `training_step` run without a trace."""
+    muted = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+    with ExitStack() as stack:
+        stack.enter_context(_state_put_back(pl_module))
+        stack.enter_context(_attributes(pl_module, **dict.fromkeys(muted, _nothing)))
+        for optimizer in trainer.strategy._lightning_optimizers:
+            stack.enter_context(_attributes(optimizer, step=_nothing, zero_grad=_nothing))
+        for config in trainer.lr_scheduler_configs:
+            stack.enter_context(_attributes(config.scheduler, step=_nothing))
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        yield
+
+
+@contextmanager
+def _state_put_back(pl_module: LightningModule) -> Iterator[None]:
+    """Lend copies of the module's own numbers, tensors and containers, and of its metrics' states.
+
+    Parameters are put back by the estimator, and buffers too.
+    """
+    metrics = [module for module in pl_module.modules() if _is_metric(module)]
+    modules: list[nn.Module] = [pl_module, *metrics]
+    own = [dict(vars(module)) for module in modules]
+    for module, attributes in zip(modules, own, strict=True):
+        for name, value in attributes.items():
+            if name not in _OF_EVERY_MODULE:
+                vars(module)[name] = _lent(value)
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, own, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _is_metric(module: nn.Module) -> bool:
+    """Whether a module is one of torchmetrics, which Lightning brings along."""
+    return any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__)
+
+
+def _lent(value: Any) -> Any:
+    """A copy of a tensor, or of a plain container and what is in it; anything else itself."""
+    if type(value) is Tensor:
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _lent(item) for key, item in value.items()}
+    if type(value) in (list, set, tuple):
+        return type(value)(map(_lent, value))
+    return copy.copy(value) if type(value) is deque else value
+
+
+@contextmanager
+def _attributes(owner: object, **values: Any) -> Iterator[None]:
+    """Give an object attributes of its own while the context lasts."""
+    held = vars(owner)
+    own = {name: held[name] for name in values if name in held}
+    held.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            held.pop(name, None)
+        held.update(own)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass

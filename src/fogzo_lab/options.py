@@ -130,12 +130,12 @@ class Options:
         marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
         if tyro.conf.Suppress in marks or isinstance(value, Options):
             return f"{name}={value!r}"
+        values = value if isinstance(value, tuple) else (value,)
         if tyro.conf.Positional in marks:
-            return str(value)
+            return " ".join(map(str, values))
         option = f"{prefix}{name.replace('_', '-')}"
         if isinstance(value, bool):
             return f"--{option} or --{prefix}no-{name.replace('_', '-')}"
-        values = value if isinstance(value, tuple) else (value,)
         return " ".join([f"--{option}", *map(str, values)])
 
 

@@ -11,9 +11,11 @@ import numpy
 import pytest
 
 from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.cli.doctor import DoctorConfig
 from fogzo_lab.cli.export import ExportConfig
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.comparison.execution import ExecutionConfig
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
 from fogzo_lab.options import Options, from_dict
 from fogzo_lab.recipes import RECIPES
@@ -35,6 +37,8 @@ CONFIGS = [
     EvalConfig(run=Path("run")),
     ExportConfig(run=Path("run")),
     BenchConfig(),
+    DoctorConfig(runs=(Path("run"),)),
+    ExecutionConfig(executor="ray"),
     AugmentationConfig(),
     ImagesConfig(),
     TextConfig(),
@@ -51,6 +55,8 @@ BAD += (object(), numpy.zeros(2), 2**70, 10**400)
 ANY_COUNT_FROM_ZERO = {
     "seed": "the first seed there is",
     "rand_augment": "no augmentation",
+    "inspect_every": "no inspections",
+    "gpus_per_run": "on CPUs",
 }
 ANY_SIZE_FROM_ZERO = {
     "kappa": "no noise",
@@ -76,6 +82,8 @@ ANY_NAME = {
     "output": "a new folder",
     "initial_weights": "looked for before training",
     "run": "looked for before evaluation",
+    "ray_address": "looked for before anything is written",
+    "slurm_partition": "known to Slurm alone",
 }
 NONE_HAS_A_MEANING = {
     "initial_weights": "random ones",
@@ -99,6 +107,7 @@ NONE_HAS_A_MEANING = {
     "learning_rates": "around the recipe's",
     "kappas": "the recipe's",
     "tuning_seeds": "all",
+    "slurm_partition": "the cluster's own",
     "rounds": "the suite's",
     "seconds": "the suite's",
 }
@@ -110,7 +119,7 @@ MAY_BE_EMPTY = {
 FRACTIONS = {"validation_fraction", "probe_fraction", "warmup_fraction", "final_fraction", "start"}
 FRACTIONS |= {"quantize_from", "ema_decay", "dropout", "label_smoothing"}
 FLOATS = {"kappa", "radius", "learning_rate", "weight_decay", "clip_norm", "mixup", "noise"}
-FLOATS |= {"cutmix", "seconds"} | FRACTIONS
+FLOATS |= {"cutmix", "seconds", "gpus_per_run"} | FRACTIONS
 
 
 def why_meant(config, name, value):
@@ -129,6 +138,8 @@ def why_meant(config, name, value):
     if isinstance(value, int) and value == -1:
         return "never" if name == "checkpoint_every" else None
     if isinstance(value, int) and value == 0:
+        if (name, type(config)) == ("agreement", DoctorConfig):
+            return "is not asked for"
         if (name, type(config)) == ("workers", ImagesConfig):
             return "decode in this process"
         if name == "checkpoint_every":
@@ -218,7 +229,7 @@ def test_what_means_the_same_is_converted():
     assert config.model.hidden == (4, 5) and config.trackers == ("wandb",)
 
 
-PATHS = ("output_dir", "initial_weights", "run", "output")
+PATHS = ("output_dir", "initial_weights", "run", "runs", "output")
 
 
 @pytest.mark.parametrize("name", [*PATHS, "dataset", "tokenizer"])
@@ -226,12 +237,13 @@ def test_a_path_that_begins_with_a_tilde_is_in_the_home_folder(name, tmp_path, m
     monkeypatch.setenv("HOME", str(tmp_path))
     for config in CONFIGS:
         if hasattr(config, name):
-            changed = getattr(replace(config, **{name: "~/x"}), name)
-            assert str(changed) == str(tmp_path / "x")
+            several = isinstance(getattr(config, name), tuple)
+            changed = getattr(replace(config, **{name: ["~/x"] if several else "~/x"}), name)
+            assert str(changed[0] if several else changed) == str(tmp_path / "x")
             with pytest.raises(
                 ValueError, match=r"no user 'nobody-here' .*written \./~nobody-here/x"
             ):
-                replace(config, **{name: "~nobody-here/x"})
+                replace(config, **{name: ["~nobody-here/x"] if several else "~nobody-here/x"})
 
 
 def test_no_field_holds_a_path_beyond_those_above():

@@ -3,7 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -149,7 +149,7 @@ def run_elsewhere(
             f"a worker has another version of fogzo or torch ({code_version()}) than the driver "
             f"({code}): install the same on all machines"
         )
-    if f"-{Run(run.row, run.recipe).key}-" not in path.name:  # the key that this machine finds
+    if f"-{replace(run).key}-" not in path.name:  # by the data of this machine
         raise ValueError(
             f"a worker has other data than the driver at {run.config.data}: copy the same files "
             "there, or name a data set of a hub"

@@ -1,5 +1,7 @@
 """Lightning's Trainer with the callback."""
 
+import tempfile
+
 import pytest
 import torch
 from tiny import audit_every_step, differences
@@ -92,7 +94,7 @@ class Logger(CSVLogger):
     """Keeps what it is given."""
 
     def __init__(self):
-        super().__init__("unused")
+        super().__init__(tempfile.mkdtemp())  # where a Trainer puts checkpoints
         self.logged = []
 
     def log_metrics(self, metrics, step=None):

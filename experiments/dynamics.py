@@ -278,9 +278,9 @@ def table(results: dict[str, Any]) -> Table:
         )
     config = results["config"]
     caption = (
-        f"FOGZO of kappa 0 (lambda alone) unless it says kappa, as measured and without a shrunk "
-        f"agreement. {config['weights']} weights of 2 bits unless it says 3, {config['steps']} steps of "
-        f"{BATCHES.batch_size} inputs, label noise {BATCHES.label_noise:g}, learning rate "
+        "FOGZO of kappa 0 (lambda alone) unless it says kappa, as measured and without a shrunk "
+        f"agreement. {config['weights']} weights of 2 bits unless it says 3, {config['steps']} "
+        f"steps of {BATCHES.batch_size} inputs, label noise {BATCHES.label_noise:g}, learning rate "
         f"{BATCHES.learning_rate:g}; the agreement is that of the last tenth of the steps. Mean ± "
         f"standard deviation over {config['seeds']} seeds. {where(results['environment'])}"
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import llama, sequences, transformers
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import fogzo
+from fogzo.collectives import full
 from toolbox import joined
 
 
@@ -68,9 +70,10 @@ def by_trainer(accumulation, folder):
     return [p.detach().clone() for p in trainer.model.parameters()], agreements
 
 
-def by_lightning(accumulation):
-    """The same, by Lightning."""
+def by_lightning(accumulation, sharded=False):
+    """The same, by Lightning, whose FSDP2 shards the model of two ranks."""
     import lightning.pytorch as lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from fogzo.integrations.lightning import FogzoCallback
 
@@ -78,6 +81,13 @@ def by_lightning(accumulation):
         def __init__(self):
             super().__init__()
             self.model = llama(dropout=0.0)
+
+        def configure_model(self):
+            if sharded and self.device_mesh is not None:
+                mesh = self.device_mesh["data_parallel"]
+                for layer in self.model.model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(self.model, mesh=mesh)
 
         def training_step(self, batch, batch_idx):
             return self.model(**batch).loss
@@ -97,13 +107,14 @@ def by_lightning(accumulation):
     sampler = DistributedSampler(data, shuffle=False) if ranks > 1 else None
     rows = DataLoader(data, batch_size=4 // accumulation // ranks, sampler=sampler)
     module, callback = Module(), Callback()
+    strategy = ModelParallelStrategy(ranks, tensor_parallel_size=1) if sharded else "ddp"
     lightning.Trainer(
         max_epochs=1,
         accumulate_grad_batches=accumulation,
         callbacks=[callback],
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=strategy if ranks > 1 else "auto",
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -111,7 +122,7 @@ def by_lightning(accumulation):
         enable_model_summary=False,
     ).fit(module, rows)
     agreements = callback.agreements[accumulation - 1 :: accumulation]
-    return [p.detach().clone() for p in module.model.parameters()], agreements
+    return [full(p.detach()).clone() for p in module.model.parameters()], agreements
 
 
 def results(folder):
@@ -122,6 +133,7 @@ def results(folder):
             ("accelerate", by_accelerate),
             ("trainer", lambda accumulation: by_trainer(accumulation, folder)),
             ("lightning", by_lightning),
+            ("lightning, FSDP2", lambda accumulation: by_lightning(accumulation, sharded=True)),
         )
         for accumulation in (1, 2)
     }

@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     return host_ranks.results(tmp_path_factory.mktemp("one")), ranks
 
 
-@pytest.mark.parametrize("host", ["accelerate", "trainer", "lightning"])
+@pytest.mark.parametrize("host", ["accelerate", "trainer", "lightning", "lightning, FSDP2"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_ranks_equal_one_process(runs, host, accumulation):
     one, ranks = runs

@@ -91,7 +91,7 @@ def comparisons() -> dict[str, CompareConfig]:
         )
     fixed, lsq = (QuantizerConfig(preset=preset, bits=2) for preset in ("fixed", "lsq"))
     rates, all_rows = (9.49e-4, 3e-3, 9.49e-3, 0.03), METHOD_ROWS + PUBLISHED_ROWS
-    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, rates, equal_time=False)
+    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, rates)
     found["methods-mnist-mlp-lsq"] = methods(lsq, all_rows, rates[1:], equal_time=False)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)

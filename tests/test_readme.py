@@ -163,9 +163,9 @@ def test_choosing_says_what_was_measured_of_the_perceptron():
     assert said in page and gap(quest, "placebo")["high"] < 0
 
 
-def minus(results, name, base):
+def minus(results, name, base, budget="steps"):
     """A row minus another in percentage points, in the words of the pages."""
-    rows = {row["name"]: row for row in results["rows"] if row["budget"] == "steps"}
+    rows = {row["name"]: row for row in results["rows"] if row["budget"] in ("steps", budget)}
     ours, theirs = ([seed["test_accuracy"] for seed in rows[n]["seeds"]] for n in (name, base))
     found = Interval.paired(ours, theirs)
     mean, low, high = (f"{100 * number:+.1f}" for number in (found.mean, found.low, found.high))
@@ -197,6 +197,10 @@ def test_choosing_says_what_was_measured_of_methods():
         assert verdict == "better" and said.format(difference) in page
     for name in ("ste-winq", "ste-dampening", "ste-stable-qat"):
         assert minus(fixed, name, "ste")[1] == "not significant"
+        longer = minus(fixed, name, "ste", "time")
+        assert longer[1] == ("better" if name == "ste-winq" else "not significant")
+        assert (f"in longer runs only, {longer[0]} at equal time" in page) == (name == "ste-winq")
+    assert minus(fixed, "placebo", "fogzo", "time")[1] == "better"
     difference, verdict = minus(fixed, "fogzo", "placebo")
     assert verdict == "not significant"
     assert f"{difference.replace(' points', '')} over the placebo, which is not" in page

@@ -18,6 +18,7 @@ from brevitas.nn.mixin import QuantWeightMixin
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded
+from fogzo.layers.attach import padding_rows
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import Surrogate, identity_unmasked, trust
@@ -71,7 +72,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             model=model,
             codes=weight.codes,
             grid=_grid(layers[0]),
-            held=_padding(layers[0]),
+            held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
         )
         made.append(record)
@@ -179,16 +180,6 @@ def _grid(layer: Any) -> Grid | None:
     bits = parts.msb_clamp_bit_width_impl()
     ends = (int(end(bits)) for end in (parts.int_quant.min_int, parts.int_quant.max_int))
     return Grid("brevitas", *ends)
-
-
-def _padding(layer: Any) -> Tensor | None:
-    """Which rows of an embedding are padding and get no gradient."""
-    index = getattr(layer, "padding_idx", None)
-    if index is None:
-        return None
-    rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
-    rows[index] = True
-    return rows
 
 
 def _check(name: str, layer: Any) -> None:

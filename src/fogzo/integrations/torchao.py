@@ -21,6 +21,7 @@ from torchao.quantization.qat.fake_quantize_config import Int4WeightFakeQuantize
 from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS, ZeroPointDomain
 
 from fogzo.collectives import is_sharded
+from fogzo.layers.attach import padding_rows
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import trust
@@ -71,7 +72,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             model=model,
             codes=weight.codes,
             grid=_grid(layers[0].weight_fake_quantizer.config),
-            held=_padding(layers[0]),
+            held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
         )
         made.append(record)
@@ -183,16 +184,6 @@ def _grid(config: Any) -> Grid | None:
         return None
     low, high = _DTYPE_TO_QVALUE_BOUNDS[config.dtype]
     return Grid("torchao", low, high)
-
-
-def _padding(layer: Any) -> Tensor | None:
-    """Which rows of an embedding are padding and get no gradient."""
-    index = getattr(layer, "padding_idx", None)
-    if index is None:
-        return None
-    rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
-    rows[index] = True
-    return rows
 
 
 def _check(name: str, layer: Any) -> None:

@@ -335,7 +335,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         else partial(quantizer.rotate, output_dim=layer.output_dim),
         codes=layer.codes,
         grid=quantizer.grid if quantizer.companding is None else None,
-        held=_padding(layer),
+        held=padding_rows(layer),
         of_experts=of_experts,
         hold_step_size=nullcontext
         if quantizer.scale.has_state
@@ -352,7 +352,7 @@ def _held_step_sizes(layers: list[QuantizedLayer]) -> Iterator[None]:
         yield
 
 
-def _padding(layer: nn.Module) -> Tensor | None:
+def padding_rows(layer: nn.Module) -> Tensor | None:
     """Which rows of an embedding are padding, and must stay what they are."""
     index = getattr(layer, "padding_idx", None)
     if not isinstance(layer, nn.Embedding) or index is None:

@@ -68,14 +68,40 @@ def test_it_predicts_what_forward_passes_measure():
         def loss_of(x=x, y=y):
             return cross_entropy(model(x), y)
 
-        for closure, found in ((linear, predicted), (loss_of, measured)):
-            model.zero_grad()
-            backward(loss_of)
-            estimator.load_state_dict({"step": seed, "seed": 0})
-            found.append(estimator.refine_grads_(closure).agreement)
+        model.zero_grad()
+        backward(loss_of)
+        before = Snapshot(model)
+        predicted.append(estimator.predicted_agreement(linear))
+        before.assert_same()
+        measured.append(estimator.refine_grads_(loss_of).agreement)
     both = torch.tensor([measured, predicted])
     assert torch.corrcoef(both)[0, 1] > 0.95
     assert both[0].std() > 0.02, "nothing varies that could be predicted"
+
+
+@EVERY_PRESET
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_the_predicted_agreement_is_that_of_the_steps_own_probes(preset, one_sided):
+    model = quantized_net(preset)
+    linear, estimator = fogzo.LinearizedLoss(model), estimator_of(model, num_samples=3)
+    x, y = batch()
+    backward(lambda: (model(x) - y).square().mean())
+    predicted = estimator_of(model, num_samples=3, one_sided=one_sided).predicted_agreement(linear)
+    assert predicted == estimator.refine_grads_(linear).agreement
+    assert predicted not in (None, 1.0)
+
+
+def test_where_nothing_is_measured_nothing_is_predicted():
+    model = quantized_net("lsq", dropout=0.0)
+    linear, weights = fogzo.LinearizedLoss(model), fogzo.quantized_weights(model)
+    x, y = batch()
+    backward(lambda: (model(x) - y).square().mean())
+    assert fogzo.PlaceboEstimator(weights).predicted_agreement(linear) is None
+    skips = fogzo.FogzoEstimator(weights, noise_share=lambda step: None)
+    assert skips.predicted_agreement(linear) is None
+    for weight in weights:
+        weight.param.grad.zero_()
+    assert fogzo.FogzoEstimator(weights).predicted_agreement(linear) is None
 
 
 def test_it_sees_the_gradients_that_the_surrogate_masks():

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Unpack
 
+import torch
+
 from fogzo.estimators.agreement import agreement_error, shrink, unevenness
 from fogzo.estimators.base import (
     EstimatorOptions,
@@ -12,6 +14,7 @@ from fogzo.estimators.base import (
     check_choice,
     mean_along,
 )
+from fogzo.estimators.fallbacks import nothing_to_follow
 from fogzo.estimators.schedules import (
     DEFAULT_KAPPA,
     ConstantNoiseShare,
@@ -19,8 +22,10 @@ from fogzo.estimators.schedules import (
     noise_share_from_kappa,
 )
 from fogzo.layers.weights import WeightLike
+from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
-from fogzo.probing.measure import Measurement
+from fogzo.probing.linearized import LinearizedLoss
+from fogzo.probing.measure import Measurement, measure
 
 
 class FogzoEstimator(GradientEstimator):
@@ -78,6 +83,41 @@ class FogzoEstimator(GradientEstimator):
             error = math.hypot(error, unevenness(directions))
         guide = agreement if self.agreement == "measured" else shrink(agreement, error)
         return Refined(guide, mean.noise, agreement, error)
+
+    @torch.no_grad()
+    def predicted_agreement(self, linear: LinearizedLoss) -> float | None:
+        """The agreement that this step's probes would measure if the loss were linear.
+
+        Call it between backward and `refine_grads_`, whose ``stats.agreement`` is then to be
+        compared: what the two differ by is all that the forward passes have told. It changes
+        nothing and costs no forward pass.
+
+        Args:
+            linear: Of the same model, told of this step's gradients by backward.
+
+        Returns:
+            The agreement; None where this step measures nothing, or no weight rounds differently.
+        """
+        share = self.noise_share(self.step)
+        if share is None:
+            return None
+        directions = self._directions()
+        plan = self.plan(share, directions)
+        if not plan or nothing_to_follow(directions):
+            return None
+        predicted = measure(
+            self._lender,
+            directions,
+            plan,
+            linear,
+            evaluate="in_place",
+            expected_loss=None,
+            one_sided=False,
+            audit=Audit(),
+        )
+        if predicted.failure is not None:
+            return None
+        return self.combine(share, directions, plan, predicted).agreement
 
 
 class PlaceboEstimator(FogzoEstimator):

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from in_this_process import compare_in_this_process
 from shrunk import shrunk
 
 from fogzo_lab.comparison import compare as module
 from fogzo_lab.comparison import run_cache
 from fogzo_lab.comparison import tables as words
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
+from fogzo_lab.comparison.intervals import Interval
+from fogzo_lab.comparison.metrics import METRICS
 from fogzo_lab.comparison.overview import (
     beside_table,
     best_free_rival,
@@ -42,31 +45,17 @@ def small(folder, **changes):
     return CompareConfig(base=digits(folder, max_steps=10), workers=1, **options | changes)
 
 
-class InThisProcess:
-    """An executor without processes, each of which would take seconds to import torch."""
-
-    shares_files = True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def results(self, calls):
-        for call in calls:
-            yield call.function(*call.arguments)
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Compare without worker processes, which `comparison` and test_compare_signals.py have."""
-    monkeypatch.setattr(module, "start_executor", lambda *_: InThisProcess())
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    """Those of test_compare_signals.py and test_executors.py have workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        compare_in_this_process(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    """One small comparison, in real worker processes."""
+def comparison(in_this_process, tmp_path_factory):
+    """One small comparison."""
     watched = {"track_flips": True, "inspect_every": 10}
     base = digits(tmp_path_factory.mktemp("compare"), max_steps=40, **watched)
     config = CompareConfig(
@@ -108,6 +97,32 @@ def test_equal_time_gives_every_row_the_steps_that_fit_into_fogzos_seconds(compa
     assert "fogzo" not in longer
     for name, row in longer.items():
         assert row.steps == math.floor(40 * seconds["fogzo"] / seconds[name])
+
+
+def test_equal_time_may_be_that_of_another_row(tmp_path, monkeypatch):
+    # A step of FOGZO takes twice as long as one of STE, one of the placebo as long.
+    times = {"ste": 1.0, "placebo": 1.01, "fogzo": 2.0}
+    monkeypatch.setattr(module, "_seconds", lambda *_, **__: times)
+    found = compare(small(tmp_path, rows=tuple(times), time_of="ste"))
+    assert Comparison.from_dict(found.to_dict()) == found
+    assert {(row.name, row.budget): row.steps for row in found.rows} == {
+        **dict.fromkeys([("ste", "steps"), ("placebo", "steps"), ("fogzo", "steps")], 10),
+        ("fogzo", "time"): 5,
+    }
+    fogzo, ste = found.find("fogzo", "time"), found.find("ste", "time")
+    assert [(gap.title, gap.budget) for gap in found.differences] == [
+        ("STE", "steps"),
+        ("placebo", "steps"),
+        ("STE (equal time)", "time"),
+        ("placebo (equal time)", "time"),
+    ]
+    loss = METRICS["test_loss"]
+    for budget, row in (("steps", found.find("fogzo")), ("time", fogzo)):
+        gap = Interval.paired(row.values(loss.key), ste.values(loss.key))
+        assert found.interval(ste, loss, budget) == gap
+    assert "fit into STE's seconds" in beside_table(found).caption
+    with pytest.raises(ValueError, match=r"none of the rows ste fogzo: --time-of ste"):
+        small(tmp_path, time_of="placebo")
 
 
 def test_rows_share_their_first_batch_and_initial_weights(comparison):
@@ -424,7 +439,7 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
         with pytest.raises(ValueError, match="--mix-versions") as error:
             refused(config)
         assert "--output-dir" in str(error.value)
-    monkeypatch.setattr(module, "start_executor", lambda *_: InThisProcess())
+    compare_in_this_process(monkeypatch)
     before = sorted((tmp_path / "runs").iterdir())
     mixed = compare(replace(config, mix_versions=True))
     assert sorted((tmp_path / "runs").iterdir()) == before
@@ -525,8 +540,11 @@ def test_committed_comparisons_of_an_earlier_version_still_render(path, tmp_path
 
 
 def assert_close(new, old):
-    """Equal to rounding; earlier versions also wrote a bootstrap interval, and called all kappa."""
+    """Equal to rounding; earlier versions also wrote a bootstrap interval, called all kappa, and
+    did not name the row of equal time."""
     if isinstance(new, dict):
+        if "time_of" not in old:
+            assert new.pop("time_of", "fogzo") == "fogzo"
         if "kappa" in old:
             assert new.pop("parameter", None) in (None, "kappa")
             old = {("value" if key == "kappa" else key): value for key, value in old.items()}

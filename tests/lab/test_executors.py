@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from in_this_process import compare_in_this_process
 
-from fogzo_lab.comparison import compare as module
 from fogzo_lab.comparison.compare import CompareConfig, compare
 from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
 from fogzo_lab.comparison.run_cache import code_version
@@ -42,24 +42,12 @@ def numbers(folder):
     return {name: results[name] for name in ("code", "grid", "rows", "differences")}
 
 
-class HereAndNow(contextlib.nullcontext):
-    """An executor without processes."""
-
-    def __init__(self, shares_files):
-        super().__init__(self)
-        self.shares_files = shares_files
-
-    def results(self, calls):
-        for call in calls:
-            yield call.function(*call.arguments)
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     """A comparison whose runs share files, and its numbers."""
     folder = tmp_path_factory.mktemp("local")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "start_executor", lambda *_: HereAndNow(shares_files=True))
+        compare_in_this_process(patch)
         found = compare(config_in(folder))
     assert "machines" not in found.environment
     return folder
@@ -72,7 +60,7 @@ def in_known_time(folder, local):
 
 
 def test_files_travel_where_they_are_not_shared(local, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "start_executor", lambda *_: HereAndNow(shares_files=False))
+    compare_in_this_process(monkeypatch, shares_files=False)
     found = compare(config_in(tmp_path))
     assert numbers(tmp_path) == numbers(local)
     # Two of FOGZO, two that are quantized; the float ones behind them are no row.

@@ -61,7 +61,10 @@ class CompareConfig(Options):
     tuning_seeds: Annotated[PositiveInt | None, Example(2)] = None
     """Seeds that the grids are tried with; by default all."""
     equal_time: bool = True
-    """Also give every row as many steps as fit into FOGZO's seconds."""
+    """Also give every row as many steps as fit into the same seconds."""
+    time_of: Annotated[str, Example("ste")] = "fogzo"
+    """The row whose seconds those are. With ste, FOGZO is trained for fewer steps, instead of all
+    others for more."""
     workers: PositiveInt = field(default_factory=lambda: os.cpu_count() or 1)
     """Runs at a time: processes, tasks or jobs."""
     execution: Annotated[ExecutionConfig, tyro.conf.arg(name="")] = field(
@@ -80,6 +83,11 @@ class CompareConfig(Options):
             raise ValueError(
                 f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
                 f"--tuning-seeds {self.num_seeds} or fewer"
+            )
+        if self.equal_time and self.time_of not in (*self.rows, "fogzo"):
+            raise ValueError(
+                f"the seconds of {self.time_of} are not measured, as it is none of the rows "
+                f"{' '.join(self.rows)}: --time-of {self.rows[0]}"
             )
         _check_grid("learning rates", self.learning_rates, 3e-3)
         _check_grid("kappas", self.kappas, 0.1)
@@ -176,6 +184,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         num_seeds=config.num_seeds,
         tuning_seeds=config.tuning_seeds or config.num_seeds,
         run_seconds=seconds,
+        time_of=config.time_of,
         rows=[summarise(cache, cell.budget, cell.tuning(config), chosen[cell]) for cell in cells],
     )
     text = dumps(found.to_dict(), indent=1) + "\n"
@@ -278,16 +287,17 @@ def _cells(config: CompareConfig, seconds: dict[str, float]) -> list[_Cell]:
     """Every row at equal steps, then every row at equal time whose steps are then others."""
     steps = config.base.max_steps
     cells = [_Cell(name, "steps", steps) for name in config.rows]
-    if not config.equal_time or "fogzo" not in config.rows:
+    if not config.equal_time or config.time_of not in config.rows:
         return cells
+    whole = seconds[config.time_of]
     for name in config.rows:
-        ratio = seconds["fogzo"] / seconds[name]
-        if name == "fogzo" or abs(ratio - 1) <= _SAME_TIME:
+        ratio = whole / seconds[name]
+        if name == config.time_of or abs(ratio - 1) <= _SAME_TIME:
             continue
         if math.floor(steps * ratio) < 1:
             raise ValueError(
-                f"the {seconds['fogzo']:.3g} s of FOGZO's {steps} steps are too short for one step "
-                f"of {name}: --max-steps {math.ceil(1 / ratio)}, or --no-equal-time"
+                f"the {whole:.3g} s of {steps} steps of {config.time_of} are too short for one "
+                f"step of {name}: --max-steps {math.ceil(1 / ratio)}, or --no-equal-time"
             )
         cells.append(_Cell(name, "time", math.floor(steps * ratio)))
     return cells

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from fogzo_lab.comparison.intervals import Interval, Verdict
-from fogzo_lab.comparison.results import Budget, Comparison, RowResult
+from fogzo_lab.comparison.results import BUDGETS, Budget, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.tables import where
 from fogzo_lab.table import Table
@@ -18,7 +18,6 @@ SIGNS: Mapping[Verdict | None, str] = {
     "not significant": "=",
     None: "·",
 }
-_BUDGETS: tuple[Budget, ...] = ("steps", "time")
 _WHEN: Mapping[Budget, str] = {"steps": "", "time": " at equal time"}
 
 
@@ -32,7 +31,7 @@ def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
     for label, comparison in comparisons.items():
         cells = []
         for name in RIVALS:
-            verdicts = [_verdict(comparison, name, budget) for budget in _BUDGETS]
+            verdicts = [_verdict(comparison, name, budget) for budget in BUDGETS]
             calls.update(verdict for verdict in verdicts if verdict)
             cells.append(" / ".join(SIGNS[verdict] for verdict in verdicts))
         rows.append([label, *cells, _beside_the_best(comparison)])
@@ -105,7 +104,10 @@ def rivals_table(comparison: Comparison, name: str) -> Table:
         rows.append([rival.label, *cells, main.called(gap)])
     label = ROWS[name].label
     heading = ["rival", f"{main.name} of the rival", f"of {label}", "difference"]
-    caption = "All rows take the seconds of a whole run of FOGZO. Differences are paired by seed."
+    whole = ROWS[comparison.time_of].label
+    caption = (
+        f"All rows take the seconds of a whole run of {whole}. Differences are paired by seed."
+    )
     return Table(label, heading, rows, caption)
 
 
@@ -120,7 +122,7 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
         ValueError: If it lacks the row.
     """
     main, base = comparison.main_metric, ROWS[name].label
-    budgets = _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]
+    budgets = BUDGETS if comparison.has_equal_time else BUDGETS[:1]
     heading = ["method"]
     for budget in budgets:
         heading += [f"{main.heading}{_WHEN[budget]}", f"− {base}"]
@@ -137,7 +139,8 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
         tuned = f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")
         cells += [", ".join(filter(None, (tuned, row.chosen_value)))]
         rows.append([*cells, f"{seconds[row.name] / seconds[name]:.2f}"])
-    time = "; at equal time each row takes as many steps as fit into FOGZO's seconds"
+    whole = ROWS[comparison.time_of].label
+    time = f"; at equal time each row takes as many steps as fit into {whole}'s seconds"
     caption = (
         f"Mean ± standard deviation over {comparison.num_seeds} seeds, differences paired by seed, "
         f"with 95% intervals, bold where they exclude zero{time if len(budgets) > 1 else ''}. "
@@ -158,7 +161,7 @@ def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
     rows = []
     for label, comparison in comparisons.items():
         main = comparison.main_metric
-        for budget in _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]:
+        for budget in BUDGETS if comparison.has_equal_time else BUDGETS[:1]:
             names = dict.fromkeys(row.name for row in comparison.rows)
             trained = [n for n in names if n != "float" and not ROWS[n].quantized_after]
             found = [row for name in trained if (row := comparison.find(name, budget)) is not None]
@@ -233,7 +236,7 @@ def best_free_rival(comparison: Comparison, budget: Budget) -> RowResult | None:
 def _beside_the_best(comparison: Comparison) -> str:
     """The signs beside the best free rival at both budgets, and what that is."""
     signs, names = [], []
-    for budget in _BUDGETS:
+    for budget in BUDGETS:
         rival = best_free_rival(comparison, budget)
         verdict = None if rival is None else _verdict(comparison, rival.name, budget)
         signs.append(SIGNS[verdict])
@@ -251,10 +254,10 @@ def _verdict(comparison: Comparison, name: str, budget: Budget) -> Verdict | Non
 
 def _gaps(comparison: Comparison) -> Iterator[tuple[Budget, Sequence[Interval | None]]]:
     """FOGZO minus each rival, at each budget."""
-    for budget in _BUDGETS if comparison.has_equal_time else _BUDGETS[:1]:
+    for budget in BUDGETS if comparison.has_equal_time else BUDGETS[:1]:
         yield budget, [_gap(comparison, name, budget) for name in RIVALS]
 
 
 def _gap(comparison: Comparison, name: str, budget: Budget) -> Interval | None:
     row = comparison.find(name, budget)
-    return None if row is None else comparison.interval(row, comparison.main_metric)
+    return None if row is None else comparison.interval(row, comparison.main_metric, budget)

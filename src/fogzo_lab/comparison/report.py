@@ -212,9 +212,9 @@ def _method(config: CompareConfig, comparison: Comparison) -> list[str]:
         "share initial weights, batches and seeds.",
         "The rows: "
         + "; ".join(f"{ROWS[name].label}, {ROWS[name].meaning}" for name in config.rows)
-        + '. "Same time as FOGZO" gives a row as many steps as fit into FOGZO\'s seconds, by '
-        "interleaved timing of steps, with the learning rate tuned again and its schedule "
-        "stretched.",
+        + f'. "Equal time" gives a row as many steps as fit into the seconds of '
+        f"{ROWS[comparison.time_of].label}, by interleaved timing of steps, with the learning rate "
+        "tuned again and its schedule stretched or shortened.",
     ]
 
 

@@ -15,6 +15,7 @@ from fogzo_lab.comparison.metrics import METRICS, TEST_ACCURACY, TEST_PERPLEXITY
 from fogzo_lab.comparison.rows import ROWS
 
 Budget = Literal["steps", "time"]
+BUDGETS: tuple[Budget, ...] = ("steps", "time")
 Json = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ def _value(stored: Json) -> float | None:
 
 def row_title(name: str, budget: Budget) -> str:
     """A row's name for people, with its budget where that is not the usual one."""
-    return ROWS[name].label + (" (same time as FOGZO)" if budget == "time" else "")
+    return ROWS[name].label + (" (equal time)" if budget == "time" else "")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class RowResult:
 
     Attributes:
         name: Key in `ROWS`.
-        budget: Whether its steps are those of all rows or those that fit into FOGZO's seconds.
+        budget: Whether its steps are those of all rows or those that fit into equal seconds.
         steps: Training steps of a run.
         learning_rate: The one of lowest validation loss.
         value: That of the row's own parameter of lowest validation loss; None if it has none.
@@ -190,20 +191,27 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """FOGZO minus another row, paired by seed.
+    """FOGZO minus another row at the same budget, paired by seed.
 
     Attributes:
         row: The other row.
+        budget: At equal time either may be a row of equal steps, if that takes as long.
         intervals: By the metric's key, those that either row has.
     """
 
     row: RowResult
+    budget: Budget
     intervals: Mapping[str, Interval]
+
+    @property
+    def title(self) -> str:
+        """The other row's name for people, with the budget where it is not the usual one."""
+        return row_title(self.row.name, self.budget)
 
     def to_dict(self) -> Json:
         """For results.json."""
         found = {key: vars(interval) for key, interval in self.intervals.items()}
-        return {"name": self.row.name, "budget": self.row.budget, **found}
+        return {"name": self.row.name, "budget": self.budget, **found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +228,7 @@ class Comparison:
         tuning_seeds: Seeds that tried every candidate.
         run_seconds: Training seconds of a run of each row at equal steps, by interleaved timing.
         rows: At equal steps, then those at equal time.
+        time_of: The row whose seconds are those of equal time.
     """
 
     recipe: str
@@ -231,11 +240,12 @@ class Comparison:
     tuning_seeds: int
     run_seconds: Mapping[str, float]
     rows: Sequence[RowResult]
+    time_of: str = "fogzo"
 
     def find(self, name: str, budget: Budget = "steps") -> RowResult | None:
         """The row of that name.
 
-        At equal time, a row as costly as FOGZO is that of equal steps, which is not run again.
+        At equal time, a row as costly as `time_of` is that of equal steps, which is not run again.
         """
         budgets: tuple[Budget, ...] = ("steps",) if budget == "steps" else ("time", "steps")
         for wanted in budgets:
@@ -246,7 +256,7 @@ class Comparison:
 
     @property
     def has_equal_time(self) -> bool:
-        """Whether any row was run for as long as FOGZO."""
+        """Whether any row was run for equal seconds."""
         return any(row.budget == "time" for row in self.rows)
 
     @property
@@ -269,27 +279,32 @@ class Comparison:
     @cached_property
     def differences(self) -> list[Difference]:
         """FOGZO minus every other row, in the rows' order; none without FOGZO."""
-        fogzo = self.find("fogzo")
-        if fogzo is None:
-            return []
-        return [
-            Difference(
-                row,
-                {
-                    key: Interval.paired(fogzo.values(key), row.values(key))
-                    for key in METRICS
-                    if fogzo.summary(key) is not None or row.summary(key) is not None
-                },
-            )
-            for row in self.rows
-            if row is not fogzo
-        ]
+        names = dict.fromkeys(row.name for row in self.rows if row.name != "fogzo")
+        found = []
+        for budget in BUDGETS:
+            fogzo = self.find("fogzo", budget)
+            for row in filter(None, (self.find(name, budget) for name in names)):
+                # What is at both budgets the same is said of one.
+                if fogzo is not None and budget in (row.budget, fogzo.budget):
+                    intervals = {
+                        key: Interval.paired(fogzo.values(key), row.values(key))
+                        for key in METRICS
+                        if fogzo.summary(key) is not None or row.summary(key) is not None
+                    }
+                    found.append(Difference(row, budget, intervals))
+        return found
 
-    def interval(self, row: RowResult, metric: Metric) -> Interval | None:
-        """FOGZO minus a row; None for FOGZO itself, and where neither has the metric."""
-        for difference in self.differences:
-            if difference.row is row:
-                return difference.intervals.get(metric.key)
+    def interval(
+        self, row: RowResult, metric: Metric, budget: Budget | None = None
+    ) -> Interval | None:
+        """FOGZO minus a row, at that row's budget or another.
+
+        None for FOGZO itself, and where neither has the metric.
+        """
+        for wanted in (budget or row.budget, "steps"):
+            for difference in self.differences:
+                if difference.row is row and difference.budget == wanted:
+                    return difference.intervals.get(metric.key)
         return None
 
     @classmethod
@@ -302,6 +317,7 @@ class Comparison:
         try:
             return cls(
                 rows=[RowResult.from_dict(row) for row in stored["rows"]],
+                time_of=stored.get("time_of", "fogzo"),
                 run_seconds=stored["run_seconds_measured_in_turns"],
                 **{key: stored[key] for key in _AS_STORED},
             )
@@ -315,6 +331,7 @@ class Comparison:
         """For results.json."""
         return {
             **{key: getattr(self, key) for key in _AS_STORED},
+            "time_of": self.time_of,
             "run_seconds_measured_in_turns": dict(self.run_seconds),
             "rows": [row.to_dict() for row in self.rows],
             "differences": [difference.to_dict() for difference in self.differences],

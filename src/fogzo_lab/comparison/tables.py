@@ -6,13 +6,9 @@ from typing import Any
 from fogzo_lab.comparison.compare import Plan
 from fogzo_lab.comparison.intervals import Interval, Verdict
 from fogzo_lab.comparison.metrics import TRAIN_LOSS, Metric
-from fogzo_lab.comparison.results import Comparison, RowResult, row_title
+from fogzo_lab.comparison.results import Comparison, Difference, row_title
+from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.table import Table
-
-_BUDGETS = {
-    "steps": "With equal steps",
-    "time": "With equal time, each row taking as many steps as fit into FOGZO's seconds",
-}
 
 
 def quality(result: Mapping[str, Any]) -> str:
@@ -82,7 +78,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         if any(metric.key in gap.intervals for gap in comparison.differences)
     ]
     rows = [
-        [gap.row.title, *(metric.interval(gap.intervals.get(metric.key)) for metric in metrics)]
+        [gap.title, *(metric.interval(gap.intervals.get(metric.key)) for metric in metrics)]
         for gap in comparison.differences
     ]
     if not any(any(cells[1:]) for cells in rows):
@@ -137,7 +133,7 @@ def findings(comparison: Comparison) -> list[str]:
     for metric in comparison.metrics:
         verdicts = _verdicts(comparison, metric)
         for kind, begin in begins.items():
-            labels = [row.title for row, _, found in verdicts if found == kind]
+            labels = [difference.title for difference, _, found in verdicts if found == kind]
             if labels:
                 sentences.append(f"{begin.format(metric.name)}{'; '.join(labels)}.")
     if sentences:
@@ -180,13 +176,15 @@ def story(comparison: Comparison) -> list[str]:
         "worse": "significantly worse than",
         "not significant": "not significantly different from",
     }
-    for budget, when in _BUDGETS.items():
+    whole = ROWS[comparison.time_of].label
+    time = f"With equal time, each row taking as many steps as fit into {whole}'s seconds"
+    for budget, when in (("steps", "With equal steps"), ("time", time)):
         parts = []
         for kind, words in begins.items():
             named = [
-                f"{row.label} ({_range(main, gap)})"
-                for row, gap, found in verdicts
-                if found == kind and row.budget == budget
+                f"{difference.row.label} ({_range(main, gap)})"
+                for difference, gap, found in verdicts
+                if found == kind and difference.budget == budget
             ]
             if named:
                 parts.append(f"{words} {', '.join(named)}")
@@ -213,7 +211,7 @@ def where(environment: Mapping[str, Any]) -> str:
 
 def _verdicts(
     comparison: Comparison, metric: Metric
-) -> Sequence[tuple[RowResult, Interval, Verdict]]:
+) -> Sequence[tuple[Difference, Interval, Verdict]]:
     """Every quantized row with its difference in a metric, and what to call it."""
     found = []
     for difference in comparison.differences:
@@ -222,7 +220,7 @@ def _verdicts(
             continue
         verdict = gap.verdict(metric.more_is_better)
         if verdict is not None:
-            found.append((difference.row, gap, verdict))
+            found.append((difference, gap, verdict))
     return found
 
 

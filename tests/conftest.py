@@ -1,7 +1,22 @@
-"""Options of the tests."""
+"""Options of the tests, and the order of their files."""
 
 import pytest
 import torch
+
+LONGEST = (
+    "test_gpu.py",
+    "test_executors.py",
+    "test_bench.py",
+    "test_compare_signals.py",
+    "test_train_ranks.py",
+    "test_compare.py",
+    "test_experiments.py",
+    "test_train.py",
+    "test_onnx.py",
+    "test_cli.py",
+    "test_resume.py",
+)
+"""Files that take longest, most of them waiting for processes of their own."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,3 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device != "cpu":
         torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that at the end no worker is left alone with one."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))

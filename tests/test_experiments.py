@@ -8,13 +8,13 @@ import logging
 import math
 import runpy
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from in_this_process import compare_in_this_process
 from scipy.stats import t as student
 
 from fogzo_lab.comparison.compare import CompareConfig
@@ -55,26 +55,18 @@ def quick(request, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param)
     script = ROOT / "experiments" / f"{request.param}.py"
     command = [script, "--quick", "--output-dir", output]
-    if request.param != "forwards":  # in this process, which has imported torch already
-        printed = io.StringIO()
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-        ):
-            patch.setattr(sys, "argv", list(map(str, command)))
-            patch.setattr(torch, "set_num_threads", lambda count: None)
-            patch.setattr(logging.getLogger("fogzo"), "setLevel", lambda level: None)
-            runpy.run_path(str(script), run_name="__main__")
-        return request.param, output, printed.getvalue()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command, "--workers", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return request.param, output, done.stdout + done.stderr
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "argv", list(map(str, command)))
+        patch.setattr(torch, "set_num_threads", lambda count: None)
+        patch.setattr(logging.getLogger("fogzo"), "setLevel", lambda level: None)
+        compare_in_this_process(patch)
+        runpy.run_path(str(script), run_name="__main__")
+    return request.param, output, printed.getvalue()
 
 
 def structure(value):

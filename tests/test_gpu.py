@@ -1,18 +1,20 @@
 """The script for machines with a GPU, in miniature on this one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forked import Python
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "gpu.py"
 
 
 def run(folder, *options):
-    command = [sys.executable, SCRIPT, "--output-dir", folder, "--device", "cpu", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """Exit code and error output."""
+    process = Python(SCRIPT, "--output-dir", folder, "--device", "cpu", *options)
+    _, err = process.communicate(timeout=240)
+    return process.returncode, err
 
 
 def pieces(folder):
@@ -24,10 +26,10 @@ def done(tmp_path_factory):
     """A miniature whose bench had no time at first."""
     folder = tmp_path_factory.mktemp("gpu")
     first = run(folder, "--miniature", "--workers", "1", "--only", "bench", "--minutes", "0.02")
-    assert first.returncode == 0, first.stderr
+    assert first[0] == 0, first
     assert pieces(folder)["bench"]["outcome"] == "out of time"
     last = run(folder, "--miniature", "--workers", "1", "--resume")
-    assert last.returncode == 0, last.stderr
+    assert last[0] == 0, last
     return folder
 
 
@@ -45,11 +47,11 @@ def test_every_piece_runs_and_a_piece_without_time_is_taken_up_again(done):
 
 def test_finished_pieces_are_left_alone(done):
     before = (done / "results.json").read_text()
-    assert run(done, "--miniature", "--resume").returncode == 0
+    assert run(done, "--miniature", "--resume")[0] == 0
     assert (done / "results.json").read_text() == before
 
 
 def test_without_a_gpu_it_says_what_would_run(tmp_path):
-    ended = run(tmp_path)
-    assert ended.returncode == 1
-    assert "--miniature" in ended.stderr
+    code, err = run(tmp_path)
+    assert code == 1
+    assert "--miniature" in err

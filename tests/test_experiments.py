@@ -291,6 +291,25 @@ def test_the_doctors_experiment_runs():
     assert quick["rows"][0]["runs"][0].keys() == results["rows"][0]["runs"][0].keys()
 
 
+# Prediction
+
+
+def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
+    script, results = module("prediction"), committed("prediction")
+    assert results["config"] == json.loads(json.dumps(script.asdict(script.FULL)))
+    quick = script.measure(script.QUICK)
+    assert structure(quick["rows"]) == structure(results["rows"])
+    case = script.CASES["digits-lsq"]
+    settings = replace(
+        script.recipe("digits"), quantizer=case.quantizer, estimator="ste", max_steps=8
+    )
+    observed, points = script.train(settings, 2)
+    alone, _ = script.train(settings, 0)
+    assert len(points) == 4
+    for one, other in zip(observed.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # Draws and forgetting
 
 

@@ -80,6 +80,7 @@ def pairwise(**choices: Collection[Any]) -> pytest.MarkDecorator:
 
 EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)
 EVERY_QUANTIZER = every("quantizer", {name: make() for name, make in PRESETS.items()})
+IN_16_BITS = pytest.mark.filterwarnings("ignore:the latent weights .* are kept in 16 bits")
 EVERY_WAY = pytest.mark.parametrize("evaluate", WAYS)
 
 

@@ -107,6 +107,26 @@ def test_weights_on_their_levels_train_as_without_an_estimator(preset, estimator
         assert losses[True] == pytest.approx(losses[False], rel=0.2, abs=0.1)
 
 
+@pytest.mark.parametrize("estimator", [fogzo.FogzoEstimator, fogzo.PlaceboEstimator])
+def test_latent_weights_in_16_bits_are_told_once(estimator):
+    x, y = classification()
+    model = network(fogzo.lsq(2)).bfloat16()
+    instance = estimator(fogzo.quantized_weights(model))
+
+    def closure():
+        return cross_entropy(model(x.bfloat16()).float(), y)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.zero_grad()
+            closure().backward()
+            instance.refine_grads_(closure)
+    told = [str(w.message) for w in caught if "16 bits" in str(w.message)]
+    assert len(told) == 1
+    assert "model.float()" in told[0]
+
+
 @pytest.mark.parametrize(
     ("dtype", "afterwards"),
     [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],

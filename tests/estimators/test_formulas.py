@@ -10,7 +10,7 @@ from torch import nn
 import fogzo
 from fogzo.estimators.reference import fogzo_gradient
 from fogzo.quantizers import SURROGATE_NAMES, resolve_surrogate, uniform
-from toolbox import PRESETS, WAYS, everything, fill, pairwise
+from toolbox import IN_16_BITS, PRESETS, WAYS, everything, fill, pairwise
 
 # The gradients written by hand here often hardly agree with the loss, which deserves a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the loss's slope is:RuntimeWarning")
@@ -696,6 +696,7 @@ def test_a_closure_may_return_the_same_tensor_every_time():
     assert torch.equal(refined, expected)
 
 
+@IN_16_BITS
 def test_half_precision_weights_are_perturbed_with_float32_noise():
     # sqrt(q) eps u is far below bfloat16's resolution next to the weight, but not next to zero.
     param = nn.Parameter(torch.zeros(4000, dtype=torch.bfloat16))

@@ -248,7 +248,7 @@ def test_of_several_backward_passes_the_one_before_the_step_is_measured():
 
 
 def test_latent_weights_in_sixteen_bits_are_warned_of():
-    with pytest.warns(RuntimeWarning, match="bf16-mixed"):
+    with pytest.warns(RuntimeWarning, match="16 bits.*bf16-mixed"):
         trainer(FogzoCallback(), precision="bf16-true", max_steps=1).fit(
             Module(dropout=0.0), loader()
         )

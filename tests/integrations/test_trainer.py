@@ -330,7 +330,7 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
 def test_weights_in_half_precision_are_warned_about(tmp_path):
     trainer = make_trainer(tmp_path, model=llama().bfloat16(), max_steps=1)
     refine(trainer)
-    with pytest.warns(RuntimeWarning, match="dtype=torch.float32"):
+    with pytest.warns(RuntimeWarning, match="16 bits.* dtype=torch.float32"):
         trainer.train()
 
 

@@ -18,6 +18,7 @@ from fogzo_lab.comparison.overview import (
     best_free_rival,
     differences_table,
     leaders_table,
+    minus_table,
     rivals_table,
     tuning_table,
     verdict_table,
@@ -301,6 +302,12 @@ def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
         ["a net", "steps", "78.00 ± 1.00", "STE, CAGE", line[2], "**+2.00 [+2.00, +2.00]** better"],
         ["a net", "time", "83.00 ± 1.00", "STE", "", "**-3.00 [-3.00, -3.00]** worse"],
     ]
+    assert minus_table({"a net": found}, ["fogzo", "ste-cage"]).rows == [
+        ["a net", "steps", "78.00 ± 1.00", "**+2.00 [+2.00, +2.00]** better", line[2]],
+        ["a net", "time", "83.00 ± 1.00", "**-3.00 [-3.00, -3.00]** worse", line[4]],
+    ]
+    with pytest.raises(ValueError, match="a net lacks the row lambda"):
+        minus_table({"a net": found}, ["lambda"])
     with pytest.raises(ValueError, match="there is no row ste at equal steps, only placebo"):
         beside_table(replace(found, rows=(RIVALS[2],)))
 

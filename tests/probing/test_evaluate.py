@@ -11,6 +11,7 @@ import fogzo
 from fogzo.estimators.reference import fogzo_gradient
 from toolbox import (
     ESTIMATORS,
+    IN_16_BITS,
     PRESETS,
     WAYS,
     Net,
@@ -156,6 +157,7 @@ def test_stochastic_rounding(evaluate):
     assert_equals_in_place(*prepared(preset="stochastic"), evaluate)
 
 
+@IN_16_BITS
 @pairwise(preset=["lsq", "quest", "ternary"], estimator=PROBING)
 def test_lean_is_in_place_to_the_bit_in_bfloat16_too(preset, estimator):
     model, loss_of = prepared(Twice, preset, dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 import fogzo
 from toolbox import (
     EVERY_WAY,
+    IN_16_BITS,
     WAYS,
     Net,
     Snapshot,
@@ -120,6 +121,7 @@ def test_counting_flips_changes_nothing(evaluate):
     assert estimator.step == 0
 
 
+@IN_16_BITS
 @EVERY_WAY
 def test_weights_come_back_exactly_after_many_steps_without_an_optimizer(evaluate):
     # +eps v, -2 eps v, +eps v would have drifted by now.
@@ -136,6 +138,7 @@ def test_weights_come_back_exactly_after_many_steps_without_an_optimizer(evaluat
         assert_bits_equal(w.param, b)
 
 
+@IN_16_BITS
 @EVERY_WAY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_weights_come_back_exactly_after_the_model_was_cast_between_steps(dtype, evaluate):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fogzo.estimators.fallbacks import (
     caution,
+    in_16_bits,
     nothing_measured,
     nothing_to_follow,
     warn_if_noise_dominates,
@@ -407,7 +408,7 @@ class GradientEstimator(ABC):
                     audit.check()
         if measured.losses and measured.failure != NOT_FINITE:
             self._audit.steps += 1
-        said = caution(
+        found = caution(
             fallback,
             measured,
             refined.agreement,
@@ -415,9 +416,10 @@ class GradientEstimator(ABC):
             grad_scale,
             first=self._audit.steps == 1,
         )
-        if said and said[0] not in self._warned:
-            self._warned.add(said[0])
-            warnings.warn(said[1], RuntimeWarning, stacklevel=5)
+        for said in (in_16_bits(self.weights), found):
+            if said and said[0] not in self._warned:
+                self._warned.add(said[0])
+                warnings.warn(said[1], RuntimeWarning, stacklevel=5)
 
 
 def mean_along(plan: Sequence[Direction], slopes: Sequence[float], norm: float) -> Refined:

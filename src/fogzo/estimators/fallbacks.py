@@ -2,12 +2,15 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
 from fogzo.estimators.schedules import kappa_from_noise_share, noise_share_from_kappa
+from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.directions import Directions
 from fogzo.probing.measure import NO_EFFECT, NO_FLIP, NOT_FINITE, Measurement
+from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,20 @@ def warn_if_noise_dominates(noise_share: float, num_weights: int, num_samples: i
             kappa,
             noise_share_from_kappa(1.0, num_weights, num_samples),
         )
+
+
+def in_16_bits(weights: Sequence[QuantizedWeight]) -> tuple[str, str] | None:
+    """The warning that latent weights in half precision call for, as (kind, text)."""
+    names = [weight.name for weight in weights if weight.param.dtype.itemsize < 4]
+    if not names:
+        return None
+    text = (
+        f"the latent weights {listed(names)} are kept in 16 bits, where most of a probe, and of "
+        "an update, rounds away: keep them in float32, model.float() or "
+        "from_pretrained(name, dtype=torch.float32), and compute in 16 bits, under torch.autocast, "
+        'with bf16=True in transformers or precision="bf16-mixed" in Lightning'
+    )
+    return "16 bits", text
 
 
 def caution(

@@ -8,7 +8,6 @@ optimizer step when they are complete and unscaled, before they are clipped.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -28,7 +27,6 @@ from fogzo.estimators import (
 from fogzo.integrations.training_step import Recorder, undisturbed
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
-from fogzo.wording import listed
 
 
 class FogzoCallback(Callback):
@@ -104,7 +102,6 @@ class FogzoCallback(Callback):
             options = {**options, "noise_share": schedule}
         self.estimator = self._cls(weights, **options)
         _check_optimizers(trainer, self.estimator)
-        _warn_of_half_precision(self.estimator)
         refine = partial(self._refine, trainer, pl_module)
         self._recorder = Recorder(trainer, pl_module, self.estimator, refine)
         self._patches.enter_context(self._recorder.installed())
@@ -226,15 +223,4 @@ def _check_optimizers(trainer: Trainer, estimator: GradientEstimator) -> None:
         raise ValueError(
             "LBFGS compares losses along its own direction, in which refined gradients have no "
             "place: torch.optim.AdamW(self.parameters(), lr=1e-3)"
-        )
-
-
-def _warn_of_half_precision(estimator: GradientEstimator) -> None:
-    half = [w.name for w in estimator.weights if w.param.dtype.itemsize < 4]
-    if half:
-        warnings.warn(
-            f"the latent weights of {listed(half)} are kept in 16 bits, where most of a probe, and "
-            'of an update, rounds away: Trainer(precision="bf16-mixed")',
-            RuntimeWarning,
-            stacklevel=2,
         )

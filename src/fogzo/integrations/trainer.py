@@ -139,7 +139,6 @@ class TrainerRefinement:
         else:  # of a checkpoint without it, or none
             self.estimator.step = trainer.state.global_step
         self._loaded, self._unlogged = None, []
-        _warn_of_half_precision(self.estimator)
         _warn_of_decaying_steps(trainer)
 
     def _compute_loss(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -238,18 +237,6 @@ def _check_quantized(model: nn.Module) -> None:
         raise ValueError(
             "the trainer's model is not quantized: "
             "Trainer(model=fogzo.quantize_(model, fogzo.lsq(bits=2)), args=args, ...)"
-        )
-
-
-def _warn_of_half_precision(estimator: GradientEstimator) -> None:
-    half = [w.name for w in estimator.weights if w.param.dtype.itemsize < 4]
-    if half:
-        warnings.warn(
-            f"the latent weights of {listed(half)} are kept in 16 bits, where most of a probe, and "
-            "of an update, rounds away: load the model in float32, "
-            "from_pretrained(name, dtype=torch.float32), and train with bf16=True",
-            RuntimeWarning,
-            stacklevel=2,
         )
 
 

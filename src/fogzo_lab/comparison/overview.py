@@ -150,6 +150,37 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
     return Table("", heading, rows, caption)
 
 
+def minus_table(
+    comparisons: Mapping[str, Comparison], names: Sequence[str], base: str = "ste"
+) -> Table:
+    """Some rows minus one in every comparison, at each budget.
+
+    Args:
+        comparisons: By what distinguishes them.
+        names: The rows.
+        base: The row that they are compared with; each comparison has it.
+    """
+    label, rows = ROWS[base].label, []
+    for title, comparison in comparisons.items():
+        main = comparison.main_metric
+        for budget in BUDGETS if comparison.has_equal_time else BUDGETS[:1]:
+            cells = []
+            for name in (base, *names):
+                row = comparison.find(name, budget)
+                if row is None:
+                    raise ValueError(f"{title} lacks the row {name}")
+                gap = main.called(_minus(comparison, row, base, budget))
+                cells.append(main.spread(row.summary(main.key)) if name == base else gap)
+            rows.append([title, budget, *cells])
+    heading = ["comparison", "equal", label, *(f"{ROWS[name].label} − {label}" for name in names)]
+    caption = (
+        "Test accuracy in % (more is better), or perplexity for text (less is better), mean ± "
+        "standard deviation over seeds; differences paired by seed, with 95% intervals, bold where "
+        "they exclude zero."
+    )
+    return Table("", heading, rows, caption)
+
+
 def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
     """For every comparison and budget the row of lowest validation loss, and FOGZO, minus STE.
 

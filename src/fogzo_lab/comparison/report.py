@@ -126,12 +126,12 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
         _plot(
             "Training loss against steps",
             "Mean over seeds at each row's own best learning rate; batches are the same.",
-            lambda axes: _curves(axes, rows, "step", "loss", "step", "training loss (nats)"),
+            lambda axes: curves(axes, rows, "step", "loss", "step", "training loss (nats)"),
         ),
         _plot(
             "Training loss against time",
-            "With equal time: each row for as long as FOGZO took, by interleaved timing of steps.",
-            lambda axes: _curves(
+            "With equal time: each row for the same seconds, by interleaved timing of steps.",
+            lambda axes: curves(
                 axes,
                 _at_equal_time(comparison.rows),
                 "seconds",
@@ -248,7 +248,7 @@ def _share_plot(key: str, rows: Sequence[RowResult]) -> Plot:
     return _plot(
         f"{title.capitalize()} over training",
         f"Mean over weights and seeds. {_CODES}",
-        lambda axes: _curves(axes, rows, "step", key, "step", title),
+        lambda axes: curves(axes, rows, "step", key, "step", title),
     )
 
 
@@ -273,9 +273,10 @@ def _code_plots(metrics: Sequence[Metrics]) -> list[Plot]:
     ]
 
 
-def _curves(
+def curves(
     axes: "Axes", rows: Sequence[RowResult], x: str, y: str, xlabel: str, ylabel: str
 ) -> None:
+    """One line per row, of two of the numbers that its curve holds."""
     for number, row in enumerate(rows):
         points = [p for p in row.curve if p.get(y) is not None]
         if points:
@@ -358,7 +359,7 @@ def _learning_rates(axes: "Axes", rows: Sequence[RowResult]) -> None:
 
 
 def _flips(axes: "Axes", rows: Sequence[RowResult]) -> None:
-    _curves(axes, rows, "step", "flip_rate", "step", "share of codes that flip")
+    curves(axes, rows, "step", "flip_rate", "step", "share of codes that flip")
 
 
 def _agreements(axes: "Axes", rows: Sequence[RowResult]) -> None:
@@ -368,7 +369,7 @@ def _agreements(axes: "Axes", rows: Sequence[RowResult]) -> None:
         values = _smooth([p["agreement"] for p in points])
         curve = [{"step": p["step"], "agreement": v} for p, v in zip(points, values, strict=True)]
         smooth.append(dataclasses.replace(row, curve=curve))
-    _curves(axes, smooth, "step", "agreement", "step", "agreement")
+    curves(axes, smooth, "step", "agreement", "step", "agreement")
     _mark_one(axes)
 
 

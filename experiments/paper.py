@@ -31,6 +31,8 @@ LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
 METHOD_ROWS = ("float", "ptq", *CORE_ROWS, "ste-stable-qat", "ste-bbq", "float-then-ste")
 METHOD_ROWS += ("ste-cage", "ste-winq", "ste-dampening", "ste-cewt", "parq")
+LONG_ROWS = (*CORE_ROWS, "float-then-ste")
+LINEAR_ROWS = (*CORE_ROWS, "fogzo-linear")
 PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
 LITERAL: dict[str, Any] = {"agreement": "measured"}
@@ -93,6 +95,9 @@ def comparisons() -> dict[str, CompareConfig]:
     rates, all_rows = (9.49e-4, 3e-3, 9.49e-3, 0.03), METHOD_ROWS + PUBLISHED_ROWS
     found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, rates)
     found["methods-mnist-mlp-lsq"] = methods(lsq, all_rows, rates[1:], equal_time=False)
+    linear = methods(fixed, LINEAR_ROWS, rates[:3], equal_time=False)
+    found["linear-mnist-mlp"] = replace(linear, kappas=(1.0,), tuning_seeds=2)
+    # LONG
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -188,6 +193,22 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
     rates = tuple(float(f"{base.learning_rate * factor:.3g}") for factor in factors)
     return CompareConfig(
         base=base, rows=rows, learning_rates=rates, num_seeds=5, tuning_seeds=1, **options
+    )
+
+
+def long(base: TrainConfig, steps: int) -> CompareConfig:
+    """At the length where quantization decides: FOGZO with the defaults, masks recorded."""
+    data = replace(base.data, max_eval_blocks=512)
+    every: dict[str, Any] = {"log_every": 100, "inspect_every": steps // 12}
+    recipe = replace(base, data=data, max_steps=steps, agreement="shrunk", **every)
+    rates = (3.16e-4, 1e-3, 3.16e-3)
+    return CompareConfig(
+        base=recipe,
+        rows=LONG_ROWS,
+        learning_rates=rates,
+        num_seeds=3,
+        tuning_seeds=2,
+        equal_time=False,
     )
 
 

@@ -31,6 +31,7 @@ from fogzo_lab.comparison.overview import (
     beside_table,
     differences_table,
     leaders_table,
+    minus_table,
     rivals_table,
     tuning_table,
     verdict_table,
@@ -83,6 +84,9 @@ NETWORKS = {
 }
 """The folders of the comparisons with the paper's, by network and quantizer."""
 
+LONG: dict[str, str] = {}
+"""Comparisons at the length where quantization decides, each with a plot, length.svg."""
+
 METHODS = {
     "MLP, methods: fixed, identity": "methods-mnist-mlp",
     "MLP, methods: LSQ, W2": "methods-mnist-mlp-lsq",
@@ -112,6 +116,7 @@ KAPPAS = {
     "LLaMA, kappa tuned": "shakespeare-llama-kappa",
     "LLaMA, kappa 0.01": "shakespeare-llama-identity",
 }
+OPTIMIZERS = {"AdamW": "mnist-mlp-adamw", "SGD": "mnist-mlp-sgd"}
 SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept-memory"}
 SCRIPTS = (
     "agreement",
@@ -122,6 +127,7 @@ SCRIPTS = (
     "forgetting",
     "forwards",
     "latents",
+    "prediction",
     "regression",
     "serving",
     "step-cost",
@@ -155,6 +161,9 @@ def redraw() -> None:
             config = from_dict(CompareConfig, read(path))
             comparison = Comparison.from_dict(read(path.with_name("results.json")))
             write_compare_report(config, comparison)
+        for folder in LONG.values():
+            path = Path("experiments", folder)
+            script("lengths").plot(read(path / "results.json"), path / "length.svg")
         for name in SCRIPTS:
             for plot in Path("experiments", name).glob("*.svg"):
                 script(name).plot(read(plot.with_name("results.json")), plot)
@@ -306,7 +315,7 @@ def verdicts(results: Results) -> Table:
 
 def leaders(results: Results) -> Table:
     """What led each comparison."""
-    return leaders_table(results.comparisons(METHODS | every_network()))
+    return leaders_table(results.comparisons(LONG | METHODS | every_network()))
 
 
 def every_network() -> dict[str, str]:
@@ -359,7 +368,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "leaders": leaders,
     **{
         folder: lambda results, folder=folder: beside_table(results.comparison(folder))
-        for folder in METHODS.values()
+        for folder in (*METHODS.values(), *LONG.values(), "linear-mnist-mlp")
     },
     **{
         f"network-{network.lower()}": lambda results, own=own: differences_table(
@@ -385,6 +394,14 @@ TABLES: dict[str, Callable[[Results], Table]] = {
         )
         for task in ("graph-4", "graph-2", "digits-2")
     },
+    "agreement-alone": lambda results: minus_table(
+        results.comparisons(OPTIMIZERS), ("lambda", "placebo", "ste-unmasked")
+    ),
+    "linear-beside-placebo": lambda results: minus_table(
+        {"MLP: fixed, identity": results.comparison("linear-mnist-mlp")},
+        ("fogzo", "fogzo-linear", "ste-unmasked"),
+        base="placebo",
+    ),
     "latents-toy": lambda results: script("latents").toy_table(results.experiment("latents")),
     "overheads": overheads,
     "peers": peers,

@@ -23,7 +23,7 @@ from fogzo_lab.comparison.overview import (
     tuning_table,
     verdict_table,
 )
-from fogzo_lab.comparison.report import write_compare_report
+from fogzo_lab.comparison.report import STYLES, write_compare_report
 from fogzo_lab.comparison.results import Candidate, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.timing import run_seconds
@@ -310,6 +310,10 @@ def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
         minus_table({"a net": found}, ["lambda"])
     with pytest.raises(ValueError, match="there is no row ste at equal steps, only placebo"):
         beside_table(replace(found, rows=(RIVALS[2],)))
+
+
+def test_every_row_can_be_drawn():
+    assert set(STYLES) == set(ROWS)
 
 
 def test_the_best_free_rival_is_chosen_by_validation_loss_and_costs_nothing():

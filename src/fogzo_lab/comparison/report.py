@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # They differ in line style and marker as well as in colour, for print and colour-blind readers.
-_STYLES: dict[str, tuple[str, Any, str]] = {
+STYLES: dict[str, tuple[str, Any, str]] = {
     "float": ("#555555", (0, (1, 1)), "x"),
     "ptq": ("#555555", "dotted", "1"),
     "ste": ("#D55E00", "solid", "s"),
@@ -64,6 +64,7 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     "fogzo-one-sided": ("#332288", (0, (5, 1)), "<"),
     "fogzo-eighth": ("#117733", (0, (3, 1, 1, 1)), ">"),
     "fogzo-every-4": ("#882255", (0, (5, 1, 1, 1, 1, 1)), "8"),
+    "fogzo-linear": ("#009E73", "solid", "h"),
 }
 """By row: colour, line style and marker."""
 
@@ -291,7 +292,7 @@ def curves(
 def _line(
     axes: "Axes", row: RowResult, x: Sequence[float], y: Sequence[float], **style: Any
 ) -> None:
-    colour, dashes, marker = _STYLES[row.name]
+    colour, dashes, marker = STYLES[row.name]
     axes.plot(
         x,
         y,
@@ -323,7 +324,7 @@ def _finals(axes: "Axes", rows: Sequence[RowResult], metric: Metric) -> None:
         summary = row.summary(metric.key)
         if summary is None or not math.isfinite(summary.mean):
             continue
-        colour, _, marker = _STYLES[row.name]
+        colour, _, marker = STYLES[row.name]
         values = [metric.factor * seed[metric.key] for seed in row.seeds]
         low, high = student_interval(values)
         centre, position = metric.factor * summary.mean, len(titles)
@@ -343,7 +344,7 @@ def _learning_rates(axes: "Axes", rows: Sequence[RowResult]) -> None:
         if row.learning_rate in found:
             best = (row.learning_rate, found[row.learning_rate])
             axes.plot(*best, "o", color="black", markersize=9, fillstyle="none")
-        colour, _, marker = _STYLES[row.name]
+        colour, _, marker = STYLES[row.name]
         for rate in losses.keys() - found.keys():
             axes.plot(
                 rate,

@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 import fogzo
 from fogzo.probing.stacked import chunk_size
 from toolbox import (
+    IN_16_BITS,
     Net,
     Snapshot,
     backward,
@@ -77,6 +78,7 @@ def test_the_bound_on_memory_is_that_of_a_cpus_caches():
         assert chunk_size(fogzo.quantized_weights(layer)) == size
 
 
+@IN_16_BITS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     model = quantized_net("lsq", dropout=0.0).to(dtype)

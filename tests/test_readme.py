@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -326,3 +327,25 @@ def test_the_conclusions_on_results_are_what_was_measured():
 def curve_of(results, name):
     row = next(row for row in results["rows"] if (row["name"], row["budget"]) == (name, "steps"))
     return row["curve"]
+
+
+def test_what_is_said_of_research_is_what_was_measured():
+    page = words("docs/research.md")
+    llama = [r["runs"] for r in committed("prediction")["rows"] if r["name"].startswith("llama")]
+    left = [mean(run[-1]["measured_unexplained"] for run in runs) for runs in llama]
+    assert f"{min(left):.2f} to {max(left):.2f}"[1:].replace(" 0.", " .") in page
+    explained = [
+        1 - mean(run[quarter]["measured_unexplained"] for run in runs)
+        for runs in llama
+        for quarter in (1, 2, 3)
+    ]
+    assert f"explains {100 * min(explained):.0f}% and more" in page
+
+    linear = Comparison.from_dict(committed("linear-mnist-mlp"))
+    metric = linear.main_metric
+    alone, fogzo = (linear.find(name) for name in ("fogzo-linear", "fogzo"))
+    found = Interval.paired(alone.values(metric.key), fogzo.values(metric.key))
+    assert found.verdict(more_is_better=True) == "not significant"
+    low, high = (f"{100 * end:+.1f}" for end in (found.low, found.high))
+    assert f"difference {100 * found.mean:.1f} points [{low}, {high}]" in page
+    assert f"{100 * alone.summary(metric.key).mean:.1f}% and" in page

@@ -31,7 +31,6 @@ LAW_ROWS = (*CORE_ROWS, *LAW_ROWS)
 
 METHOD_ROWS = ("float", "ptq", *CORE_ROWS, "ste-stable-qat", "ste-bbq", "float-then-ste")
 METHOD_ROWS += ("ste-cage", "ste-winq", "ste-dampening", "ste-cewt", "parq")
-LONG_ROWS = (*CORE_ROWS, "float-then-ste")
 LINEAR_ROWS = (*CORE_ROWS, "fogzo-linear")
 PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
@@ -97,7 +96,7 @@ def comparisons() -> dict[str, CompareConfig]:
     found["methods-mnist-mlp-lsq"] = methods(lsq, all_rows, rates[1:], equal_time=False)
     linear = methods(fixed, LINEAR_ROWS, rates[:3], equal_time=False)
     found["linear-mnist-mlp"] = replace(linear, kappas=(1.0,), tuning_seeds=2)
-    # LONG
+    found["long-llama-identity"] = long(replace(text, quantizer=fixed), 3000)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -201,10 +200,10 @@ def long(base: TrainConfig, steps: int) -> CompareConfig:
     data = replace(base.data, max_eval_blocks=512)
     every: dict[str, Any] = {"log_every": 100, "inspect_every": steps // 12}
     recipe = replace(base, data=data, max_steps=steps, agreement="shrunk", **every)
-    rates = (3.16e-4, 1e-3, 3.16e-3)
+    rates = (1e-3, 3.16e-3)
     return CompareConfig(
         base=recipe,
-        rows=LONG_ROWS,
+        rows=CORE_ROWS,
         learning_rates=rates,
         num_seeds=3,
         tuning_seeds=2,

@@ -84,7 +84,7 @@ NETWORKS = {
 }
 """The folders of the comparisons with the paper's, by network and quantizer."""
 
-LONG: dict[str, str] = {}
+LONG = {"LLaMA, 3,000 steps: fixed, identity": "long-llama-identity"}
 """Comparisons at the length where quantization decides, each with a plot, length.svg."""
 
 METHODS = {
@@ -315,7 +315,7 @@ def verdicts(results: Results) -> Table:
 
 def leaders(results: Results) -> Table:
     """What led each comparison."""
-    return leaders_table(results.comparisons(LONG | METHODS | every_network()))
+    return leaders_table(results.comparisons(METHODS | LONG | every_network()))
 
 
 def every_network() -> dict[str, str]:

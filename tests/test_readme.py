@@ -349,3 +349,18 @@ def test_what_is_said_of_research_is_what_was_measured():
     low, high = (f"{100 * end:+.1f}" for end in (found.low, found.high))
     assert f"difference {100 * found.mean:.1f} points [{low}, {high}]" in page
     assert f"{100 * alone.summary(metric.key).mean:.1f}% and" in page
+
+    long = Comparison.from_dict(committed("long-llama-identity"))
+    metric = long.main_metric
+    fogzo, placebo, unmasked = (long.find(n) for n in ("fogzo", "placebo", "ste-unmasked"))
+    for rival in (long.find("ste"), placebo, unmasked):
+        found = long.interval(rival, metric)
+        assert found.verdict(more_is_better=False) == "not significant"
+        said = f"{found.mean:.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        assert said in page
+    rates = {row.name: row.loss_by_rate for row in long.rows}
+    gains = [rates["ste"][rate] - rates["fogzo"][rate] for rate in long.grid]
+    assert f"{gains[1]:.2f} nats below STE's, at the lower one {gains[0]:.2f}" in page
+    ends = [row.curve[-1]["masked"] for row in (fogzo, placebo)]
+    assert "end with {:.0%} and {:.0%} masked".format(*ends) in page
+    assert unmasked.curve[-1]["masked"] == 0

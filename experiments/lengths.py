@@ -1,0 +1,25 @@
+"""Loss and masked weights against the length of a training, drawn from a comparison's JSON."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fogzo_lab.comparison.report import curves
+from fogzo_lab.comparison.results import Comparison
+from fogzo_lab.figures import drawing
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Training loss beyond STE's, and the share of masked weights, over the steps of all rows."""
+    rows = [row for row in Comparison.from_dict(results).rows if row.budget == "steps"]
+    [ste] = [row for row in rows if row.name == "ste"]
+    # Every row sees the same batches, whose own losses differ more than rows do.
+    of_ste = {point["step"]: point["loss"] for point in ste.curve}
+    beyond = [
+        replace(row, curve=[{**p, "loss": p["loss"] - of_ste[p["step"]]} for p in row.curve])
+        for row in rows
+    ]
+    with drawing(path, (7.5, 3.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        curves(left, beyond, "step", "loss", "step", "training loss minus STE's (nats)")
+        curves(right, rows, "step", "masked", "step", "share of masked weights")

@@ -102,9 +102,9 @@ def test_equal_time_gives_every_row_the_steps_that_fit_into_fogzos_seconds(compa
 
 def test_equal_time_may_be_that_of_another_row(tmp_path, monkeypatch):
     # A step of FOGZO takes twice as long as one of STE, one of the placebo as long.
-    times = {"ste": 1.0, "placebo": 1.01, "fogzo": 2.0}
+    times = {"ste": 1.0, "ste-unmasked": 1.0, "placebo": 1.01, "fogzo": 2.0}
     monkeypatch.setattr(module, "_seconds", lambda *_, **__: times)
-    found = compare(small(tmp_path, rows=tuple(times), time_of="ste"))
+    found = compare(small(tmp_path, rows=("ste", "placebo", "fogzo"), time_of="ste"))
     assert Comparison.from_dict(found.to_dict()) == found
     assert {(row.name, row.budget): row.steps for row in found.rows} == {
         **dict.fromkeys([("ste", "steps"), ("placebo", "steps"), ("fogzo", "steps")], 10),
@@ -122,6 +122,13 @@ def test_equal_time_may_be_that_of_another_row(tmp_path, monkeypatch):
         gap = Interval.paired(row.values(loss.key), ste.values(loss.key))
         assert found.interval(ste, loss, budget) == gap
     assert "fit into STE's seconds" in beside_table(found).caption
+    whole = compare(
+        small(tmp_path, rows=("ste", "ste-unmasked", "placebo", "fogzo"), time_of="ste")
+    )
+    shown = {line[1]: line[2] for line in differences_table({"a net": whole}).rows}
+    main = whole.main_metric
+    for budget, reached in shown.items():
+        assert reached == main.spread(whole.find("fogzo", budget).summary(main.key))
     with pytest.raises(ValueError, match=r"none of the rows ste fogzo: --time-of ste"):
         small(tmp_path, time_of="placebo")
 

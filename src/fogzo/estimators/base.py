@@ -325,13 +325,10 @@ class GradientEstimator(ABC):
             The share; None where this step measures nothing or a weight's record does not tell
             its codes.
         """
-        share = self.noise_share(self.step)
-        if share is None:
+        coming = self._coming()
+        if coming is None:
             return None
-        directions = self._directions()
-        plan = self.plan(share, directions)
-        if not plan or nothing_to_follow(directions):
-            return None
+        _, directions, plan = coming
         with self._lender.lend(directions.weights):
             return flip_rate(directions, plan[0], self.one_sided)
 
@@ -365,6 +362,15 @@ class GradientEstimator(ABC):
             guided=self.needs_gradient,
             lean=self.evaluate == "lean",
         )
+
+    def _coming(self) -> tuple[float, Directions, list[Direction]] | None:
+        """The noise share, directions and plan of the coming step; None if it measures nothing."""
+        share = self.noise_share(self.step)
+        if share is None:
+            return None
+        directions = self._directions()
+        plan = self.plan(share, directions)
+        return (share, directions, plan) if plan and not nothing_to_follow(directions) else None
 
     def _check_recorded(
         self, closure: Closure | None, expected_loss: Tensor | float | None

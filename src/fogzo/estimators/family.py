@@ -14,7 +14,6 @@ from fogzo.estimators.base import (
     check_choice,
     mean_along,
 )
-from fogzo.estimators.fallbacks import nothing_to_follow
 from fogzo.estimators.schedules import (
     DEFAULT_KAPPA,
     ConstantNoiseShare,
@@ -98,13 +97,10 @@ class FogzoEstimator(GradientEstimator):
         Returns:
             The agreement; None where this step measures nothing, or no weight rounds differently.
         """
-        share = self.noise_share(self.step)
-        if share is None:
+        coming = self._coming()
+        if coming is None:
             return None
-        directions = self._directions()
-        plan = self.plan(share, directions)
-        if not plan or nothing_to_follow(directions):
-            return None
+        share, directions, plan = coming
         predicted = measure(
             self._lender,
             directions,

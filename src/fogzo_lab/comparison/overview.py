@@ -69,7 +69,8 @@ def differences_table(comparisons: Mapping[str, Comparison], varied: str = "quan
             )
         for budget, gaps in _gaps(comparison):
             cells = [main.called(gap) for gap in gaps]
-            reached = main.spread(fogzo.summary(main.key))
+            own = comparison.find("fogzo", budget) or fogzo
+            reached = main.spread(own.summary(main.key))
             rows.append([label, budget, reached, *cells])
     direction = "more" if main.more_is_better else "less"
     caption = (

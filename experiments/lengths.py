@@ -15,8 +15,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
     [ste] = [row for row in rows if row.name == "ste"]
     # Every row sees the same batches, whose own losses differ more than rows do.
     of_ste = {point["step"]: point["loss"] for point in ste.curve}
+    # The first steps show learning rates, and would leave no room for the rest.
+    settled = ste.steps / 6
     beyond = [
-        replace(row, curve=[{**p, "loss": p["loss"] - of_ste[p["step"]]} for p in row.curve])
+        replace(
+            row,
+            curve=[
+                {**p, "loss": p["loss"] - of_ste[p["step"]]}
+                for p in row.curve
+                if p["step"] >= settled
+            ],
+        )
         for row in rows
     ]
     with drawing(path, (7.5, 3.2)) as figure:

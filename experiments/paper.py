@@ -96,7 +96,10 @@ def comparisons() -> dict[str, CompareConfig]:
     found["methods-mnist-mlp-lsq"] = methods(lsq, all_rows, rates[1:], equal_time=False)
     linear = methods(fixed, LINEAR_ROWS, rates[:3], equal_time=False)
     found["linear-mnist-mlp"] = replace(linear, kappas=(1.0,), tuning_seeds=2)
-    found["long-llama-identity"] = long(replace(text, quantizer=fixed), 3000)
+    found["long-llama-identity"] = long(replace(text, quantizer=fixed), 3000, (1e-3, 3.16e-3))
+    for model, rates in (("cifar-deit", (3e-4, 9.49e-4)), ("cifar-resnet", (3.16e-3, 1e-2))):
+        base = replace(images[model], quantizer=fixed)
+        found[f"long-{model.removeprefix('cifar-')}-identity"] = long(base, 4000, rates)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -195,12 +198,13 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
     )
 
 
-def long(base: TrainConfig, steps: int) -> CompareConfig:
+def long(base: TrainConfig, steps: int, rates: tuple[float, ...]) -> CompareConfig:
     """At the length where quantization decides: FOGZO with the defaults, masks recorded."""
-    data = replace(base.data, max_eval_blocks=512)
+    data = base.data
+    if isinstance(data, TextConfig):
+        data = replace(data, max_eval_blocks=512)
     every: dict[str, Any] = {"log_every": 100, "inspect_every": steps // 12}
     recipe = replace(base, data=data, max_steps=steps, agreement="shrunk", **every)
-    rates = (1e-3, 3.16e-3)
     return CompareConfig(
         base=recipe,
         rows=CORE_ROWS,
@@ -218,11 +222,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--mix-versions", action="store_true", help="as of `fogzo compare`")
     options = parser.parse_args()
     if unknown := set(options.names) - set(known):
         sys.exit(f"no comparison {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     for name in options.names or known:
-        config = replace(known[name], workers=options.workers)
+        config = replace(known[name], workers=options.workers, mix_versions=options.mix_versions)
         if options.plan:
             display.compare_plan(plan(config))
             continue

@@ -134,6 +134,7 @@ def run_here(run: Run, path: Path, trained: Path, threads: int) -> None:
     """Compute a run in its folder."""
     torch.set_num_threads(threads)
     run_in(run, path, trained)
+    _sign(path)
 
 
 def run_elsewhere(
@@ -159,7 +160,7 @@ def run_elsewhere(
         here, source = Path(temporary, path.name), Path(temporary, "trained")
         receive(source, trained)
         run_in(run, here, source)
-        write_text(here / _MACHINE, dumps(environment()) + "\n")
+        _sign(here)
         return path, read_files(here)
 
 
@@ -171,14 +172,21 @@ def measure_seconds(
     return run_seconds(configs, rounds, steps)
 
 
+def _sign(path: Path) -> None:
+    """Write down which machine has computed a run; its folder may be carried to another."""
+    write_text(path / _MACHINE, dumps(environment()) + "\n")
+
+
 def machines(paths: Iterable[Path]) -> dict[str, str]:
-    """How many of these runs other machines computed, in words; empty if none."""
+    """How many of these runs which machines computed, in words; empty if only this one did."""
     found: Counter[str] = Counter()
     for path in paths:
         if (path / _MACHINE).exists():
             facts = read_json(path / _MACHINE, dict[str, str | int], "delete the file")
             found[_MACHINE_WORDS.format_map(facts)] += 1
-    return {"machines": "; ".join(f"{n} runs: {m}" for m, n in found.items())} if found else {}
+    if set(found) <= {_MACHINE_WORDS.format_map(environment())}:
+        return {}
+    return {"machines": "; ".join(f"{n} runs: {m}" for m, n in found.items())}
 
 
 def read_files(folder: Path) -> Files:

@@ -318,6 +318,43 @@ def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
         assert torch.equal(one, other)
 
 
+# Few numbers
+
+
+def test_rules_for_few_numbers_run_and_measure_what_the_committed_ones_did(on_path):
+    script, results = module("few_numbers"), committed("few_numbers")
+    assert results["config"] == json.loads(json.dumps(script.asdict(script.FULL)))
+    quick = json.loads(json.dumps(script.measure(script.QUICK, workers=1)))
+    for entry in (*quick["networks"], *results["networks"]):
+        for rule in entry["rules"]:
+            for seed in rule["seeds"]:
+                seed.pop("test_perplexity", None)
+                seed.pop("test_accuracy", None)
+    assert structure(quick["networks"]) == structure(results["networks"])
+
+
+def test_the_slope_along_step_sizes_is_their_derivative(on_path):
+    script = module("few_numbers")
+    training = script.Training(
+        script.recipe(script.QUICK.networks[0], seed=0), script.Ranks(torch.device("cpu"))
+    )
+    rule = script.Measured(training, h=1e-3)
+    before = [step.detach().clone() for step in rule.steps]
+    # A loss whose derivative by the logarithm of each step size is that step size.
+    rule.refine_grads_(lambda: sum(step.sum() for step in rule.steps))
+    assert all(map(torch.equal, rule.steps, before))
+    signs = [layer_sign(rule, i) for i in range(len(before))]
+    slope = sum(sign * step for sign, step in zip(signs, before, strict=True))
+    for layer, step, sign in zip(rule.layers, rule.steps, signs, strict=True):
+        factor = layer.quantizer.scale.grad_scale(layer.weight.numel(), layer.quantizer.grid)
+        assert torch.allclose(step.grad, factor * slope * sign / step, rtol=1e-3)
+
+
+def layer_sign(rule, i):
+    """The sign that a step size was moved by, as all of one slope's gradients share the slope."""
+    return (rule.steps[i].grad * rule.steps[0].grad).sign()
+
+
 # Draws and forgetting
 
 

@@ -35,12 +35,12 @@ RUNS = {
         *("--optimizer", "muon", "--schedule", "wsd", "--quantizer.preset", "quest"),
     ),
 }
-STEPS = 60
+STEPS = 30
 
 
 def command(name, folder, *more):
     arguments = ("train", *RUNS[name], "--max-steps", STEPS, "--log-every", 1)
-    arguments += ("--checkpoint-every", 7, "--output-dir", folder, *more)
+    arguments += ("--checkpoint-every", 4, "--output-dir", folder, *more)
     return list(map(str, arguments))
 
 

@@ -72,7 +72,7 @@ class Config:
     seed: int = 0
 
 
-QUICK = Config(weights=(10, 100), samples=(1, 2), shares=(0.01, 0.5), repeats=100)
+QUICK = Config(weights=(10, 100), samples=(1, 2), shares=(0.01, 0.5), repeats=20)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fogzo_lab.comparison.overview import (
     tuning_table,
     verdict_table,
 )
-from fogzo_lab.comparison.report import STYLES, write_compare_report
+from fogzo_lab.comparison.report import STYLES, in_seconds, write_compare_report
 from fogzo_lab.comparison.results import Candidate, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.timing import run_seconds
@@ -98,6 +98,16 @@ def test_equal_time_gives_every_row_the_steps_that_fit_into_fogzos_seconds(compa
     assert "fogzo" not in longer
     for name, row in longer.items():
         assert row.steps == math.floor(40 * seconds["fogzo"] / seconds[name])
+
+
+def test_reports_show_times_of_the_interleaved_timing_and_not_of_busy_runs(comparison):
+    _, results, _ = comparison
+    for row in in_seconds(results):
+        seconds = results.seconds(row)
+        assert row.curve[-1]["seconds"] == pytest.approx(seconds)
+        step = results.run_seconds[row.name] / 40
+        assert 0 <= results.run_seconds["fogzo"] - seconds < 1.02 * step
+    assert results.seconds(replace(results.find("ste"), name="lambda")) is None
 
 
 def test_equal_time_may_be_that_of_another_row(tmp_path, monkeypatch):

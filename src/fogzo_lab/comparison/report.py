@@ -116,6 +116,7 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
     """Write report.html of a comparison and return its path."""
     rows = [row for row in comparison.rows if row.budget == "steps"]
     main = comparison.main_metric
+    timed = in_seconds(comparison)
     plots = [
         _plot(
             f"Final {main.name}",
@@ -131,15 +132,9 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
         ),
         _plot(
             "Training loss against time",
-            "With equal time: each row for the same seconds, by interleaved timing of steps.",
-            lambda axes: curves(
-                axes,
-                _at_equal_time(comparison.rows),
-                "seconds",
-                "loss",
-                "seconds",
-                "training loss (nats)",
-            ),
+            "Seconds of training alone, by interleaved timing of steps"
+            + ("; each row for the same seconds." if len(rows) < len(comparison.rows) else "."),
+            lambda axes: curves(axes, timed, "seconds", "loss", "seconds", "training loss (nats)"),
         ),
         _plot(
             "Final loss against learning rate",
@@ -157,9 +152,10 @@ def write_compare_report(config: CompareConfig, comparison: Comparison) -> Path:
         for key in ("flips", "masked", "bits_used")
         if any(key in point for row in rows for point in row.curve)
     ]
+    differences = tables.difference_table(comparison)
     shown = [
-        tables.quality_table(comparison),
-        tables.difference_table(comparison),
+        tables.quality_table(comparison, differences=differences is None),
+        differences,
         tables.cost_table(comparison),
     ]
     chosen = [
@@ -228,11 +224,13 @@ _SHARES = {
     "bits_used": "bits used",
 }
 """What inspections add to the metrics: shares, by their key."""
-_CODES = (
-    "From inspections (--inspect-every): flips are changes of integer weights; masked weights get "
-    "no gradient, and frozen ones do not move either; bits used is the entropy of the codes over "
-    "the bits of the grid. `fogzo doctor` has the numbers by layer."
-)
+_MEANINGS = {
+    "flips": "Flips are changes of integer weights.",
+    "masked": "Masked weights get no gradient.",
+    "frozen": "Frozen ones do not move either.",
+    "bits_used": "Bits used is the entropy of the codes over the bits of the grid.",
+}
+_INSPECTED = "From inspections (--inspect-every), of which `fogzo doctor` has the numbers by layer."
 _FLIPS = (
     "Share of the integer weights that differ between the two points at which FOGZO measures the "
     "loss. At 0 the two losses would be equal and nothing would be measured."
@@ -248,7 +246,7 @@ def _share_plot(key: str, rows: Sequence[RowResult]) -> Plot:
     title = _SHARES[key]
     return _plot(
         f"{title.capitalize()} over training",
-        f"Mean over weights and seeds. {_CODES}",
+        f"{_MEANINGS[key]} Mean over weights and seeds. {_INSPECTED}",
         lambda axes: curves(axes, rows, "step", key, "step", title),
     )
 
@@ -267,10 +265,13 @@ def _code_plots(metrics: Sequence[Metrics]) -> list[Plot]:
         axes.set(xlabel="step", ylabel="share")
         _legend(axes)
 
+    def caption(keys: Sequence[str]) -> str:
+        return " ".join([*(_MEANINGS[key] for key in keys if key in _MEANINGS), _INSPECTED])
+
     flips, others = ("flips",), ("masked", "frozen", "dead", "bits_used")
     return [
-        _plot("Flips of codes per step", _CODES, lambda axes: draw(axes, flips)),
-        _plot("Masked, frozen, dead, used", _CODES, lambda axes: draw(axes, others)),
+        _plot("Flips of codes per step", caption(flips), lambda axes: draw(axes, flips)),
+        _plot("Masked, frozen, dead, used", caption(others), lambda axes: draw(axes, others)),
     ]
 
 
@@ -385,9 +386,18 @@ def _mark_one(axes: "Axes") -> None:
     axes.set(xlabel="step", ylabel="agreement")
 
 
-def _at_equal_time(rows: Sequence[RowResult]) -> list[RowResult]:
-    """Each name once, with its run at equal time where there is one."""
-    return list({row.name: row for row in rows}.values())
+def in_seconds(comparison: Comparison) -> list[RowResult]:
+    """Each name once, at equal time where it was run so, its curve over the seconds it takes."""
+    found = []
+    for row in {row.name: row for row in comparison.rows}.values():
+        seconds = comparison.seconds(row)
+        if seconds is None or not row.curve:
+            continue
+        # Of the run's own clock only the shape is kept, as other runs shared its machine.
+        pace = seconds / row.curve[-1]["seconds"]
+        curve = [{**point, "seconds": pace * point["seconds"]} for point in row.curve]
+        found.append(dataclasses.replace(row, curve=curve))
+    return found
 
 
 def _plot(title: str, caption: str, draw: Draw, height: float = 3.2) -> Plot:

@@ -242,6 +242,14 @@ class Comparison:
     rows: Sequence[RowResult]
     time_of: str = "fogzo"
 
+    def seconds(self, row: RowResult) -> float | None:
+        """Training seconds of a run of that row, by interleaved timing; None if not measured.
+
+        Those that the runs themselves took depend on what else the machine did.
+        """
+        whole, equal = self.run_seconds.get(row.name), self.find(row.name)
+        return None if whole is None or equal is None else whole * row.steps / equal.steps
+
     def find(self, name: str, budget: Budget = "steps") -> RowResult | None:
         """The row of that name.
 

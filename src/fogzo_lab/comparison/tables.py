@@ -47,21 +47,22 @@ def page_table(comparison: Comparison) -> Table:
     return Table("", heading, rows, f"{caption} {where(comparison.environment)}")
 
 
-def quality_table(comparison: Comparison) -> Table:
-    """What every row reached."""
+def quality_table(comparison: Comparison, differences: bool = True) -> Table:
+    """What every row reached, and how far FOGZO is from it if `difference_table` is not shown."""
     metrics, main = comparison.metrics, comparison.main_metric
     with_own = any(row.value is not None for row in comparison.rows)
     heading = ["row", *(metric.heading for metric in metrics), "learning rate"]
-    heading += [*(["own parameter"] if with_own else []), "steps", "seconds"]
-    heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
+    heading += [*(["own parameter"] if with_own else []), "steps"]
+    if differences:
+        heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
     rows = []
     for row in comparison.rows:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")]
         cells += [row.chosen_value] if with_own else []
-        seconds = row.summary("seconds")
-        cells += [str(row.steps), "–" if seconds is None else f"{seconds.mean:.2f}"]
-        rows.append([*cells, main.interval(comparison.interval(row, main))])
+        cells += [str(row.steps)]
+        cells += [main.interval(comparison.interval(row, main))] if differences else []
+        rows.append(cells)
     caption = (
         "Mean ± standard deviation over seeds, at the learning rate, and the row's own parameter, "
         'of lowest mean validation loss; "(edge)" marks a rate at the end of the grid, where a '
@@ -93,20 +94,21 @@ def difference_table(comparison: Comparison) -> Table | None:
 
 def cost_table(comparison: Comparison) -> Table:
     """What every row costs, in time and in passes that no machine changes."""
-    seconds = comparison.run_seconds
-    heading = ["row", "step time / STE's", "steps", "forward passes", "backward passes"]
-    heading += ["forward equivalents", "tuning runs"]
+    times = comparison.run_seconds
+    heading = ["row", "step time / STE's", "seconds", "steps", "forward passes"]
+    heading += ["backward passes", "forward equivalents", "tuning runs"]
     rows = []
     for row in comparison.rows:
-        ratio = f"{seconds[row.name] / seconds['ste']:.2f}" if "ste" in seconds else "–"
+        ratio = f"{times[row.name] / times['ste']:.2f}" if "ste" in times else "–"
+        seconds = comparison.seconds(row)
         counts = (row.forwards, row.steps, row.forward_equivalents)
-        cells = [row.title, ratio, str(row.steps)]
+        cells = [row.title, ratio, "–" if seconds is None else f"{seconds:.3g}", str(row.steps)]
         cells += ["–" if count is None else f"{count:,}" for count in counts]
         rows.append([*cells, str(row.tuning_runs)])
     caption = (
-        "Step times come from interleaved timing on one machine. Passes are over a whole batch, in "
-        "one run; a backward pass counts as two forward passes. Rows with a parameter of "
-        "their own have been tuned over more candidates than the others: tuning runs says so."
+        "Times are of training alone, by interleaved timing on one machine. Passes are over a "
+        "whole batch, in one run; a backward pass counts as two forward passes. Rows with a "
+        "parameter of their own have been tuned over more candidates than the others: tuning runs says so."
     )
     return Table("Cost", heading, rows, caption)
 

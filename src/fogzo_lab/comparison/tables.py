@@ -108,7 +108,8 @@ def cost_table(comparison: Comparison) -> Table:
     caption = (
         "Times are of training alone, by interleaved timing on one machine. Passes are over a "
         "whole batch, in one run; a backward pass counts as two forward passes. Rows with a "
-        "parameter of their own have been tuned over more candidates than the others: tuning runs says so."
+        "parameter of their own have been tuned over more candidates than the others: tuning runs "
+        "says so."
     )
     return Table("Cost", heading, rows, caption)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fogzo_lab.comparison.report import curves
+from fogzo_lab.comparison.plots import curves
 from fogzo_lab.comparison.results import Comparison
 from fogzo_lab.figures import drawing
 

@@ -23,7 +23,8 @@ from fogzo_lab.comparison.overview import (
     tuning_table,
     verdict_table,
 )
-from fogzo_lab.comparison.report import STYLES, in_seconds, write_compare_report
+from fogzo_lab.comparison.plots import STYLES, in_seconds
+from fogzo_lab.comparison.report import write_compare_report
 from fogzo_lab.comparison.results import Candidate, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.comparison.timing import run_seconds

@@ -315,34 +315,32 @@ def tried_rates(
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Every rule on both networks, and its difference from LSQ."""
+    """Every rule on both networks, its difference from LSQ, and what its steps cost."""
     networks = [Network(**network) for network in results["config"]["networks"]]
     titles = {"mlp": "MLP", "llama": "LLaMA", "digits": "digits"}
-    heading, columns = ["step sizes"], []
+    heading = ["step sizes"]
+    rows = {rule: [label] for rule, (label, _) in RULES.items()}
+    costs: dict[str, list[str]] = {rule: [] for rule in RULES}
     for network, found in zip(networks, results["networks"], strict=True):
-        title, shown = titles[network.name], metric(network)
-        heading += [f"{title}: {shown.heading}", "− LSQ", "CPU time / LSQ's"]
-        base, *_ = found["rules"]
+        shown, base = metric(network), found["rules"][0]
+        heading += [f"{titles[network.name]}: {shown.heading}", "− LSQ"]
         for row in found["rules"]:
             ours, theirs = ([seed[shown.key] for seed in each["seeds"]] for each in (row, base))
             gap = "" if row is base else shown.called(Interval.paired(ours, theirs))
-            time, own = (
+            rows[row["rule"]] += [shown.spread(Summary.of(ours)), gap]
+            own, time = (
                 statistics.median(seed["cpu_seconds"] for seed in each["seeds"])
-                for each in (base, row)
+                for each in (row, base)
             )
-            columns.append([shown.spread(Summary.of(ours)), gap, f"{own / time:.2f}"])
-    count = len(RULES)
-    rows = [
-        [label, *(cell for part in columns[i::count] for cell in part)]
-        for i, (label, _) in enumerate(RULES.values())
-    ]
+            costs[row["rule"]].append(f"{own / time:.2f}")
+    cells = [[*row, " / ".join(costs[rule])] for rule, row in rows.items()]
     sizes = "; ".join(f"{titles[n.name]}: {n.seeds} seeds, {n.steps} steps" for n in networks)
     caption = (
         f"LSQ at 2 bits; {sizes}. Mean ± standard deviation, differences paired by seed, with 95% "
         "intervals, bold where they exclude zero; each rule at the learning rate of lowest "
-        f"validation loss, equal steps. {where(results['environment'])}"
+        f"validation loss, equal steps. CPU time of both networks. {where(results['environment'])}"
     )
-    return Table("", heading, rows, caption)
+    return Table("", [*heading, "CPU time / LSQ's"], cells, caption)
 
 
 if __name__ == "__main__":

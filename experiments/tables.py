@@ -124,6 +124,7 @@ SCRIPTS = (
     "dynamics",
     "embedded",
     "executors",
+    "few-numbers",
     "forgetting",
     "forwards",
     "latents",

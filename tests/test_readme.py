@@ -10,6 +10,7 @@ from statistics import mean
 import pytest
 
 from fogzo_lab.comparison.intervals import Interval
+from fogzo_lab.comparison.metrics import METRICS
 from fogzo_lab.comparison.overview import best_free_rival
 from fogzo_lab.comparison.results import Comparison
 
@@ -364,3 +365,23 @@ def test_what_is_said_of_research_is_what_was_measured():
     ends = [row.curve[-1]["masked"] for row in (fogzo, placebo)]
     assert "end with {:.0%} and {:.0%} masked".format(*ends) in page
     assert unmasked.curve[-1]["masked"] == 0
+
+
+def test_what_is_said_of_few_numbers_is_what_was_measured():
+    page = words("docs/research.md")
+    for found in committed("few-numbers")["networks"]:
+        metric = METRICS["test_perplexity" if found["name"] == "llama" else "test_accuracy"]
+        scores = {
+            row["rule"]: [seed[metric.key] for seed in row["seeds"]] for row in found["rules"]
+        }
+        verdicts = {
+            rule: Interval.paired(ours, scores["lsq"]).verdict(metric.more_is_better)
+            for rule, ours in scores.items()
+        }
+        assert verdicts["measured-0.01"] == "worse"
+        assert "better" not in verdicts.values()
+        assert verdicts["trust-ratio"] == "not significant"
+    shorter, longer, kept = (
+        f"{mean(scores[rule]):.2f}" for rule in ("measured-0.01", "measured-0.05", "kept")
+    )
+    assert f"reaches {shorter} and {longer}, and step sizes that are never trained {kept}" in page

@@ -1,12 +1,12 @@
 """Quantized layers: attaching quantizers to a model, and the weights that an estimator refines."""
 
-from fogzo.layers.activations import calibrate_
 from fogzo.layers.attach import (
     dequantize_,
     measure_step_sizes_,
     quantize_,
     quantized_weights,
 )
+from fogzo.layers.calibration import calibrate_
 from fogzo.layers.parameter_groups import parameter_groups
 from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.layers.weights import QuantizedWeight

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded, reshard, sharded_dims
-from fogzo.layers.activations import (
-    Activations,
-    activation_quantizers,
-    quantized_input_class,
-)
+from fogzo.layers.activations import Activations, activation_quantizers
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
 from fogzo.layers.quantizable import check_quantizable, warn_of_own_quantization
 from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
+from fogzo.layers.quantized_input import quantized_input_class
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
     plain_class,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import distributed_like, full, is_sharded
-from fogzo.layers.activations import QuantizedInput
 from fogzo.layers.quantizable import parametrization
+from fogzo.layers.quantized_input import QuantizedInput
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.reading import has_a_value

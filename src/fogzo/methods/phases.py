@@ -5,7 +5,7 @@ from torch import nn
 
 from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers import QuantizedLayer
-from fogzo.layers.activations import FloatPhase
+from fogzo.layers.quantized_input import FloatPhase
 from fogzo.methods.pull import step_of
 from fogzo.methods.ramps import check_count, check_start
 from fogzo.quantizers.step_sizes import knee_of

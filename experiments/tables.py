@@ -84,7 +84,10 @@ NETWORKS = {
 }
 """The folders of the comparisons with the paper's, by network and quantizer."""
 
-LONG = {"LLaMA, 3,000 steps: fixed, identity": "long-llama-identity"}
+LONG = {
+    "LLaMA, 3,000 steps: fixed, identity": "long-llama-identity",
+    "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
+}
 """Comparisons at the length where quantization decides, each with a plot, length.svg."""
 
 METHODS = {

@@ -367,6 +367,56 @@ def test_what_is_said_of_research_is_what_was_measured():
     assert unmasked.curve[-1]["masked"] == 0
 
 
+def test_what_is_said_of_resnet_at_length_is_what_was_measured():
+    page, found = words("docs/research.md"), committed("long-resnet-identity")
+    long = Comparison.from_dict(found)
+    ste, unmasked, placebo, fogzo = map(long.find, ("ste", "ste-unmasked", "placebo", "fogzo"))
+
+    def points(row, other, key="test_accuracy"):
+        return Interval.paired(row.values(key), other.values(key))
+
+    mask = points(unmasked, ste)
+    assert mask.verdict(more_is_better=True) == "better"
+    assert f"by {100 * mask.mean:.2f} points, and is the only row to prefer the higher" in page
+    assert [row.name for row in long.rows if row.learning_rate == 1e-2] == ["ste-unmasked"]
+    gains = [points(row, ste) for row in (fogzo, placebo)]
+    assert {gain.verdict(more_is_better=True) for gain in gains} == {"not significant"}
+    assert "gain {:.2f} and {:.2f} points".format(*(100 * gain.mean for gain in gains)) in page
+    behind = points(unmasked, fogzo)
+    low, high = (f"{100 * end:+.2f}" for end in (behind.low, behind.high))
+    assert f"by {100 * behind.mean:.2f} points [{low}, {high}], which three seeds" in page
+    loss = points(fogzo, unmasked, "train_loss")
+    assert f"{loss.mean:.2f} nats [{loss.low:.2f}, {loss.high:.2f}], they do" in page
+    assert loss.low > 0
+    gaps = [ste.loss_by_rate[rate] - fogzo.loss_by_rate[rate] for rate in long.grid]
+    assert "loss is {:.3f} and {:.3f} nats below STE's".format(*gaps) in page
+    ends = [
+        mean(masked_at_the_end("long-resnet-identity", row, rate))
+        for row, rate in (("ste", 0.00316), ("ste", 0.01), ("fogzo", 0.00316), ("placebo", 0.00316))
+    ]
+    assert "with {:.0%} of its weights masked at the lower rate and {:.0%} at".format(*ends) in page
+    assert (
+        "with {:.0%} masked at the lower rate and the placebo with {:.0%}".format(*ends[2:]) in page
+    )
+
+    gain = f"{100 * mask.mean:.1f} points by it in [4,000 steps]"
+    assert gain in words("docs/choosing.md")
+    before, after = (f"{100 * row.summary('test_accuracy').mean:.1f}%" for row in (ste, unmasked))
+    assert f"in 4,000 steps from {before} to {after}" in words("README.md")
+    for name in ("long-llama-identity", "long-resnet-identity"):
+        one = Comparison.from_dict(committed(name))
+        better = one.main_metric.more_is_better
+        found = {one.interval(row, one.main_metric).verdict(better) for row in one.rows[:3]}
+        assert found == {"not significant"}
+
+
+def masked_at_the_end(name, row, rate):
+    """Of every finished run of a row at a learning rate."""
+    runs = (ROOT / "experiments" / name / "runs").glob(f"{row}-lr{rate:g}-*/metrics.jsonl")
+    logs = [[json.loads(line) for line in run.read_text().splitlines()] for run in runs]
+    return [[m["masked"] for m in log if m.get("masked") is not None][-1] for log in logs]
+
+
 def test_what_is_said_of_few_numbers_is_what_was_measured():
     page = words("docs/research.md")
     for found in committed("few-numbers")["networks"]:

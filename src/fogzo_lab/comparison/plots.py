@@ -80,7 +80,7 @@ def run_plots(metrics: Sequence[Metrics]) -> list[Plot]:
 
         def agreement(axes: "Axes") -> None:
             steps = [m["step"] for m in measured]
-            axes.plot(steps, _smooth([m["agreement"] for m in measured]), color="black")
+            axes.plot(steps, smooth([m["agreement"] for m in measured]), color="black")
             _mark_one(axes)
 
         plots.append(_plot("Agreement", _AGREEMENT, agreement))
@@ -279,18 +279,18 @@ def _flips(axes: "Axes", rows: Sequence[RowResult]) -> None:
 
 
 def _agreements(axes: "Axes", rows: Sequence[RowResult]) -> None:
-    smooth = []
+    averaged = []
     for row in rows:
         points = [p for p in row.curve if p.get("agreement") is not None]
-        values = _smooth([p["agreement"] for p in points])
+        values = smooth([p["agreement"] for p in points])
         curve = [{"step": p["step"], "agreement": v} for p, v in zip(points, values, strict=True)]
-        smooth.append(dataclasses.replace(row, curve=curve))
-    curves(axes, smooth, "step", "agreement", "step", "agreement")
+        averaged.append(dataclasses.replace(row, curve=curve))
+    curves(axes, averaged, "step", "agreement", "step", "agreement")
     _mark_one(axes)
 
 
-def _smooth(values: Sequence[float], reach: int = 4) -> list[float]:
-    """A running mean: one step's agreement has the noise of a few flipped weights."""
+def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+    """A running mean: one step's number has the noise of its batch and of a few flipped weights."""
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 

@@ -262,6 +262,7 @@ PAPER = {
 def test_an_unfinished_comparison_is_begun_and_has_no_results():
     for name in UNFINISHED:
         assert json.loads((folder(name) / "timing.json").read_text(encoding="utf-8"))
+        assert list(folder(name).glob("runs/*/result.json"))
         assert not (folder(name) / "results.json").exists()
 
 

@@ -408,6 +408,9 @@ def test_what_is_said_of_resnet_at_length_is_what_was_measured():
         better = one.main_metric.more_is_better
         found = {one.interval(row, one.main_metric).verdict(better) for row in one.rows[:3]}
         assert found == {"not significant"}
+        against = {row.name: one.interval(row, METRICS["train_loss"]) for row in one.rows[:3]}
+        assert against["ste-unmasked"].low > 0
+        assert (against["ste"].high < 0) == (name == "long-llama-identity")
 
 
 def masked_at_the_end(name, row, rate):

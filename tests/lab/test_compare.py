@@ -109,6 +109,10 @@ def test_reports_show_times_of_the_interleaved_timing_and_not_of_busy_runs(compa
         step = results.run_seconds[row.name] / 40
         assert 0 <= results.run_seconds["fogzo"] - seconds < 1.02 * step
     assert results.seconds(replace(results.find("ste"), name="lambda")) is None
+    ste = results.find("ste")
+    half = [point for point in ste.curve if point["step"] <= 20]  # as where a seed diverged
+    [cut] = in_seconds(replace(results, rows=[replace(ste, curve=half)]))
+    assert cut.curve[-1]["seconds"] == pytest.approx(results.seconds(ste) / 2)
 
 
 def test_equal_time_may_be_that_of_another_row(tmp_path, monkeypatch):

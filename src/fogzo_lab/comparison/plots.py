@@ -308,7 +308,8 @@ def in_seconds(comparison: Comparison) -> list[RowResult]:
         if seconds is None or not row.curve:
             continue
         # Of the run's own clock only the shape is kept, as other runs shared its machine.
-        pace = seconds / row.curve[-1]["seconds"]
+        last = row.curve[-1]  # before the run's end where a seed diverged
+        pace = seconds * last["step"] / row.steps / last["seconds"]
         curve = [{**point, "seconds": pace * point["seconds"]} for point in row.curve]
         found.append(dataclasses.replace(row, curve=curve))
     return found

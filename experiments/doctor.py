@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
     "clipped": Case(
         "LSQ W2, inputs with a tenth of their step size",
         "clipped",
-        _LSQ | {"activations": QuantizerConfig(preset="fixed", bits=2)},
+        _LSQ | {"activations": QuantizerConfig(preset="fixed", bits=2, surrogate="identity")},
         _shrink_input_steps,
     ),
     "llama-lsq-0.003": Case("LLaMA, LSQ, learning rate 0.003", None, _LSQ | _SMALL, llama=True),

@@ -19,7 +19,8 @@ from fogzo_lab.training.model_config import (
     ResNetConfig,
 )
 
-_ABS_MEAN = QuantizerConfig(preset="fixed", bits=2, init="abs_mean")
+# The paper's STE, with its mask.
+_ABS_MEAN = QuantizerConfig(preset="fixed", bits=2, surrogate="identity", init="abs_mean")
 _LSQ = QuantizerConfig(preset="lsq", bits=2)
 
 

@@ -269,9 +269,10 @@ def as_functions(model):
 @pairwise(listed=[as_numbers, as_tensors, as_functions], estimator=ESTIMATORS)
 def test_hand_written_fake_quantization_gives_what_an_attached_quantizer_gives(estimator, listed):
     results = []
+    quantizer = fogzo.fixed(2, step_size=0.25, surrogate="identity")
     for model, weights_of in (
         (foreign_model(), listed),
-        (fogzo.quantize_(mlp(), fogzo.fixed(2, step_size=0.25)), fogzo.quantized_weights),
+        (fogzo.quantize_(mlp(), quantizer), fogzo.quantized_weights),
     ):
         weights = weights_of(model)
         instance = ESTIMATORS[estimator](weights)

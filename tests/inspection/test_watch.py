@@ -45,7 +45,8 @@ def test_flips_and_those_that_undo_the_last_are_counted():
 
 
 def test_weights_that_are_masked_are_frozen_only_if_they_do_not_move():
-    model = one_layer(0.2, 3.0, 4.0, 0.3)
+    quantizer = fogzo.fixed(2, step_size=1.0, surrogate="identity")
+    model = one_layer(0.2, 3.0, 4.0, 0.3, quantizer=quantizer)
     watch = fogzo.Watch(model, every=3)
     watch.update()
     move(model, 0.25, 3.0, 4.1, 0.35)
@@ -160,7 +161,7 @@ def test_a_healthy_run_has_no_finding(name):
 
 
 def test_a_fixed_step_that_masks_is_found():
-    first = train(fogzo.fixed(2, step_size=0.05))[0]
+    first = train(fogzo.fixed(2, step_size=0.05, surrogate="identity"))[0]
     assert first.kind == "masked"
     assert "masked and frozen" in first.message
     assert first.code == 'surrogate="identity_unmasked", or fogzo.lsq(bits)'

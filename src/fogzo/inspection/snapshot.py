@@ -39,7 +39,8 @@ def inspect(
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     >>> with torch.no_grad():
     ...     _ = model[0].weight.copy_(torch.linspace(-1, 1, 64).reshape(8, 8))
-    >>> found = fogzo.inspect(fogzo.quantize_(model, fogzo.fixed(2, step_size=0.25)))
+    >>> quantizer = fogzo.fixed(2, step_size=0.25, surrogate="identity")
+    >>> found = fogzo.inspect(fogzo.quantize_(model, quantizer))
     >>> found.layers[0].masked  # all beyond the last level, 0.375
     0.625
     >>> [finding.kind for finding in found.findings]

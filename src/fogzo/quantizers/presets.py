@@ -25,11 +25,16 @@ def fixed(
     step_size: float | None = None,
     init: Rule = "mse",
     levels: Levels | None = None,
-    surrogate: str | Surrogate = "identity",
+    surrogate: str | Surrogate = "identity_unmasked",
     granularity: Granularity = "tensor",
     scale_dtype: torch.dtype | None = None,
 ) -> Quantizer:
-    """A constant step size (the paper's "fixed alpha"): given, or measured once by rule `init`."""
+    """A constant step size (the paper's "fixed alpha"): given, or measured once by rule `init`.
+
+    Gradients pass everywhere, as nothing would bring back a weight that a mask had stopped beyond
+    the range; ``surrogate="identity"`` is the paper's masked STE. Inputs of layers keep nothing
+    from step to step and are masked by custom: pass ``fogzo.fixed(8, surrogate="identity")``.
+    """
     scale = fixed_scale(step_size, init)
     return Quantizer(uniform(bits, levels), scale, surrogate, None, granularity, scale_dtype)
 

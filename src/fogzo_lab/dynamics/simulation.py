@@ -134,7 +134,9 @@ def _layer(setting: Regression, start: Tensor) -> nn.Linear:
     inputs = None
     if setting.input_bits is not None:  # which are a sqrt(d)-th of standard normals
         step = setting.input_spacing / start.shape[1] ** 0.5
-        inputs = fogzo.fixed(setting.input_bits, step_size=step, levels="half")
+        inputs = fogzo.fixed(
+            setting.input_bits, step_size=step, levels="half", surrogate="identity"
+        )
     return fogzo.quantize_(layer, quantizer, lambda module, name: True, activations=inputs)
 
 

@@ -128,9 +128,14 @@ class QuantizerConfig(Options):
         return replace(quantizer, surrogate=surrogate, stochastic=self.stochastic, noise=self.noise)
 
     def build_for_inputs(self) -> Quantizer | None:
-        """The quantizer of the inputs of layers, where one step that is kept serves all tokens."""
+        """The quantizer of the inputs of layers.
+
+        There one step that is kept serves all tokens, and `fixed` masks what it clips.
+        """
         kept = self.preset == "bbq" and self.granularity is None and self.learned is not False
-        return (replace(self, granularity="tensor") if kept else self).build()
+        masks = self.preset == "fixed" and self.surrogate is None
+        own = replace(self, granularity="tensor") if kept else self
+        return (replace(own, surrogate="identity") if masks else own).build()
 
 
 _NOT_TAKEN = {

@@ -83,3 +83,25 @@ def test_the_first_questions_are_answered_by_files_that_exist():
     links = re.findall(r"\]\(([^)]+)\)", section("A newcomer's first five questions"))
     assert len(links) == 6
     assert all((ROOT / link).is_file() for link in links)
+
+
+def test_messages_send_readers_to_caveats_that_exist():
+    page = (ROOT / "docs" / "caveats.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (.*)$", page, re.M))
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "src/fogzo").rglob("*.py"))
+    linked = set(re.findall(r"""\bcaveat\(["'](.*?)["']\)""", code))
+    assert linked <= sections
+    # What nobody can be told of when it happens, or is told of by the code in another way.
+    assert sections - linked == {
+        "Autocast",
+        "Batch norm",
+        "Checkpoints",
+        "Clipping",
+        "Compiled models",
+        "DDP",
+        "Dropout",
+        "Frozen weights",
+        "Losses with derivatives",
+        "Threads",
+        "Tied weights",
+    }

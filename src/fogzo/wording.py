@@ -1,4 +1,4 @@
-"""How messages name several things at once, or the one that was meant."""
+"""How messages name several things at once, the one that was meant, or where to read on."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -21,3 +21,12 @@ def nearest(name: object, choices: Iterable[object]) -> str | None:
     'fogzo'
     """
     return next(iter(get_close_matches(str(name), [str(choice) for choice in choices], n=1)), None)
+
+
+def caveat(section: str) -> str:
+    """Where the documentation says more, for the end of a message.
+
+    >>> caveat("Same batch")
+    '. See "Same batch" in docs/caveats.md'
+    """
+    return f'. See "{section}" in docs/caveats.md'

@@ -10,7 +10,7 @@ from fogzo.estimators.schedules import kappa_from_noise_share, noise_share_from_
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.directions import Directions
 from fogzo.probing.measure import NO_EFFECT, NO_FLIP, NOT_FINITE, Measurement
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def in_16_bits(weights: Sequence[QuantizedWeight]) -> tuple[str, str] | None:
         "an update, rounds away: keep them in float32, model.float() or "
         "from_pretrained(name, dtype=torch.float32), and compute in 16 bits, under torch.autocast, "
         'with bf16=True in transformers or precision="bf16-mixed" in Lightning'
+        + caveat("Precision of the weights")
     )
     return "16 bits", text
 
@@ -100,7 +101,7 @@ def caution(
         text = (
             f"the closure's loss has the precision of {_name(measured.dtype)}, too coarse for the "
             "small differences that are measured: compute it in float32, "
-            "cross_entropy(logits.float(), y), and return it so"
+            f"cross_entropy(logits.float(), y), and return it so{caveat('Precision of the loss')}"
         )
         return "half", text
     if agreement is None or error is None:
@@ -135,7 +136,7 @@ def _advice(fallback: str) -> str | None:
         return None
     return (
         f"{fallback}: this step keeps its first-order gradient. {remedy}. Said once; see "
-        "stats.fallback for later steps"
+        f"stats.fallback for later steps{caveat('Nothing to measure')}"
     )
 
 
@@ -158,7 +159,7 @@ def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> st
         return (
             f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
             "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "
-            "grad_scale=scaler.get_scale()"
+            f"grad_scale=scaler.get_scale(){caveat('GradScaler')}"
         )
     if abs(agreement) > 8 * (1 + error):
         return (
@@ -166,6 +167,6 @@ def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> st
             f"standard error of {error:.2g}. Usual causes: dropout that the probes draw anew "
             "(`with estimator.record_rng(): loss = ...` around the first forward pass), a closure "
             "over another batch, a sum against a mean, gradients clipped before. Pass "
-            "expected_loss=loss to have that checked"
+            f"expected_loss=loss to have that checked{caveat('An agreement far from 1')}"
         )
     return None

@@ -7,6 +7,7 @@ from torch import nn
 
 from fogzo.collectives import local
 from fogzo.layers.weights import QuantizedWeight
+from fogzo.wording import caveat
 
 _MARK = "_fogzo_refined_version"
 
@@ -39,6 +40,7 @@ def weights_to_refine(
             "loss.backward(); estimator.refine_grads_(closure); optimizer.step(). If you did, "
             "these weights belong to another model than the loss (a deep copy made after "
             "quantized_weights(model), say), or were sharded after it: call fully_shard first"
+            + caveat("Order of setup")
         )
     for weight in used:
         grad: Any = weight.param.grad
@@ -47,7 +49,7 @@ def weights_to_refine(
                 f"the gradient of {weight.name!r} has been refined already, by this estimator or "
                 "another, and no backward() has followed: call refine_grads_ once per step, "
                 "loss.backward(); estimator.refine_grads_(closure); optimizer.step(); "
-                "optimizer.zero_grad()"
+                f"optimizer.zero_grad(){caveat('Refining twice')}"
             )
     return used
 
@@ -70,5 +72,5 @@ def _check_still_held(weights: Sequence[QuantizedWeight], models: Sequence[nn.Mo
                 f"{weight.name!r} is no parameter of its model any more, so it would never be "
                 "refined: something replaced it (fully_shard, resize, a parametrization) after "
                 "the estimator was made. Call fully_shard first and resize first, then make it: "
-                "FogzoEstimator(fogzo.quantized_weights(model), ...)"
+                f"FogzoEstimator(fogzo.quantized_weights(model), ...){caveat('Order of setup')}"
             )

@@ -24,7 +24,7 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.layers import QuantizedLayer, quantized_weights
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 STATE_FILE = "fogzo_estimator.pt"
 
@@ -253,7 +253,7 @@ def _warn_of_decaying_steps(trainer: Any) -> None:
         warnings.warn(
             f"the optimizer that the trainer was given decays the learned step sizes "
             f"{listed(decaying)}: put parameters whose names end in _step into a group with "
-            "weight_decay=0.0, or let the trainer make the optimizer",
+            f"weight_decay=0.0, or let the trainer make the optimizer{caveat('Weight decay')}",
             RuntimeWarning,
             stacklevel=2,
         )

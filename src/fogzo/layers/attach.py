@@ -36,7 +36,7 @@ from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.step_sizes import knee_of
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
     if any(is_sharded(layer.weight) for layer in layers):
         raise ValueError(
             "this model is sharded: load its full state_dict into a model that is not, quantized "
-            "alike, and call fogzo.dequantize_ on that one"
+            f"alike, and call fogzo.dequantize_ on that one{caveat('FSDP2')}"
         )
     for layer in layers:
         layer._check_own_weight()

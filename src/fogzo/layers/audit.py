@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fogzo.collectives import local
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.quantized_layer import QuantizedLayer
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 _SAMPLE = 4096  # weights
 
@@ -39,7 +39,8 @@ class LayerAudit:
             warnings.warn(
                 f"the weights train but the learned step sizes of {listed(list(pairs))} do not, "
                 "as in an optimizer made before fogzo.quantize_, which does not know them. Make it "
-                "after: optimizer = torch.optim.AdamW(model.parameters())",
+                "after: optimizer = torch.optim.AdamW(model.parameters())"
+                + caveat("Untrained step sizes"),
                 UserWarning,
                 stacklevel=2,
             )

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 
 def warn_of_bypassed_layers(model: nn.Module, only_with_gradient: bool = False) -> None:
@@ -33,7 +33,7 @@ def warn_of_bypassed_layers(model: nn.Module, only_with_gradient: bool = False) 
             f"the forward of {listed(bypassed)} never ran, and only there is the weight quantized: "
             "what reads layer.weight itself uses the float weight. Call the layer, layer(x), or "
             "leave it out, fogzo.quantize_(model, quantizer, filter_fn=...). Layers that are not "
-            "used at all are no mistake",
+            f"used at all are no mistake{caveat('Bypassed layers')}",
             UserWarning,
             stacklevel=3,
         )

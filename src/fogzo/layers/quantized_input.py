@@ -18,6 +18,7 @@ from fogzo.quantizers import Quantizer, unsigned
 from fogzo.quantizers.grids import TIE_MARGIN
 from fogzo.quantizers.reading import can_be_read, has_a_value
 from fogzo.quantizers.step_sizes import knee_of, loaded_knee, positive_step_size, smallest_step_size
+from fogzo.wording import caveat
 
 # What the buffer `input_state` holds, as a float: averages of models (AveragedModel, EMA) round
 # integers down, and so turn a 2 into a 1.
@@ -249,14 +250,14 @@ class QuantizedInput(nn.Module):
             raise ValueError(
                 f"the input of this {type(self).__name__} has no step size yet, which only a "
                 "training forward pass with gradients measures by itself. Measure it first: "
-                "with fogzo.calibrate_(model): model(x)"
+                f"with fogzo.calibrate_(model): model(x){caveat('Activations')}"
             )
         if _may_be_distributed():
             raise ValueError(
                 f"the input of this {type(self).__name__} has no step size yet, and each rank "
                 "would measure its own batch (and FSDP forget it). Measure it before wrapping the "
                 "model in DDP or fully_shard, with the same x on every rank: "
-                "with fogzo.calibrate_(model): model(x)"
+                f"with fogzo.calibrate_(model): model(x){caveat('Activations')}"
             )
 
     def _check_levels(self, state: float) -> None:
@@ -267,7 +268,7 @@ class QuantizedInput(nn.Module):
                 f"levels (input_state is {state:.2f}, between 0 not measured, 1 as given and 2 "
                 "unsigned), so its step size means nothing. Begin the average anew after "
                 "fogzo.calibrate_(model), or measure the averaged model itself: "
-                "with fogzo.calibrate_(averaged): averaged(x)"
+                f"with fogzo.calibrate_(averaged): averaged(x){caveat('Weight averages')}"
             )
 
     def _check_step(self, step: Tensor) -> None:
@@ -281,6 +282,7 @@ class QuantizedInput(nn.Module):
                 "that began before the model had measured it, or training diverged. Measure the "
                 "model first, with fogzo.calibrate_(model): model(x), and then begin the average; "
                 "or measure the averaged model itself: with fogzo.calibrate_(averaged): averaged(x)"
+                + caveat("Weight averages")
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -16,7 +16,7 @@ from fogzo.quantizers import Quantizer
 from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 
 class QuantizedLayer(QuantizedInput):
@@ -326,7 +326,7 @@ def warn_of_stale_step_sizes(names: list[str]) -> None:
     warnings.warn(
         f"the weights of {listed(names)} are not of the size that their step sizes were measured "
         "on: initialise them before fogzo.quantize_, or measure again, "
-        "fogzo.measure_step_sizes_(model)",
+        f"fogzo.measure_step_sizes_(model){caveat('Order of setup')}",
         UserWarning,
         stacklevel=3,
     )
@@ -404,6 +404,6 @@ def warn_of_empty_groups(
         f"layer's others: {', '.join(layers)}. Such groups got the median step size of their "
         "layer's other groups; layers without others, that of torch's default initialization. "
         f"Weights of zero {zero}. To leave a layer in float: fogzo.quantize_(model, quantizer, "
-        "filter_fn=lambda module, name: name not in {...})",
+        "filter_fn=lambda module, name: name not in {...})" + caveat("Zero weights"),
         stacklevel=3,
     )

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fogzo.layers.experts import ExpertMatrices, fused_parameters
-from fogzo.wording import listed
+from fogzo.wording import caveat, listed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -181,7 +181,8 @@ def warn_of_selection(
         warnings.warn(
             f"only {quantized / total:.0%} of the matrix weights outside embeddings and heads are "
             f"quantized. The largest left in float: {_largest(left)}. To say which layers you "
-            "mean: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)",
+            "mean: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: ...)"
+            + caveat("Left in float"),
             UserWarning,
             stacklevel=3,
         )

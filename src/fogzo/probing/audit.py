@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fogzo.collectives import mean_over_ranks
 from fogzo.probing.lender import Closure, Lender
+from fogzo.wording import caveat
 
 _TIGHT = 1e-5
 # bfloat16, another graph of the compiler, statistics that every forward pass moves.
@@ -106,7 +107,7 @@ def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) 
         f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
         f"{wanted:.8g}. It must be the loss that backward() differentiated, at the weights it was "
         f"differentiated at. Usual causes: {getattr(closure, 'causes', _CAUSES)}; "
-        "optimizer.step() called before"
+        f"optimizer.step() called before{caveat('Same batch')}"
     )
 
 

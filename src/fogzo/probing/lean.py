@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.lender import Closure, Lender
+from fogzo.wording import caveat
 
 
 def losses(
@@ -88,6 +89,7 @@ def _moved_while_computing(
             "no layer with a quantized weight ran its forward, so lean probes moved nothing. A "
             "compiled model runs without the hooks that they need, and a closure may evaluate "
             'another model: use evaluate="in_place", or list the weights of that model'
+            + caveat("Stacked and lean probes")
         )
 
 

@@ -15,6 +15,7 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender, as_loss
+from fogzo.wording import caveat
 
 Evaluate = Literal["in_place", "stacked", "lean"]
 
@@ -191,4 +192,5 @@ def _check_dependence(
             "model, or a cached output. List the weights of the model in the closure: "
             "fogzo.quantized_weights(model). A loss whose value stays the same while its gradient "
             "does not, such as exp(x - x.detach()), cannot be measured"
+            + caveat("Stopped gradients")
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.lender import Closure, Lender
+from fogzo.wording import caveat
 
 # Bound on the copies of the weights and their offsets: a CPU gains nothing from more than its
 # caches hold.
@@ -101,7 +102,7 @@ def _evaluate(
             "torch.vmap, which evaluates many probes at once, cannot follow the closure. Usual "
             "causes: backward() in it, a number taken out of a tensor (loss.item(), an if on its "
             "value), a buffer updated in place, an autograd function without generate_vmap_rule. "
-            f"{_REMEDY}. torch says: {error!s:.300}"
+            f"{_REMEDY}{caveat('Stacked and lean probes')}. torch says: {error!s:.300}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from fogzo.collectives import is_sharded, local
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.lender import Lender
 from fogzo.probing.micro_batch import MicroBatch
+from fogzo.wording import caveat
 
 Version = tuple[int, int] | None
 """Which tensor a gradient is, and how often it was changed in place; None where there is none."""
@@ -80,6 +81,7 @@ class Window:
                 "they hold more than the recorded losses. Refine once per optimizer step, after "
                 "the last backward(), drop the gradients after it, optimizer.zero_grad(), and "
                 "record every loss that depends on the quantized weights"
+                + caveat("Gradient accumulation")
             )
         weights = [micro_batch.weight for micro_batch in self._micro_batches]
         factors = torch.stack([weight.to(weights[0].device) for weight in weights])

@@ -34,13 +34,17 @@ METHOD_ROWS += ("ste-cage", "ste-winq", "ste-dampening", "ste-cewt", "parq")
 LINEAR_ROWS = (*CORE_ROWS, "fogzo-linear")
 PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
+LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-published")
+
+FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
+LSQ = QuantizerConfig(preset="lsq", bits=2)
 LITERAL: dict[str, Any] = {"agreement": "measured"}
 """The paper's estimator takes the measured agreement as it is."""
 
 THREE_SEEDS = ("cifar-deit-tanh", "cifar-resnet-tanh")
 """Deep comparisons that got three seeds instead of five, for want of time."""
 
-UNFINISHED = ("long-deit-identity",)
+UNFINISHED = ("long-llama-lsq-w2",)
 """Begun and not ended: their folders keep the runs that are finished, for whoever goes on."""
 
 SURROGATES = {
@@ -64,12 +68,12 @@ def comparisons() -> dict[str, CompareConfig]:
             quantizer = replace(mnist.quantizer, surrogate=surrogate)
             found[f"mnist-mlp-{name}"] = small(replace(short, quantizer=quantizer))
         for model, recipe in images.items():
-            fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=surrogate)
+            fixed = replace(FIXED, surrogate=surrogate)
             # Equal time says the same of all four surrogates, as a step costs the same.
             equal_time = name in ("identity", "tanh")
             found[f"{model}-{name}"] = deep(replace(recipe, quantizer=fixed), equal_time=equal_time)
     for name in ("identity", "tanh"):
-        fixed = QuantizerConfig(preset="fixed", bits=2, surrogate=name)
+        fixed = replace(FIXED, surrogate=name)
         rows = MIXED_ROWS if name == "identity" else CORE_ROWS
         found[f"shakespeare-llama-{name}"] = deep(replace(text, quantizer=fixed), rows=rows)
     for preset in ("lsq", "quest"):
@@ -81,10 +85,9 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"shakespeare-llama-{preset}-w2a2"] = deep(both, equal_time=False)
     # The deep networks' kappa, tuned as openly as their learning rate.
     for model, recipe in (("cifar-deit", images["cifar-deit"]), ("shakespeare-llama", text)):
-        fixed = replace(recipe, quantizer=QuantizerConfig(preset="fixed", bits=2))
-        tuned = deep(fixed, equal_time=False)
+        tuned = deep(replace(recipe, quantizer=FIXED), equal_time=False)
         found[f"{model}-kappa"] = replace(tuned, kappas=(1e-4, 1e-3, 1e-2, 0.1))
-    lsq = replace(images["cifar-deit"], quantizer=QuantizerConfig(preset="lsq", bits=2))
+    lsq = replace(images["cifar-deit"], quantizer=LSQ)
     found["cifar-deit-lsq-w2"] = deep(lsq, equal_time=False)
     found["cheaper-probes-mnist-mlp"] = small(short, rows=CHEAPER_ROWS)
     # Neither law nor radius changes what a step costs.
@@ -93,16 +96,15 @@ def comparisons() -> dict[str, CompareConfig]:
         found[f"radius-{radius:g}-mnist-mlp"] = small(
             replace(short, radius=radius), equal_time=False
         )
-    fixed, lsq = (QuantizerConfig(preset=preset, bits=2) for preset in ("fixed", "lsq"))
     rates, all_rows = (9.49e-4, 3e-3, 9.49e-3, 0.03), METHOD_ROWS + PUBLISHED_ROWS
-    found["methods-mnist-mlp"] = methods(fixed, METHOD_ROWS, rates)
-    found["methods-mnist-mlp-lsq"] = methods(lsq, all_rows, rates[1:], equal_time=False)
-    linear = methods(fixed, LINEAR_ROWS, rates[:3], equal_time=False)
+    found["methods-mnist-mlp"] = methods(FIXED, METHOD_ROWS, rates)
+    found["methods-mnist-mlp-lsq"] = methods(LSQ, all_rows, rates[1:], equal_time=False)
+    linear = methods(FIXED, LINEAR_ROWS, rates[:3], equal_time=False)
     found["linear-mnist-mlp"] = replace(linear, kappas=(1.0,), tuning_seeds=2)
-    found["long-llama-identity"] = long(replace(text, quantizer=fixed), 3000, (1e-3, 3.16e-3))
-    for model, rates in (("cifar-deit", (3e-4, 9.49e-4)), ("cifar-resnet", (3.16e-3, 1e-2))):
-        base = replace(images[model], quantizer=fixed)
-        found[f"long-{model.removeprefix('cifar-')}-identity"] = long(base, 4000, rates)
+    for bits in (1, 3, 4):
+        quantizer = replace(FIXED, bits=bits)
+        found[f"bits-{bits}-mnist-mlp"] = methods(quantizer, CORE_ROWS, rates, equal_time=False)
+    found |= long_comparisons(images, text)
     for name in THREE_SEEDS:
         found[name] = replace(found[name], num_seeds=3)
     return {
@@ -201,8 +203,22 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
     )
 
 
-def long(base: TrainConfig, steps: int, rates: tuple[float, ...]) -> CompareConfig:
-    """At the length where quantization decides: FOGZO with the defaults, masks recorded."""
+def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[str, CompareConfig]:
+    """Those at the length where quantization decides."""
+    deit, resnet = images["cifar-deit"], images["cifar-resnet"]
+    rates = (1e-3, 3.16e-3, 1e-2)
+    return {
+        "long-llama-identity": long(replace(text, quantizer=FIXED), 3000, rates),
+        "long-llama-lsq-w2": long(replace(text, quantizer=LSQ), 3000, rates[:2], LONG_ROWS),
+        "long-deit-identity": long(replace(deit, quantizer=FIXED), 4000, (3e-4, 9.49e-4, 3e-3)),
+        "long-resnet-identity": long(replace(resnet, quantizer=FIXED), 4000, (*rates, 3.16e-2)),
+    }
+
+
+def long(
+    base: TrainConfig, steps: int, rates: tuple[float, ...], rows: tuple[str, ...] = CORE_ROWS
+) -> CompareConfig:
+    """FOGZO with the defaults, at equal steps, masks recorded."""
     data = base.data
     if isinstance(data, TextConfig):
         data = replace(data, max_eval_blocks=512)
@@ -210,7 +226,7 @@ def long(base: TrainConfig, steps: int, rates: tuple[float, ...]) -> CompareConf
     recipe = replace(base, data=data, max_steps=steps, agreement="shrunk", **every)
     return CompareConfig(
         base=recipe,
-        rows=CORE_ROWS,
+        rows=rows,
         learning_rates=rates,
         num_seeds=3,
         tuning_seeds=2,

@@ -130,6 +130,14 @@ def test_levels_and_the_dtype_of_steps_are_those_of_the_file_to_come():
     assert config.build() == fogzo.ternary(scale_dtype=torch.bfloat16)
 
 
+def test_a_step_size_that_is_kept_masks_inputs_and_not_weights():
+    by_default = QuantizerConfig(preset="fixed")
+    assert by_default.build() == fogzo.fixed(2, surrogate="identity_unmasked") == fogzo.fixed(2)
+    assert by_default.build_for_inputs() == fogzo.fixed(2, surrogate="identity")
+    unmasked = replace(by_default, surrogate="identity_unmasked")
+    assert unmasked.build_for_inputs() == fogzo.fixed(2)
+
+
 def test_unsigned_levels_are_for_inputs():
     unsigned = QuantizerConfig(preset="lsq", levels="unsigned")
     check_quantizers(QuantizerConfig(preset="lsq"), unsigned)

@@ -23,6 +23,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
         left, right = figure.subplots(1, 2)
         curves(left, beyond, "step", "loss", "step", "training loss minus STE's (nats)")
         curves(right, rows, "step", "masked", "step", "share of masked weights")
+        # One legend for both, as the right one has no place for long names.
+        handles = left.get_legend_handles_labels()
+        for axes in (left, right):
+            axes.get_legend().remove()
+        figure.legend(
+            *handles,
+            loc="outside lower center",
+            ncols=4,
+            fontsize=7,
+            frameon=False,
+            handlelength=4,
+        )
 
 
 def minus(

@@ -44,9 +44,6 @@ LITERAL: dict[str, Any] = {"agreement": "measured"}
 THREE_SEEDS = ("cifar-deit-tanh", "cifar-resnet-tanh")
 """Deep comparisons that got three seeds instead of five, for want of time."""
 
-UNFINISHED = ("long-llama-lsq-w2",)
-"""Begun and not ended: their folders keep the runs that are finished, for whoever goes on."""
-
 SURROGATES = {
     "identity": "identity",
     "hardtanh": "hardtanh",

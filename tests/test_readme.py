@@ -1,5 +1,6 @@
 """What the README, the example and the pages of docs/ claim is what was measured."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -296,7 +297,7 @@ def test_the_conclusions_on_results_are_what_was_measured():
     found = {name: Comparison.from_dict(stored) for name, stored in found.items()}
     wins, at_time = set(), set()
     for name, comparison in found.items():
-        if name.startswith(("laws", "radius", "cheaper", "methods", "linear", "long")):
+        if name.startswith(("laws", "radius", "cheaper", "methods", "linear", "long", "bits")):
             continue  # the same network again, or a page of its own
         metric = comparison.main_metric
         for rival in ("ste", "ste-unmasked", "placebo"):
@@ -351,73 +352,86 @@ def test_what_is_said_of_research_is_what_was_measured():
     assert f"difference {100 * found.mean:.1f} points [{low}, {high}]" in page
     assert f"{100 * alone.summary(metric.key).mean:.1f}% and" in page
 
-    long = Comparison.from_dict(committed("long-llama-identity"))
-    metric = long.main_metric
-    fogzo, placebo, unmasked = (long.find(n) for n in ("fogzo", "placebo", "ste-unmasked"))
-    for rival in (long.find("ste"), placebo, unmasked):
-        found = long.interval(rival, metric)
-        assert found.verdict(more_is_better=False) == "not significant"
-        said = f"{found.mean:.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-        assert said in page
-    rates = {row.name: row.loss_by_rate for row in long.rows}
-    gains = [rates["ste"][rate] - rates["fogzo"][rate] for rate in long.grid]
-    assert f"{gains[1]:.2f} nats below STE's, at the lower one {gains[0]:.2f}" in page
-    ends = [row.curve[-1]["masked"] for row in (fogzo, placebo)]
-    assert "end with {:.0%} and {:.0%} masked".format(*ends) in page
-    assert unmasked.curve[-1]["masked"] == 0
+
+def minus_at_length(name, row, other, key=None):
+    """A row minus another of a long comparison, in its main metric or in another."""
+    long = Comparison.from_dict(committed(f"long-{name}"))
+    ours, theirs = (long.find(each).values(key or long.main_metric.key) for each in (row, other))
+    return Interval.paired(ours, theirs)
 
 
-def test_what_is_said_of_resnet_at_length_is_what_was_measured():
-    page, found = words("docs/research.md"), committed("long-resnet-identity")
-    long = Comparison.from_dict(found)
-    ste, unmasked, placebo, fogzo = map(long.find, ("ste", "ste-unmasked", "placebo", "fogzo"))
+def excludes_zero(interval):
+    return interval.low * interval.high > 0
 
-    def points(row, other, key="test_accuracy"):
-        return Interval.paired(row.values(key), other.values(key))
 
-    mask = points(unmasked, ste)
-    assert mask.verdict(more_is_better=True) == "better"
-    assert f"by {100 * mask.mean:.2f} points, and is the only row to prefer the higher" in page
-    assert [row.name for row in long.rows if row.learning_rate == 1e-2] == ["ste-unmasked"]
-    gains = [points(row, ste) for row in (fogzo, placebo)]
-    assert {gain.verdict(more_is_better=True) for gain in gains} == {"not significant"}
-    assert "gain {:.2f} and {:.2f} points".format(*(100 * gain.mean for gain in gains)) in page
-    behind = points(unmasked, fogzo)
-    low, high = (f"{100 * end:+.2f}" for end in (behind.low, behind.high))
-    assert f"by {100 * behind.mean:.2f} points [{low}, {high}], which three seeds" in page
-    loss = points(fogzo, unmasked, "train_loss")
-    assert f"{loss.mean:.2f} nats [{loss.low:.2f}, {loss.high:.2f}], they do" in page
-    assert loss.low > 0
-    gaps = [ste.loss_by_rate[rate] - fogzo.loss_by_rate[rate] for rate in long.grid]
-    assert "loss is {:.3f} and {:.3f} nats below STE's".format(*gaps) in page
-    ends = [
-        mean(masked_at_the_end("long-resnet-identity", row, rate))
-        for row, rate in (("ste", 0.00316), ("ste", 0.01), ("fogzo", 0.00316), ("placebo", 0.00316))
-    ]
-    assert "with {:.0%} of its weights masked at the lower rate and {:.0%} at".format(*ends) in page
-    assert (
-        "with {:.0%} masked at the lower rate and the placebo with {:.0%}".format(*ends[2:]) in page
+def test_what_is_said_of_networks_at_length_is_what_was_measured():
+    page = words("docs/research.md")
+    mask = minus_at_length("resnet-identity", "ste-unmasked", "ste")
+    assert mask.low > 0
+    gained = f"{100 * mask.mean:.1f} points"
+    assert f"A ResNet-18 gains {gained} by it in [4,000 steps]" in words("docs/choosing.md")
+    assert minus_at_length("resnet-identity", "ste-unmasked", "ste", "train_loss").high < 0
+    assert not excludes_zero(minus_at_length("deit-identity", "ste-unmasked", "ste"))
+    loss = minus_at_length("deit-identity", "ste-unmasked", "ste", "train_loss")
+    assert loss.high < 0
+    assert f"by {-loss.mean:.3f} nats [{-loss.high:.3f}, {-loss.low:.3f}]" in page
+    for name in ("deit-identity", "resnet-identity"):
+        for row in ("fogzo", "placebo"):
+            for key in (None, "train_loss"):
+                assert not excludes_zero(minus_at_length(name, row, "ste", key))
+    behind = minus_at_length("deit-identity", "fogzo", "ste-unmasked")
+    assert behind.high < 0 and f"on DeiT, by {-100 * behind.mean:.2f} points" in page
+    assert not excludes_zero(minus_at_length("resnet-identity", "fogzo", "ste-unmasked"))
+    assert minus_at_length("resnet-identity", "fogzo", "ste-unmasked", "train_loss").low > 0
+    for name in ("cifar-deit-identity", "cifar-resnet-identity"):
+        for row in ("ste-unmasked", "fogzo"):
+            assert minus(committed(name), row, "ste")[1] == "not significant"
+    long = Comparison.from_dict(committed("long-resnet-identity"))
+    before, after = (
+        f"{100 * long.find(name).summary('test_accuracy').mean:.1f}%"
+        for name in ("ste", "ste-unmasked")
     )
-
-    gain = f"{100 * mask.mean:.1f} points by it in [4,000 steps]"
-    assert gain in words("docs/choosing.md")
-    before, after = (f"{100 * row.summary('test_accuracy').mean:.1f}%" for row in (ste, unmasked))
     assert f"in 4,000 steps from {before} to {after}" in words("README.md")
-    for name in ("long-llama-identity", "long-resnet-identity"):
-        one = Comparison.from_dict(committed(name))
-        better = one.main_metric.more_is_better
-        found = {one.interval(row, one.main_metric).verdict(better) for row in one.rows[:3]}
-        assert found == {"not significant"}
-        against = {row.name: one.interval(row, METRICS["train_loss"]) for row in one.rows[:3]}
-        assert against["ste-unmasked"].low > 0
-        assert (against["ste"].high < 0) == (name == "long-llama-identity")
 
 
-def masked_at_the_end(name, row, rate):
-    """Of every finished run of a row at a learning rate."""
-    runs = (ROOT / "experiments" / name / "runs").glob(f"{row}-lr{rate:g}-*/metrics.jsonl")
-    logs = [[json.loads(line) for line in run.read_text().splitlines()] for run in runs]
-    return [[m["masked"] for m in log if m.get("masked") is not None][-1] for log in logs]
+def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
+    page, long = words("docs/research.md"), Comparison.from_dict(committed("long-llama-lsq-w2"))
+    assert {row.learning_rate for row in long.rows} == {max(long.grid)}
+    for row in long.rows[1:] + long.rows[:1]:
+        if row.name != "ste":
+            assert not excludes_zero(minus_at_length("llama-lsq-w2", row.name, "ste"))
+    pull = minus_at_length("llama-lsq-w2", "ste-cage-published", "ste", "train_loss")
+    assert f"{-pull.mean:.3f} nats below STE [{-pull.high:.3f}, {-pull.low:.3f}], which is" in page
+    assert pull.high < 0
+    in_float = minus_at_length("llama-lsq-w2", "float", "ste", "train_loss")
+    assert f"float is {-in_float.mean:.3f} below" in page and not excludes_zero(in_float)
+    for key in (None, "train_loss"):
+        assert not excludes_zero(minus_at_length("llama-lsq-w2", "fogzo-every-4", "fogzo", key))
+
+
+def test_a_mask_is_nowhere_better_as_the_default_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    tables = importlib.import_module("tables")
+    verdicts, gains = [], {}
+    for label, folder in tables.MASKS.items():
+        found = Comparison.from_dict(committed(folder))
+        metric = found.main_metric
+        for budget in ("steps", "time") if found.has_equal_time else ("steps",):
+            unmasked, ste = (found.find(name, budget) for name in ("ste-unmasked", "ste"))
+            gap = Interval.paired(unmasked.values(metric.key), ste.values(metric.key))
+            verdicts.append(gap.verdict(metric.more_is_better))
+            gains[label, budget] = gap
+    assert "worse" not in verdicts
+    assert verdicts.count("better") > len(verdicts) / 2
+    page = words("docs/results.md")
+    assert f"with 1 bit {100 * gains['MLP, 1 bit', 'steps'].mean:.1f} points, with 4 bits" in page
+    assert not excludes_zero(gains["MLP, 4 bits", "steps"])
+    by_bits = [gains[f"MLP, {n} bit{'s'[: n > 1]}", "steps"].mean for n in (1, 2, 3, 4)]
+    assert by_bits == sorted(by_bits, reverse=True)
+    said = f"{100 * gains['ResNet-18, 4,000 steps', 'steps'].mean:.1f} points after 4,000"
+    assert said in page and not excludes_zero(gains["ResNet-18, 600 steps", "steps"])
+    first = f"a perceptron with 1-bit weights [{100 * by_bits[0]:.1f}]"
+    assert first in words("docs/choosing.md")
 
 
 def test_what_is_said_of_few_numbers_is_what_was_measured():

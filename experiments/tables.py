@@ -86,9 +86,27 @@ NETWORKS = {
 
 LONG = {
     "LLaMA, 3,000 steps: fixed, identity": "long-llama-identity",
+    "LLaMA, 3,000 steps: LSQ": "long-llama-lsq-w2",
+    "DeiT, 4,000 steps: fixed, identity": "long-deit-identity",
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
 }
 """Comparisons at the length where quantization decides, each with a plot, length.svg."""
+
+MASKS = {
+    "MLP, 1 bit": "bits-1-mnist-mlp",
+    "MLP, 2 bits": "methods-mnist-mlp",
+    "MLP, 3 bits": "bits-3-mnist-mlp",
+    "MLP, 4 bits": "bits-4-mnist-mlp",
+    "MLP, 2 bits, six epochs": "mnist-mlp-adamw",
+    "MLP, 2 bits, SGD": "mnist-mlp-sgd",
+    "DeiT, 600 steps": "cifar-deit-identity",
+    "DeiT, 4,000 steps": "long-deit-identity",
+    "ResNet-18, 600 steps": "cifar-resnet-identity",
+    "ResNet-18, 4,000 steps": "long-resnet-identity",
+    "LLaMA, 450 steps": "shakespeare-llama-identity",
+    "LLaMA, 3,000 steps": "long-llama-identity",
+}
+"""Step sizes that are kept, by network, bits and length: what a mask costs."""
 
 METHODS = {
     "MLP, methods: fixed, identity": "methods-mnist-mlp",
@@ -131,6 +149,7 @@ SCRIPTS = (
     "forgetting",
     "forwards",
     "latents",
+    "masked-share",
     "prediction",
     "regression",
     "serving",
@@ -380,6 +399,12 @@ TABLES: dict[str, Callable[[Results], Table]] = {
         )
         for network, own in NETWORKS.items()
     },
+    "masks": lambda results: minus_table(
+        results.comparisons(MASKS), ("ste-unmasked", "placebo", "fogzo")
+    ),
+    "long-beside-unmasked": lambda results: minus_table(
+        results.comparisons(LONG), ("ste", "placebo", "fogzo"), base="ste-unmasked"
+    ),
     "radius": lambda results: differences_table(results.comparisons(RADII), "radius"),
     "kappa": lambda results: tuning_table(results.comparisons(KAPPAS)),
     "mixture": lambda results: rivals_table(

@@ -259,7 +259,8 @@ PAPER = module("paper").comparisons()
 @pytest.mark.parametrize("name", PAPER)
 def test_a_committed_comparison_is_the_one_that_the_script_runs(name):
     stored = json.loads((folder(name) / "config.json").read_text(encoding="utf-8"))
-    config = replace(PAPER[name], workers=stored["workers"])
+    how = {key: stored.get(key, False) for key in ("workers", "mix_versions")}
+    config = replace(PAPER[name], **how)
     assert from_dict(CompareConfig, stored) == config  # options since then have their defaults
     results = committed(name)
     assert {row["name"] for row in results["rows"]} == set(config.rows)

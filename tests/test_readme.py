@@ -386,12 +386,71 @@ def test_what_is_said_of_networks_at_length_is_what_was_measured():
     for name in ("cifar-deit-identity", "cifar-resnet-identity"):
         for row in ("ste-unmasked", "fogzo"):
             assert minus(committed(name), row, "ste")[1] == "not significant"
+    # LLaMA, where all beat the masked STE.
+    gaps = [minus_at_length("llama-identity", row, "ste") for row in ("fogzo", "placebo")]
+    gaps.append(minus_at_length("llama-identity", "ste-unmasked", "ste"))
+    assert all(gap.high < 0 for gap in gaps) and {f"{-gap.mean:.1f}" for gap in gaps} == {"0.5"}
+    assert "beats the masked STE on LLaMA by 0.5 perplexity" in words("README.md")
+    noise = minus_at_length("llama-identity", "fogzo", "placebo")
+    assert f"{noise.mean:.2f} [{noise.low:+.2f}, {noise.high:+.2f}], nor the unmasked" in page
+    loss = minus_at_length("llama-identity", "fogzo", "ste-unmasked", "train_loss")
+    assert f"by {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}]" in page and loss.low > 0
+    for name in ("llama-identity", "llama-lsq-w2", "deit-identity", "resnet-identity"):
+        assert not excludes_zero(minus_at_length(name, "fogzo", "placebo"))
+        behind = excludes_zero(minus_at_length(name, "fogzo", "ste-unmasked"))
+        assert behind == (name == "deit-identity")
+    long = Comparison.from_dict(committed("long-llama-identity"))
+    losses = long.find("ste").loss_by_rate
+    assert f"at 0.001 and 0.01 are {losses[1e-3] - losses[1e-2]:.3f} nats apart" in page
+    runs = ROOT / "experiments/long-llama-identity/runs"
+    tested = [
+        mean(
+            json.loads(path.read_text())["test_perplexity"]
+            for seed in (0, 1)
+            for path in runs.glob(f"ste-lr{rate}-*seed{seed}-*/result.json")
+        )
+        for rate in ("0.001", "0.01")
+    ]
+    assert "its test perplexities {:.2f} and {:.2f}".format(*tested) in page
+    ends = [long.find(row).curve[-1]["masked"] for row in ("ste", "fogzo", "placebo")]
+    said = "ends with {:.0%} masked, FOGZO and its placebo end with {:.0%} and {:.0%}"
+    assert said.format(*ends) in page
+
     long = Comparison.from_dict(committed("long-resnet-identity"))
     before, after = (
         f"{100 * long.find(name).summary('test_accuracy').mean:.1f}%"
         for name in ("ste", "ste-unmasked")
     )
     assert f"in 4,000 steps from {before} to {after}" in words("README.md")
+
+
+def test_what_is_said_of_masked_shares_is_what_was_measured():
+    page, found = words("docs/research.md"), committed("masked-share")
+    unmasked, fogzo, placebo = (
+        found["correlations"][row] for row in ("ste-unmasked", "fogzo", "placebo")
+    )
+    said = "correlation {rank_correlation:.2f} without the mask (p = {p:.2f})"
+    assert said.format(**unmasked) in page
+    assert "{rank_correlation:.2f} by FOGZO (p = {p:.2f})".format(**fogzo) in page
+    assert f"the placebo's {placebo['rank_correlation']:.2f} is not significant" in page
+    assert max(fogzo["p"], unmasked["p"]) < 0.05 < placebo["p"]
+    most = [point for point in found["points"] if point["masked"] > 0.7]
+    gains, shares = {}, {}
+    for point in most:
+        at_rate = point["network"], point["learning_rate"]
+        shares.setdefault(at_rate, []).append(point["masked"])
+        for row, gain in point["gains"].items():
+            gains.setdefault((row, *at_rate), []).append(gain)
+    assert f"where {min(map(mean, shares.values())):.0%} and more are masked" in page
+    means = {key: mean(gain) for key, gain in gains.items()}
+    assert min(gain for key, gain in means.items() if key[0] == "ste-unmasked") >= 0.09
+    llama, deit, resnet = (
+        sorted(gain for key, gain in means.items() if key[:2] == ("fogzo", network))
+        for network in ("LLaMA", "DeiT", "ResNet-18")
+    )
+    assert f"gains {llama[0]:.2f} to {llama[-1]:.2f} on LLaMA" in page
+    assert f"{deit[0]:.3f} on DeiT and {resnet[-1]:.3f} or nothing on ResNet-18" in page
+    assert len(deit) == 1 and resnet[0] < 0
 
 
 def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():

@@ -19,8 +19,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-suite: .venv/installed  # four at a time for two cores, as much of it waits for processes
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+suite: .venv/installed  # three at a time for two cores, as much of it waits for processes
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed  ## build the documentation in site/, an error on any broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

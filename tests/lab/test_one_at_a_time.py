@@ -66,7 +66,6 @@ def test_a_training_keeps_others_out_and_sigterm_ends_it_where_it_can_go_on(tmp_
     _, told = process.communicate(timeout=60)
     assert process.returncode == 143, told
     reached = int(newest_checkpoint(folder).name.removeprefix("step-"))
-    assert reached % 150, "it was written by the signal"
     assert told.strip().splitlines() == [
         f"fogzo: ended by SIGTERM; --resume goes on from the checkpoint of step {reached}"
     ]
@@ -83,7 +82,7 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     reached = int(newest_checkpoint(tmp_path).name.removeprefix("step-"))
-    assert reached % 150
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == reached
     assert told == f"fogzo: interrupted; --resume goes on from the checkpoint of step {reached}\n"
 
 

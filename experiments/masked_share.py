@@ -33,6 +33,7 @@ NETWORKS = {
 }
 """By name: the folder, and the marker of a plot."""
 OTHERS = ("placebo", "fogzo", "ste-unmasked")
+# Runs are known by their folders' names, as their hashes need the data, which a clone lacks.
 _NAME = re.compile(
     r"(?P<row>[a-z-]+)-lr(?P<rate>[\d.]+(e-\d+)?)(-kappa[\d.]+)?-steps\d+-seed(?P<seed>\d+)-"
 )
@@ -67,7 +68,8 @@ def collect() -> dict[str, Any]:
             if named is None or named["row"] not in losses or result.get("diverged"):
                 continue
             point = Point(name, float(named["rate"]), int(named["seed"]))
-            assert point not in losses[named["row"]], f"two runs of {path.name}"
+            if point in losses[named["row"]]:
+                raise ValueError(f"{path} is a second run of {named['row']} at {point}: keep one")
             losses[named["row"]][point] = result["validation_loss"]
             if named["row"] == "ste":
                 lines = read_metrics(path / "metrics.jsonl")

@@ -101,12 +101,13 @@ def test_a_plot_is_small_and_drawn_the_same_every_time(name, tmp_path):
     assert (folder(name) / PLOTS[name]).stat().st_size < 100_000
 
 
-def test_plots_against_length_are_drawn_the_same_every_time(tmp_path):
-    for name in module("tables").LONG.values():
+def test_plots_of_long_comparisons_are_drawn_the_same_every_time(tmp_path):
+    drawn = [("lengths", name, "length.svg") for name in module("tables").LONG.values()]
+    for script, name, plot in (*drawn, ("masked_share", "masked-share", "gains.svg")):
         for path in (tmp_path / "first.svg", tmp_path / "second.svg"):
-            module("lengths").plot(committed(name), path)
+            module(script).plot(committed(name), path)
         assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
-        assert (folder(name) / "length.svg").stat().st_size < 100_000
+        assert (folder(name) / plot).stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("name", PLOTS)

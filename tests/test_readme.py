@@ -489,6 +489,10 @@ def test_a_mask_is_nowhere_better_as_the_default_says(monkeypatch):
     assert by_bits == sorted(by_bits, reverse=True)
     said = f"{100 * gains['ResNet-18, 4,000 steps', 'steps'].mean:.1f} points after 4,000"
     assert said in page and not excludes_zero(gains["ResNet-18, 600 steps", "steps"])
+    for steps in ("450", "3,000"):
+        assert 0.4 < -gains[f"LLaMA, {steps} steps", "steps"].mean < 0.6
+    for steps in ("600", "4,000"):
+        assert not excludes_zero(gains[f"DeiT, {steps} steps", "steps"])
     first = f"a perceptron with 1-bit weights [{100 * by_bits[0]:.1f}]"
     assert first in words("docs/choosing.md")
 

@@ -19,8 +19,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-suite: .venv/installed  # three at a time for two cores, as much of it waits for processes
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Three at a time for two cores, as much of it waits for processes; with bytecode kept, as it starts
+# some hundred interpreters.
+suite: .venv/installed
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed  ## build the documentation in site/, an error on any broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

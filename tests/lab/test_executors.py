@@ -88,7 +88,7 @@ def one_death(is_at_work):
                         process.kill()
                         killed.append(process)
                         return
-            time.sleep(0.005)
+            time.sleep(0.02)  # looking costs processor time that the runs need
 
     thread = threading.Thread(target=watch)
     thread.start()

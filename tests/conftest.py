@@ -1,5 +1,7 @@
 """Options of the tests, and the order of their files."""
 
+import gc
+
 import pytest
 import torch
 
@@ -40,3 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that at the end no worker is left alone with one."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported and collected, which stays to the end."""
+    gc.collect()
+    gc.freeze()

@@ -35,7 +35,8 @@ NETWORKS = {
 OTHERS = ("placebo", "fogzo", "ste-unmasked")
 # Runs are known by their folders' names, as their hashes need the data, which a clone lacks.
 _NAME = re.compile(
-    r"(?P<row>[a-z-]+)-lr(?P<rate>[\d.]+(e-\d+)?)(-kappa[\d.]+)?-steps\d+-seed(?P<seed>\d+)-"
+    r"(?P<row>[a-z-]+)-lr(?P<rate>[\d.]+(e-\d+)?)(-kappa[\d.]+)?"
+    r"-steps(?P<steps>\d+)-seed(?P<seed>\d+)-"
 )
 
 
@@ -62,10 +63,13 @@ def collect() -> dict[str, Any]:
     """The masked share of every STE run, the gains of the others, and their rank correlations."""
     masked, losses = {}, {row: {} for row in ("ste", *OTHERS)}
     for name, (folder, _) in NETWORKS.items():
+        steps = read(EXPERIMENTS / folder / "config.json")["base"]["max_steps"]
         for path in sorted((EXPERIMENTS / folder / "runs").iterdir()):
             named = _NAME.match(path.name)
-            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            if named is None or named["row"] not in losses or result.get("diverged"):
+            if named is None or named["row"] not in losses or int(named["steps"]) != steps:
+                continue  # those at equal time among them
+            result = read(path / "result.json")
+            if result.get("diverged"):
                 continue
             point = Point(name, float(named["rate"]), int(named["seed"]))
             if point in losses[named["row"]]:
@@ -87,6 +91,11 @@ def collect() -> dict[str, Any]:
         for point in sorted(masked)
     ]
     return {"points": points, "correlations": correlations(points)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def correlations(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -147,6 +147,14 @@ NUMBERS: dict[str, Callable[[LayerInspection], float]] = {
     "clipped": lambda layer: layer.clipped or 0.0,
 }
 """By the key of the threshold, the number that it is held against."""
+WEIGHTS = {
+    "learning_rate": "moved / range",
+    "masked": "frozen",
+    "dead": "dead",
+    "levels": "bits used",
+}
+CODES = {"oscillating": "flips / levels", "undone": "undone", "clipped": "inputs clipped"}
+"""The columns of two tables, by threshold."""
 
 
 def main() -> None:
@@ -272,17 +280,7 @@ def timed(call: Callable[[], object], count: int) -> float:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The runs and their numbers, with the thresholds between healthy and sick ones."""
-    heading = ["run", "first finding", "moved / range", "frozen", "dead", "flips / levels"]
-    heading += ["undone", "bits used", "inputs clipped"]
-    thresholds = results["thresholds"]
-    rows = [["*reported*", "", *(_bound(key, thresholds[key]) for key in NUMBERS)]]
-    for row in results["rows"]:
-        kinds = [(*run["findings"], "none")[0] for run in row["runs"]]
-        counted = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-        said = kinds[0] if len(counted) == 1 else ", ".join(counted)
-        numbers = [_range([run[key] for run in row["runs"]]) for key in NUMBERS]
-        rows.append([CASES[row["name"]].label, said.replace("_", " "), *numbers])
+    """The runs with their first finding, and the numbers of their weights beside the thresholds."""
     facts, config = results["environment"], results["config"]
     costs = "; ".join(
         f"{cost['recipe']} {cost['count']['median']:.1%} for a step that is counted and "
@@ -296,7 +294,44 @@ def table(results: dict[str, Any]) -> Table:
         f"{config['llama_steps']} steps. Cost of a watch, in turns on a busy machine: {costs}. "
         f"{facts['processor']}, torch {facts['torch']}, {facts['date']}."
     )
+    findings = ["first finding", "", *(_first(row["runs"]) for row in results["rows"])]
+    return _table(results, WEIGHTS, caption, findings)
+
+
+def codes_table(results: dict[str, Any]) -> Table:
+    """The numbers of the codes and inputs of the same runs."""
+    return _table(results, CODES, "The same runs: worst layer, lowest to highest.")
+
+
+def _table(
+    results: dict[str, Any], columns: dict[str, str], caption: str, second: Sequence[str] = ()
+) -> Table:
+    """A line for the thresholds and one per run.
+
+    Args:
+        results: What was measured.
+        columns: Headings by the key of their threshold.
+        caption: Of the table.
+        second: A column after the runs' names, with its heading.
+    """
+    lines = [
+        ["run", *columns.values()],
+        ["*reported*", *(_bound(key, results["thresholds"][key]) for key in columns)],
+    ]
+    for row in results["rows"]:
+        numbers = [_range([run[key] for run in row["runs"]]) for key in columns]
+        lines.append([CASES[row["name"]].label, *numbers])
+    for line, cell in zip(lines, second, strict=False):
+        line.insert(1, cell)
+    heading, *rows = lines
     return Table("", heading, rows, caption)
+
+
+def _first(runs: Sequence[dict[str, Any]]) -> str:
+    """The first finding of each run, counted where they differ."""
+    kinds = [(*run["findings"], "none")[0].replace("_", " ") for run in runs]
+    counted = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
+    return kinds[0] if len(counted) == 1 else ", ".join(counted)
 
 
 def _bound(key: str, threshold: float) -> str:

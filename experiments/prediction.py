@@ -261,8 +261,8 @@ def summary(points: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> Table:
     """What the prediction explains early and late, and the agreement along both directions."""
-    heading = ["run", "correlation, first quarter", "last quarter", "unexplained, first quarter"]
-    heading += ["last quarter", "agreement along the gradient", "along the update"]
+    heading = ["run", "correlation, first → last quarter", "unexplained, first → last quarter"]
+    heading += ["agreement along the gradient", "along the update"]
     config, facts = results["config"], results["environment"]
     rows = []
     for row in results["rows"]:
@@ -272,8 +272,10 @@ def table(results: dict[str, Any]) -> Table:
 
         ends = (0, QUARTERS - 1)
         whole = tuple(range(QUARTERS))
-        cells = [f"{statistics.fmean(over('measured_correlation', i)):.3f}" for i in ends]
-        cells += [f"{statistics.fmean(over('measured_unexplained', i)):.2f}" for i in ends]
+        cells = [
+            " → ".join(f"{statistics.fmean(over(key, i)):{digits}}" for i in ends)
+            for key, digits in (("measured_correlation", ".3f"), ("measured_unexplained", ".2f"))
+        ]
         for along in ("measured", "update"):
             found = Summary.of(over(along, *whole))
             cells.append(f"{found.mean:.2f} ± {found.sd:.2f}")

@@ -340,12 +340,11 @@ def table(results: dict[str, Any]) -> Table:
                 "" if rounded_too is None else f"{rounded_too:.1g}",
                 f"{case['top1']:.1%}",
                 f"{case['bytes'] / 1e6:.3g}",
-                f"{PROMPT / case['prompt_seconds']:,.0f}",
-                f"{1 / case['token_seconds']:,.0f}",
+                f"{PROMPT / case['prompt_seconds']:,.0f} / {1 / case['token_seconds']:,.0f}",
             ]
         )
     heading = ["type", "error", "error, inputs rounded alike", "same top token", "MB"]
-    heading += ["prompt, tokens/s", "a token, tokens/s"]
+    heading += ["tokens/s of a prompt / one by one"]
     weights = results["llama.cpp"][0]["weights"]
     caption = (
         "Error of llama.cpp's logits on held-out text, in norm, over those of the trained network: "

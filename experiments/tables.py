@@ -139,6 +139,8 @@ KAPPAS = {
 }
 OPTIMIZERS = {"AdamW": "mnist-mlp-adamw", "SGD": "mnist-mlp-sgd"}
 SETTINGS = {"1 thread": "full", "2 threads": "two-threads", "memory kept": "kept-memory"}
+COLUMNS = 6
+"""The most that a table has."""
 SCRIPTS = (
     "agreement",
     "doctor",
@@ -318,8 +320,16 @@ def table(name: str, results: Results) -> Table:
     """The table of that name.
 
     Raises:
-        ValueError: If it has no results.
+        ValueError: If it has no results, or more columns than a page is wide.
     """
+    found = unchecked_table(name, results)
+    if len(found.heading) > COLUMNS:
+        raise ValueError(f"{len(found.heading)} columns, where {COLUMNS} fit: {found.heading}")
+    return found
+
+
+def unchecked_table(name: str, results: Results) -> Table:
+    """The table of that name, however wide."""
     if name in TABLES:
         return TABLES[name](results)
     if name.startswith("bench-"):
@@ -434,6 +444,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "latents-toy": lambda results: script("latents").toy_table(results.experiment("latents")),
     "overheads": overheads,
     "peers": peers,
+    "doctor-codes": lambda results: script("doctor").codes_table(results.experiment("doctor")),
     "serving-rounding": lambda results: script("serving").rounding_table(
         results.experiment("serving")
     ),

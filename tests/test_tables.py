@@ -156,6 +156,12 @@ def test_it_fails_on(name, tables, book):
         tables.rebuilt_pages(book)
 
 
+def test_a_table_wider_than_a_page_is_refused(tables, book, monkeypatch):
+    monkeypatch.setattr(tables, "COLUMNS", 3)
+    with pytest.raises(ValueError, match=r"the table '.*': \d columns, where 3 fit: "):
+        tables.rebuilt_pages(book)
+
+
 def test_the_committed_pages_are_what_the_results_make(tables):
     pages = tables.rebuilt_pages(ROOT)
     assert {page.name for page in pages} >= {"README.md", "results.md", "costs.md"}

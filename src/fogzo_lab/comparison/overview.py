@@ -124,19 +124,16 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
     """
     main, base = comparison.main_metric, ROWS[name].label
     budgets = BUDGETS if comparison.has_equal_time else BUDGETS[:1]
-    heading = ["method"]
-    for budget in budgets:
-        heading += [f"{main.heading}{_WHEN[budget]}", f"− {base}"]
+    heading = ["method", main.heading, *(f"− {base}{_WHEN[budget]}" for budget in budgets)]
     heading += ["learning rate, own parameter", f"step time / {base}'s"]
     seconds, rows = comparison.run_seconds, []
     for row in comparison.rows:
         if row.budget != "steps":
             continue
-        cells = [row.label]
+        cells = [row.label, main.spread(row.summary(main.key))]
         for budget in budgets:
             found = comparison.find(row.name, budget) or row
-            gap = main.called(_minus(comparison, found, name, budget))
-            cells += [main.spread(found.summary(main.key)), gap]
+            cells.append(main.called(_minus(comparison, found, name, budget)))
         tuned = f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")
         cells += [", ".join(filter(None, (tuned, row.chosen_value)))]
         rows.append([*cells, f"{seconds[row.name] / seconds[name]:.2f}"])

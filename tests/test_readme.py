@@ -353,11 +353,11 @@ def test_what_is_said_of_research_is_what_was_measured():
     assert f"{100 * alone.summary(metric.key).mean:.1f}% and" in page
 
 
-def minus_at_length(name, row, other, key=None):
+def minus_at_length(name, row, other, key=None, budget="steps"):
     """A row minus another of a long comparison, in its main metric or in another."""
     long = Comparison.from_dict(committed(f"long-{name}"))
-    ours, theirs = (long.find(each).values(key or long.main_metric.key) for each in (row, other))
-    return Interval.paired(ours, theirs)
+    key = key or long.main_metric.key
+    return Interval.paired(*(long.find(each, budget).values(key) for each in (row, other)))
 
 
 def excludes_zero(interval):
@@ -386,20 +386,47 @@ def test_what_is_said_of_networks_at_length_is_what_was_measured():
     for name in ("cifar-deit-identity", "cifar-resnet-identity"):
         for row in ("ste-unmasked", "fogzo"):
             assert minus(committed(name), row, "ste")[1] == "not significant"
-    # LLaMA, where all beat the masked STE.
-    gaps = [minus_at_length("llama-identity", row, "ste") for row in ("fogzo", "placebo")]
-    gaps.append(minus_at_length("llama-identity", "ste-unmasked", "ste"))
-    assert all(gap.high < 0 for gap in gaps) and {f"{-gap.mean:.1f}" for gap in gaps} == {"0.5"}
-    assert "and LLaMA's after 3,000 steps by 0.5 perplexity" in words("README.md")
-    noise = minus_at_length("llama-identity", "fogzo", "placebo")
-    assert f"{noise.mean:.2f} [{noise.low:+.2f}, {noise.high:+.2f}], nor the unmasked" in page
-    loss = minus_at_length("llama-identity", "fogzo", "ste-unmasked", "train_loss")
-    assert f"by {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}]" in page and loss.low > 0
+    long = Comparison.from_dict(committed("long-resnet-identity"))
+    before, after = (
+        f"{100 * long.find(name).summary('test_accuracy').mean:.1f}%"
+        for name in ("ste", "ste-unmasked")
+    )
+    assert f"in 4,000 steps from {before} to {after}" in words("README.md")
     for name in ("llama-identity", "llama-lsq-w2", "deit-identity", "resnet-identity"):
         assert not excludes_zero(minus_at_length(name, "fogzo", "placebo"))
         behind = excludes_zero(minus_at_length(name, "fogzo", "ste-unmasked"))
         assert behind == (name == "deit-identity")
+
+
+def test_what_is_said_of_llama_at_length_is_what_was_measured():
+    page, name = words("docs/research.md"), "llama-identity"
+    others = ("fogzo", "placebo", "ste-unmasked")
+    gaps = {row: minus_at_length(name, row, "ste") for row in others}
+    assert all(gap.high < 0 for gap in gaps.values())
+    assert {f"{-gap.mean:.1f}" for gap in gaps.values()} == {"0.4", "0.5"}
+    assert f"LLaMA's after 3,000 steps by {-gaps['fogzo'].mean:.1f} perp" in words("README.md")
+    from_placebo, from_unmasked = (
+        f"{gap.mean:.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
+        for gap in (minus_at_length(name, "fogzo", row) for row in others[1:])
+    )
+    assert f"its placebo, {from_placebo}, nor the unmasked STE, {from_unmasked}." in page
+    # For the same time.
+    level, *ahead = (minus_at_length(name, row, "ste", budget="time") for row in others)
+    assert all(gap.high < 0 for gap in ahead) and not excludes_zero(level)
+    said = f"{level.mean:.2f} [{level.low:.2f}, {level.high:+.2f}] perplexity from the masked"
+    assert said in page
+    loss = minus_at_length(name, "fogzo", "ste", "train_loss", "time")
+    assert (
+        f"by {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}], and" in page and loss.low > 0
+    )
+    behind = minus_at_length(name, "fogzo", "ste-unmasked", budget="time")
+    said = f"{behind.mean:.2f} perplexity [{behind.low:.2f}, {behind.high:.2f}] behind the unmasked"
+    assert said in page and behind.low > 0
     long = Comparison.from_dict(committed("long-llama-identity"))
+    steps, ratio = long.find("fogzo", "time").steps, long.run_seconds["fogzo"]
+    ratio /= long.run_seconds["ste"]
+    assert f"in its {steps:,} steps" in page and f"takes {ratio:.1f} times one of STE" in page
+    # Rates and masks.
     losses = long.find("ste").loss_by_rate
     assert f"at 0.001 and 0.01 are {losses[1e-3] - losses[1e-2]:.3f} nats apart" in page
     runs = ROOT / "experiments/long-llama-identity/runs"
@@ -416,24 +443,17 @@ def test_what_is_said_of_networks_at_length_is_what_was_measured():
     said = "ends with {:.0%} masked, FOGZO and its placebo end with {:.0%} and {:.0%}"
     assert said.format(*ends) in page
 
-    long = Comparison.from_dict(committed("long-resnet-identity"))
-    before, after = (
-        f"{100 * long.find(name).summary('test_accuracy').mean:.1f}%"
-        for name in ("ste", "ste-unmasked")
-    )
-    assert f"in 4,000 steps from {before} to {after}" in words("README.md")
-
 
 def test_what_is_said_of_masked_shares_is_what_was_measured():
     page, found = words("docs/research.md"), committed("masked-share")
     unmasked, fogzo, placebo = (
         found["correlations"][row] for row in ("ste-unmasked", "fogzo", "placebo")
     )
-    said = "correlation {rank_correlation:.2f} without the mask (p = {p:.2f})"
-    assert said.format(**unmasked) in page
-    assert "{rank_correlation:.2f} by FOGZO (p = {p:.2f})".format(**fogzo) in page
-    assert f"the placebo's {placebo['rank_correlation']:.2f} is not significant" in page
-    assert max(fogzo["p"], unmasked["p"]) < 0.05 < placebo["p"]
+    assert "correlation {rank_correlation:.2f} (p = {p:.2f})".format(**unmasked) in page
+    noise = [found["rank_correlation"] for found in (fogzo, placebo)]
+    assert "For FOGZO, {:.2f}, and its placebo, {:.2f}, it is not".format(*noise) in page
+    assert unmasked["p"] < 0.05 < min(fogzo["p"], placebo["p"])
+    assert unmasked["points"] == 11 and "eleven lines of three networks" in page
     most = [point for point in found["points"] if point["masked"] > 0.7]
     gains, shares = {}, {}
     for point in most:
@@ -448,7 +468,8 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
         sorted(gain for key, gain in means.items() if key[:2] == ("fogzo", network))
         for network in ("LLaMA", "DeiT", "ResNet-18")
     )
-    assert f"gains {llama[0]:.2f} to {llama[-1]:.2f} on LLaMA" in page
+    assert f"gains {llama[0]:.2f} to {llama[-1]:.2f} on LLaMA, least at the highest rate" in page
+    assert llama[0] == means["fogzo", "LLaMA", 3.16e-2]
     assert f"{deit[0]:.3f} on DeiT and {resnet[-1]:.3f} or nothing on ResNet-18" in page
     assert len(deit) == 1 and resnet[0] < 0
 

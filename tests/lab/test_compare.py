@@ -315,6 +315,10 @@ def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
     assert line[1:3] == ["82.00 ± 1.00", "**+4.00 [+1.52, +6.48]** better"]
     assert line[3:] == ["-1.00 [-3.48, +1.48]", "0.01, strength 10", "1.05"]
     assert table.rows[0][2] == "" and "FOGZO's seconds" in table.caption
+    assert table.caption.endswith(" P, 2 cores, torch 2, today.")
+    elsewhere = {**found.environment, "machines": "1 runs: P; 2 runs: Q"}
+    caption = beside_table(replace(found, environment=elsewhere)).caption
+    assert caption.endswith(" 1 runs: P; 2 runs: Q; today.")
     assert leaders_table({"a net": found}).rows == [
         ["a net", "steps", "78.00 ± 1.00", "STE, CAGE", line[2], "**+2.00 [+2.00, +2.00]** better"],
         ["a net", "time", "83.00 ± 1.00", "STE", "", "**-3.00 [-3.00, -3.00]** worse"],

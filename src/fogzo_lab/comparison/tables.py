@@ -206,6 +206,8 @@ def story(comparison: Comparison) -> list[str]:
 
 def where(environment: Mapping[str, Any]) -> str:
     """Where and when something was measured, as the end of a caption."""
+    if "machines" in environment:
+        return f"{environment['machines']}; {environment['date']}."
     return (
         f"{environment['processor']}, {environment['cores']} cores, torch {environment['torch']}, "
         f"{environment['date']}."

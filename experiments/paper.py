@@ -34,8 +34,7 @@ METHOD_ROWS += ("ste-cage", "ste-winq", "ste-dampening", "ste-cewt", "parq")
 LINEAR_ROWS = (*CORE_ROWS, "fogzo-linear")
 PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
-LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste")
-LONG_ROWS += ("ste-cage-published", "ste-winq-published")
+LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-published")
 
 FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
 LSQ = QuantizerConfig(preset="lsq", bits=2)
@@ -204,16 +203,14 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
 def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[str, CompareConfig]:
     """Those at the length where quantization decides."""
     deit, resnet = images["cifar-deit"], images["cifar-resnet"]
-    tanh, quest = replace(FIXED, surrogate="tanh"), QuantizerConfig(preset="quest", bits=2)
+    tanh = replace(FIXED, surrogate="tanh")
     rates = (1e-3, 3.16e-3, 1e-2)
     identity = long(replace(text, quantizer=FIXED), 3000, (*rates, 3.16e-2))
-    both = replace(text, quantizer=quest, activations=quest)
     return {
         # Equal time says the same of the others, as a step costs about the same.
         "long-llama-identity": replace(identity, num_seeds=5, equal_time=True, time_of="ste"),
-        "long-llama-tanh": long(replace(text, quantizer=tanh), 3000, rates),
+        "long-llama-tanh": long(replace(text, quantizer=tanh), 3000, rates[1:]),
         "long-llama-lsq-w2": long(replace(text, quantizer=LSQ), 3000, rates, LONG_ROWS),
-        "long-llama-quest-w2a2": long(both, 3000, rates[1:]),
         "long-deit-identity": long(replace(deit, quantizer=FIXED), 4000, (3e-4, 9.49e-4, 3e-3)),
         "long-resnet-identity": long(replace(resnet, quantizer=FIXED), 4000, (*rates, 3.16e-2)),
     }

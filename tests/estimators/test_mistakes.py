@@ -207,6 +207,14 @@ def test_a_parameter_listed_twice_is_refused():
         fogzo.FogzoEstimator([("a", weight, 0.5), ("b", weight, 0.5)])
 
 
+def test_two_parameters_in_one_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight.data = model[0].weight.data  # how weights were tied once
+    fogzo.quantize_(model, fogzo.lsq(2))
+    with refused("tie the parameter itself, 1.weight = 0.weight, before fogzo.quantize_"):
+        fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 2, 2), (2, 4, 3, 1)])
 def test_a_step_size_that_does_not_fit_its_weight_is_refused(shape):
     weight = nn.Parameter(torch.ones(4, 2, 3))

@@ -153,6 +153,21 @@ def test_a_scaler_and_clipping_are_measured(then):
     )
 
 
+def test_a_scaler_is_measured_where_most_of_a_gradient_is_zero():
+    # A batch uses few rows of an embedding, none of them among those that are looked at.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20_000, 16), nn.Flatten(), nn.Linear(48, 3))
+    fogzo.quantize_(model, fogzo.lsq(4), filter_fn=lambda module, name: name == "0")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    tokens, y = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([0, 2])
+    optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu")
+    loss = estimator.record(lambda x, y: nn.functional.cross_entropy(model(x), y), tokens, y)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    stats = estimator.refine_grads_()
+    assert stats.probe_losses == pytest.approx([loss.item()] * 2, rel=0.05)
+
+
 def test_a_stated_scale_gives_the_losses_their_units():
     model, estimator = start(one_sided=True)
     x, y = batch()

@@ -456,15 +456,16 @@ def test_a_closure_may_run_in_inference_mode(evaluate):
 
 
 @EVERY_WAY
+@pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("ending", ["returns", "calls backward"])
-def test_a_closure_that_clears_the_gradients_cannot_lose_them(ending, evaluate):
+def test_a_closure_that_clears_the_gradients_cannot_lose_them(ending, to_none, evaluate):
     # torch.optim's own closures begin with zero_grad() and end with backward().
     model = quantized_net()
     estimator, loss_of, _ = started(model, evaluate=evaluate)
     before = Snapshot(model)
 
     def closure():
-        model.zero_grad()
+        model.zero_grad(set_to_none=to_none)
         loss = loss_of()
         if ending == "calls backward":
             loss.backward()
@@ -477,6 +478,76 @@ def test_a_closure_that_clears_the_gradients_cannot_lose_them(ending, evaluate):
     else:
         estimator.refine_grads_(closure)
         before.assert_same(REWRITTEN)
+
+
+@pytest.mark.parametrize("evaluate", ["in_place", "lean"])
+def test_a_closure_that_adds_to_gradients_adds_to_its_own(evaluate):
+    model = quantized_net()
+    estimator, loss_of, loss = started(model, evaluate=evaluate)
+    before = Snapshot(model)
+
+    def closure():
+        with torch.enable_grad():
+            again = loss_of()
+            again.backward()
+        return again
+
+    estimator.refine_grads_(closure, expected_loss=loss)
+    before.assert_same(REWRITTEN)
+
+
+# What a closure should leave alone
+
+
+class Momentum(nn.Module):
+    """A network and its moving average, which every forward pass moves, in one of two ways."""
+
+    def __init__(self, assigns):
+        super().__init__()
+        self.own, self.average = quantized_net(), Net().requires_grad_(False)
+        self.assigns = assigns
+
+    def forward(self, x):
+        with torch.no_grad():
+            for mean, param in zip(
+                self.average.head.parameters(), self.own.head.parameters(), strict=True
+            ):
+                if self.assigns:
+                    mean.data = mean.data * 0.9 + param.data * 0.1
+                else:
+                    mean.lerp_(param + 1, 0.1)
+            return self.own(x) - self.average(x)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("assigns", [True, False])
+def test_parameters_that_are_not_quantized_come_back_or_the_closure_is_refused(assigns, evaluate):
+    model, (x, y) = Momentum(assigns), batch()
+    mse_loss(model.own(x), y).backward()
+    weights = fogzo.quantized_weights(model)
+    estimator = fogzo.FogzoEstimator(weights, noise_share=0.3, evaluate=evaluate)
+    before = Snapshot(model)
+    if assigns:
+        estimator.refine_grads_(lambda: mse_loss(model(x), y))
+        before.assert_same({f"own.{name}" for name in REWRITTEN})
+        return
+    with pytest.raises(
+        ValueError, match=r"'weight' of a Linear, of shape \(3, 8\), in place.*regis"
+    ):
+        estimator.refine_grads_(lambda: mse_loss(model(x), y))
+    for name in ("average.head.weight", "average.head.bias"):
+        before.values[name] = model.get_parameter(name).clone()
+    before.assert_same()
+
+
+@EVERY_WAY
+def test_a_buffer_that_nothing_can_write_to_is_no_obstacle(evaluate):
+    model = quantized_net()
+    model.before.register_buffer("positions", torch.arange(8.0).expand(3, 8))
+    estimator, loss_of, loss = started(model, evaluate=evaluate)
+    before = Snapshot(model)
+    estimator.refine_grads_(loss_of, expected_loss=loss)
+    before.assert_same(REWRITTEN)
 
 
 # Mixed precision

@@ -91,7 +91,25 @@ def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]
             )
         seen[id(record.param)] = record.name
         _check_step(record)
+    _check_memory(records)
     return records
+
+
+def _check_memory(records: Iterable[QuantizedWeight]) -> None:
+    """Raise a `ValueError` if two parameters begin in the same memory: each would move both."""
+    seen: dict[int, str] = {}
+    for record in records:
+        if type(record.param) is not nn.Parameter or not record.param.numel():
+            continue
+        memory = record.param.data_ptr()
+        if memory in seen:
+            first = seen[memory]
+            raise ValueError(
+                f"{first!r} and {record.name!r} are two parameters in the same memory, as after "
+                f"{record.name}.data = {first}.data, and each would move the other: tie the "
+                f"parameter itself, {record.name} = {first}, before fogzo.quantize_"
+            )
+        seen[memory] = record.name
 
 
 def check_parameter(name: str, param: object) -> None:

@@ -147,12 +147,14 @@ class Window:
         return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
 
     def _sample(self) -> Tensor | None:
-        """A few elements of every gradient, in one tensor; None without gradients."""
+        """A few elements of every gradient and its largest magnitude; None without gradients."""
         grads = [local(w.param.grad).flatten() for w in self._weights if w.param.grad is not None]
-        if not grads:
-            return None
-        parts = [grad[:: max(1, len(grad) // _SAMPLE)][:_SAMPLE].float() for grad in grads]
-        return torch.cat([part.to(parts[0].device) for part in parts])
+        parts = []
+        for grad in grads:
+            parts.append(grad[:: max(1, len(grad) // _SAMPLE)][:_SAMPLE].float())
+            if len(grad):  # where most elements are zero, as an embedding's, a few may all be
+                parts.append(torch.linalg.vector_norm(grad, torch.inf).float().reshape(1))
+        return torch.cat([part.to(parts[0].device) for part in parts]) if parts else None
 
 
 class RecordedLoss:

@@ -203,13 +203,11 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
 def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[str, CompareConfig]:
     """Those at the length where quantization decides."""
     deit, resnet = images["cifar-deit"], images["cifar-resnet"]
-    tanh = replace(FIXED, surrogate="tanh")
     rates = (1e-3, 3.16e-3, 1e-2)
     identity = long(replace(text, quantizer=FIXED), 3000, (*rates, 3.16e-2))
     return {
         # Equal time says the same of the others, as a step costs about the same.
         "long-llama-identity": replace(identity, num_seeds=5, equal_time=True, time_of="ste"),
-        "long-llama-tanh": long(replace(text, quantizer=tanh), 3000, rates[1:]),
         "long-llama-lsq-w2": long(replace(text, quantizer=LSQ), 3000, rates, LONG_ROWS),
         "long-deit-identity": long(replace(deit, quantizer=FIXED), 4000, (3e-4, 9.49e-4, 3e-3)),
         "long-resnet-identity": long(replace(resnet, quantizer=FIXED), 4000, (*rates, 3.16e-2)),

@@ -77,6 +77,13 @@ def test_equal_weights_keep_the_order_of_their_places():
     )
 
 
+@pytest.mark.parametrize("value", [3.0, -3.0, 0.0])
+def test_a_single_weight_has_no_quantile_and_keeps_its_sign(value):
+    single = torch.tensor([[value]])
+    assert torch.equal(project_to_gaussian(single), single)
+    assert project_to_gaussian(single, 2.0).item() == math.copysign(2.0, value)
+
+
 # Constrained steps
 
 
@@ -126,6 +133,97 @@ def test_a_learning_rate_of_zero_and_no_gradient_leave_the_order():
     train(model, optimizer, range(2, 3))
     for old, weight in zip(before, fogzo.quantized_weights(model), strict=True):
         torch.testing.assert_close(weight.param.detach(), old, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_that_the_optimizer_does_not_move_stays_whatever_the_rate(dtype, project):
+    model = network().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    cewt(model, optimizer, project=project)
+    before = [weight.detach().clone() for weight in (model[0].weight, model[2].weight)]
+    model[0].weight.grad = torch.zeros_like(before[0])
+    model[2].weight.grad = torch.ones_like(before[1])
+    optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[2].weight, before[1]) and model[2].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_zeros_keep_their_norm_too(project):
+    model = network(fogzo.fixed(2, step_size=0.3))
+    with torch.no_grad():
+        model[2].weight.zero_()
+    optimizer = adamw(model)
+    cewt(model, optimizer, project=project)
+    train(model, optimizer, range(2))
+    assert not model[2].weight.any()
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_taken_back_and_said_once(wrong, project):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    constraint = cewt(model, optimizer, project=project)
+    train(model, optimizer, range(1))
+    first, last = (weight.detach().clone() for weight in (model[0].weight, model[2].weight))
+
+    def step():
+        optimizer.zero_grad()
+        mse_loss(model(sample(32, 16)), sample(32, 4)).backward()
+        model[0].weight.grad[3, 5] = wrong
+        optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match=r"update of '0\.weight' is not finite.*taken back"):
+        step()
+    assert torch.equal(model[0].weight, first)
+    step()
+    assert torch.equal(model[0].weight, first)
+    assert not torch.equal(model[2].weight, last) and model[2].weight.isfinite().all()
+    train(model, optimizer, range(1, 2))
+    assert not torch.equal(model[0].weight, first)
+    assert model[0].weight.norm().item() == pytest.approx(constraint.norms["0.weight"], rel=1e-6)
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_networks_whose_weights_share_names_train_as_each_does_alone(project):
+    def pair():
+        models = network(fogzo.quest(2)), network(fogzo.quest(2))
+        with torch.no_grad():
+            models[1][0].weight.mul_(-2)
+        params = [*models[0].parameters(), *models[1].parameters()]
+        optimizer = torch.optim.AdamW(params, lr=0.05, weight_decay=0.0)
+        records = [weight for model in models for weight in fogzo.quantized_weights(model)]
+        return models, optimizer, cewt(records, optimizer, project=project)
+
+    models, optimizer, constraint = pair()
+    for seed in range(2):
+        optimizer.zero_grad()
+        x = sample(32, 16, seed=seed)
+        for model in models:
+            mse_loss(model(x), x[:, :4]).backward()
+        optimizer.step()
+    for index, model in enumerate(models):
+        alone = pair()[0][index]
+        own = adamw(alone)
+        cewt(alone, own, project=project)
+        train(alone, own, range(2))
+        assert all(map(torch.equal, model.parameters(), alone.parameters()))
+    assert list(constraint.norms) == ["0.weight", "2.weight", "0.weight (2)", "2.weight (2)"]
+    assert len(set(constraint.norms.values())) == 3  # the last layers began alike
+    again = pair()[2]
+    again.norms = dict.fromkeys(again.norms, 0.0)
+    again.load_state_dict(constraint.state_dict())
+    assert again.norms == constraint.norms
+
+
+def test_norms_are_loaded_by_name_in_whichever_order():
+    model = network()
+    constraint = cewt(model, adamw(model))
+    norms = {"2.weight": 2, "0.weight": 1}
+    constraint.load_state_dict({"norms": norms})
+    assert list(constraint.norms.items()) == [("0.weight", 1.0), ("2.weight", 2.0)]
 
 
 def test_a_gradient_scaler_that_skips_a_step_skips_the_constraint():

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel
 
 import fogzo
-from fogzo.methods import quantize_from
+from fogzo.methods import GridPenalty, GridPull, cage, dampening, quantize_from, winq
 
 EVERYTHING = lambda module, name: True  # noqa: E731
 KINDS = {
@@ -178,6 +178,62 @@ def test_a_compiled_model_notices_the_switch():
     switch.advance_()
     assert torch.equal(compiled(x), model(x))
     assert not torch.equal(compiled(x), plain(x))
+
+
+def in_float(kind):
+    """A network whose weights have grown tenfold in a float phase, which the next step ends."""
+    model = network(kind)
+    switch = quantize_from(model, 0.1, total_steps=10)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    for weight in (model[0].weight, model[2].weight):
+        weight.grad = torch.zeros_like(weight)
+    return model, switch
+
+
+def pulled(model, act):
+    """Whether a call changes weights or gradients."""
+    tensors = [t for weight in (model[0].weight, model[2].weight) for t in (weight, weight.grad)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    act()
+    return not all(map(torch.equal, before, tensors))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "lsq per channel", "quest"])
+@pytest.mark.parametrize("method", ["pull", "winq", "penalty"])
+def test_nothing_is_pulled_to_the_levels_of_before_a_float_phase(kind, method):
+    model, switch = in_float(kind)
+    made = {
+        "pull": lambda: GridPull(model, 0.5),
+        "winq": lambda: winq(model, every=1),
+        "penalty": lambda: GridPenalty(model, 0.5),
+    }[method]()
+    act = made.add_grads_ if method == "penalty" else made.pull_
+    with pytest.warns(RuntimeWarning, match=r"at step 0, where '0\.weight', '2\.weight' are still"):
+        assert not pulled(model, act)
+    assert not pulled(model, act)  # and nothing is said again
+    assert made.step == 2
+    switch.advance_()
+    assert pulled(model, act) and made.step == 3
+
+
+@pytest.mark.parametrize("method", ["cage", "dampening"])
+def test_a_ramp_that_begins_with_quantization_has_nothing_to_warn_of(method):
+    model = network("fixed")
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    made = {
+        "cage": lambda: cage(model, optimizer, total_steps=STEPS, start=0.5),
+        "dampening": lambda: dampening(model, total_steps=STEPS, start=0.5),
+    }[method]()
+    act = made.add_grads_ if method == "dampening" else made.pull_
+    for weight in (model[0].weight, model[2].weight):
+        weight.grad = torch.zeros_like(weight)
+    moved = []
+    for _ in range(STEPS):
+        moved.append(pulled(model, act))
+        switch.advance_()
+    begins = STEPS // 2 + (method == "dampening")
+    assert moved == [step >= begins for step in range(STEPS)]
 
 
 def test_impossible_calls_are_refused():

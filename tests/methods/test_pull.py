@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from transformers.pytorch_utils import Conv1D
 
 import fogzo
 from fogzo.methods import GridPenalty, GridPull, cage, dampening, winq
@@ -254,6 +255,49 @@ def test_dampening_is_zero_at_levels_and_beyond_the_range():
     assert param.grad.tolist() == [[0, 0, 0, 0, 0.5]]
 
 
+class Experts(nn.Module):
+    """Six matrices of 5 outputs and 3 inputs, by the protocol of transformers."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.num_experts, self.is_transposed = 6, transposed
+        self.up = nn.Parameter(torch.randn(6, *((3, 5) if transposed else (5, 3))))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 32), 8),
+    "conv": (lambda: nn.Conv2d(8, 4, 3, groups=2), 4 * 9),
+    "transposed conv": (lambda: nn.ConvTranspose1d(16, 4, 3), 16 * 3),
+    "transposed conv of groups": (lambda: nn.ConvTranspose1d(16, 4, 3, groups=2), 8 * 3),
+    "transformers conv1d": (lambda: Conv1D(32, 8), 8),
+    "experts": (lambda: Experts(False), 3),
+    "transposed experts": (lambda: Experts(True), 3),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_mean_is_over_the_inputs_of_an_output(name):
+    make, inputs = LAYERS[name]
+    torch.manual_seed(0)
+    (weight,) = fogzo.quantized_weights(fogzo.quantize_(make(), fogzo.fixed(2), EVERYTHING))
+    assert weight.fan_in == inputs
+    found = []
+    for mean in (False, True):
+        weight.param.grad = torch.zeros_like(weight.param)
+        GridPenalty([weight], 0.3, mean_over_inputs=mean).add_grads_()
+        found.append(weight.param.grad)
+    assert found[0].any()
+    torch.testing.assert_close(found[1] * inputs, found[0])
+
+
+def test_a_record_that_does_not_say_its_inputs_has_outputs_first():
+    param = nn.Parameter(torch.full((2, 3, 5), 0.75))
+    param.grad = torch.zeros_like(param)
+    weight = fogzo.QuantizedWeight("w", param, lambda: torch.tensor(1.0), grid=uniform(2))
+    GridPenalty([weight], 1.0, mean_over_inputs=True).add_grads_()
+    torch.testing.assert_close(param.grad, torch.full_like(param, 0.5 / 15))
+
+
 @pytest.mark.parametrize("name", ["lsq", "quest"])
 def test_dampening_is_bitwise_off_before_its_start_and_never_trains_steps(name):
     plain = train(network(PRESETS[name]), 4)
@@ -309,6 +353,45 @@ def test_a_resumed_run_is_the_same_bit_for_bit(kind):
         part.load_state_dict(state)
     run(again, resumed, other, range(4, 8))
     assert same(list(model.parameters()), list(again.parameters()))
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -1.0, "1", None, torch.tensor(-1.0), torch.ones(2)], ids=repr
+)
+@pytest.mark.parametrize("kind", [GridPull, GridPenalty])
+def test_each_value_of_a_function_is_checked_before_anything_is_changed(kind, value):
+    model = network(fogzo.fixed(2))
+    made = kind(model, lambda step: value if step == 1 else 0.5)
+    act = made.pull_ if kind is GridPull else made.add_grads_
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    act()
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"0 or more, at every step, got .* at step 1: strength="):
+        act()
+    assert made.step == 1
+    for (weight, grad), param in zip(before, model.parameters(), strict=True):
+        assert torch.equal(weight, param) and torch.equal(grad, param.grad)
+
+
+def test_a_function_may_return_a_tensor():
+    model, same_model = network(fogzo.fixed(2)), network(fogzo.fixed(2))
+    GridPull(model, lambda step: torch.tensor(0.5)).pull_()
+    GridPull(same_model, 0.5).pull_()
+    assert same(list(model.parameters()), list(same_model.parameters()))
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_learning_rate_times_strength_is_checked_before_anything_is_changed(rate):
+    model = network(fogzo.fixed(2))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    pull = GridPull(model, 2.0, optimizer)
+    optimizer.param_groups[1]["lr"] = rate
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=rf"got {rate:g} \* 2 for '2\.weight' at step 0: mind"):
+        pull.pull_()
+    assert same(before, list(model.parameters())) and pull.step == 0
 
 
 @pytest.mark.parametrize("state", [None, {}, {"step": -1}, {"step": 1.5}, {"step": 1, "seed": 2}])

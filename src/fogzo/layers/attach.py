@@ -82,10 +82,15 @@ def quantize_(
             it from the layer's other groups.
 
     Raises:
-        ValueError: If nothing is selected, a layer is quantized already or cannot be, a weight is
-            not finite, or a tied one is selected in one place and not in another. The model is
-            then untouched.
+        ValueError: If an argument is of another kind, nothing is selected, a layer is quantized
+            already or cannot be, a weight is not finite, or a tied one is selected in one place and
+            not in another. The model is then untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: "
+            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
+        )
     check_weight_quantizer(quantizer)
     check_loaded_as_saved(model)
     reshard([model])
@@ -338,7 +343,19 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
         if quantizer.scale.has_state
         else partial(_held_step_sizes, layers),
         has_constant_step_size=quantizer.scale.kind == "fixed",
+        fan_in=_fan_in(layer),
     )
+
+
+def _fan_in(layer: QuantizedLayer) -> int:
+    """How many inputs an output of a layer has."""
+    shape = layer.weight.shape
+    if isinstance(layer, ExpertMatrices):
+        return shape[1 if layer.transposed else 2]
+    outputs = shape[layer.output_dim]
+    if layer.output_dim == 1:  # of each group, in a transposed convolution
+        outputs *= getattr(layer, "groups", 1)
+    return layer.weight.numel() // outputs
 
 
 @contextmanager

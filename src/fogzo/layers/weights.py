@@ -42,6 +42,7 @@ class QuantizedWeight:
         of_experts: Whether the first dimension counts experts. Each then takes noise by its own
             gradient, and none in a step that did not use it.
         has_constant_step_size: False where it is learned, or measured in every forward pass.
+        fan_in: The number of inputs of an output; None takes the first dimension for outputs.
     """
 
     name: str
@@ -56,6 +57,7 @@ class QuantizedWeight:
     hold_step_size: Callable[[], AbstractContextManager[None]] = nullcontext
     of_experts: bool = False
     has_constant_step_size: bool = True
+    fan_in: int | None = None
 
 
 WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]

@@ -4,7 +4,10 @@ Weights under STE crowd on thresholds and oscillate there. If their distribution
 the density at thresholds (arXiv 2609.32659).
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from fogzo.collectives import is_sharded
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.methods.pull import Weights, as_records
+from fogzo.wording import listed
 
 
 class Cewt:
@@ -25,7 +29,8 @@ class Cewt:
     back on a Gaussian of that norm, in their order.
 
     Attributes:
-        norms: ``||W0||`` of each weight, by name.
+        norms: ``||W0||`` of each weight, by name and in the order of the weights. A name that
+            occurs again, as in two networks with one optimizer, has a number: ``"0.weight (2)"``.
     """
 
     def __init__(self, weights: Weights, optimizer: Optimizer, project: bool) -> None:
@@ -34,10 +39,12 @@ class Cewt:
         for weight in self.weights:
             _check(weight, trained)
         self.project = project
-        self.norms = {
-            w.name: float(torch.linalg.vector_norm(w.param.detach())) for w in self.weights
-        }
-        self._before: dict[str, Tensor] = {}
+        self.norms: dict[str, float] = {}
+        for weight in self.weights:
+            norm = float(torch.linalg.vector_norm(weight.param.detach()))
+            self.norms[_unused(weight.name, self.norms)] = norm
+        self._before: dict[int, Tensor] = {}  # by position, as names may occur twice
+        self._warned = False
         self._check_decay(optimizer)
         self._handles: Sequence[RemovableHandle] = (
             optimizer.register_step_pre_hook(self._save),
@@ -65,36 +72,45 @@ class Cewt:
                 f"expected the norms of {', '.join(self.norms)}, got {state_dict!r:.80}: "
                 "constraint.load_state_dict(checkpoint['constraint'])"
             )
-        self.norms = {name: float(norm) for name, norm in norms.items()}
+        self.norms = {name: float(norms[name]) for name in self.norms}
 
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_decay(optimizer)
         self._before = {
-            weight.name: weight.param.detach().clone()
-            for weight in self.weights
+            index: weight.param.detach().clone()
+            for index, weight in enumerate(self.weights)
             if weight.param.grad is not None
         }
 
     @torch.no_grad()
     def _constrain(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-        for weight in self.weights:
-            before = self._before.pop(weight.name, None)
-            if before is None:
-                continue
-            norm, param = self.norms[weight.name], weight.param
-            change = param - before
-            length = torch.linalg.vector_norm(change)
-            factor = (
-                float(rates[id(param)]) * norm / length.clamp(min=torch.finfo(length.dtype).tiny)
-            )
-            moved = torch.addcmul(before, change, factor)
-            if not self.project:
-                param.copy_(moved * (norm / torch.linalg.vector_norm(moved)))
-            elif weight.rotate is None:
-                param.copy_(project_to_gaussian(moved, norm))
-            else:
-                param.copy_(weight.rotate(project_to_gaussian(weight.rotate(moved), norm)))
+        norms, put_back = list(self.norms.values()), []
+        lengths = {
+            index: torch.linalg.vector_norm(self.weights[index].param - before)
+            for index, before in self._before.items()
+        }
+        for (index, length), known in zip(lengths.items(), _read(lengths.values()), strict=True):
+            weight, before = self.weights[index], self._before.pop(index)
+            param, norm = weight.param, norms[index]
+            if not math.isfinite(known):
+                param.copy_(before)
+                put_back.append(weight.name)
+            elif known > 0:  # else it has no direction
+                factor = float(rates[id(param)]) * norm / length
+                moved = torch.addcmul(before, param - before, factor)
+                param.copy_(self._projected(weight, moved, norm))
+        if put_back and not self._warned:
+            self._warned = True
+            _warn_of_updates(put_back)
+
+    def _projected(self, weight: QuantizedWeight, moved: Tensor, norm: float) -> Tensor:
+        """A weight that was moved, with its norm and, unless that is all, on a Gaussian."""
+        if not self.project:
+            return _scaled(moved, norm)
+        if weight.rotate is None:
+            return project_to_gaussian(moved, norm)
+        return weight.rotate(project_to_gaussian(weight.rotate(moved), norm))
 
     def _check_decay(self, optimizer: Optimizer) -> None:
         own = {id(weight.param): weight.name for weight in self.weights}
@@ -119,7 +135,9 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
 
     Weights that are rotated before they are rounded are constrained in that basis. Initialise
     weights as Gaussians: the first step makes them so, whatever the inputs are. In the authors'
-    models this helps; docs/methods.md has what was measured here.
+    models this helps; docs/methods.md has what was measured here. A weight that the optimizer
+    does not move, as its gradient is 0, stays where it is, and so does one whose update is not
+    finite.
 
     Cost: a sort of each weight per step (0.15 s per million weights on one CPU core; little on a
     GPU) and a copy of the weights during the step.
@@ -135,6 +153,9 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
     Raises:
         ValueError: If a weight is not in the optimizer, has a weight decay, is sharded or must
             keep some entries.
+
+    Warns:
+        RuntimeWarning: Once, in a step whose update of a weight is not finite.
     """
     return Cewt(weights, optimizer, project)
 
@@ -143,7 +164,8 @@ def project_to_gaussian(weight: Tensor, norm: float | None = None) -> Tensor:
     """The Gaussian quantiles of the weights' ranks, times what gives them the norm.
 
     The order of all weights stays (of equal ones, that of their places), and the result depends on
-    nothing else. Applied again it changes nothing.
+    nothing else. Applied again it changes nothing. A single weight, whose quantile is 0, keeps its
+    sign instead.
 
     >>> project_to_gaussian(torch.tensor([5.0, 0.1, -0.2]), norm=1.0)
     tensor([ 0.7071,  0.0000, -0.7071])
@@ -155,12 +177,47 @@ def project_to_gaussian(weight: Tensor, norm: float | None = None) -> Tensor:
     if norm is None:
         norm = float(torch.linalg.vector_norm(weight))
     count = weight.numel()
+    if count == 1:
+        return torch.full_like(weight, norm).copysign_(weight)
     order = weight.flatten().argsort(stable=True)
     ranks = torch.arange(count, dtype=torch.float64, device=weight.device)
     z = torch.erfinv((ranks + 0.5) * (2 / count) - 1)  # sqrt(2) cancels in the norm
     z *= norm / torch.linalg.vector_norm(z)
     result = torch.empty(count, dtype=weight.dtype, device=weight.device)
     return result.index_copy_(0, order, z.to(weight.dtype)).view_as(weight)
+
+
+def _read(scalars: Collection[Tensor]) -> list[float]:
+    """Their values, with one wait for a device instead of one for each."""
+    if not scalars:
+        return []
+    device = next(iter(scalars)).device
+    return torch.stack([scalar.to(device) for scalar in scalars]).tolist()
+
+
+def _scaled(weight: Tensor, norm: float) -> Tensor:
+    """A tensor of that norm; zeros, which have no direction, as they are."""
+    length = torch.linalg.vector_norm(weight)
+    return weight * (norm / length.where(length > 0, 1))
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    """A name that is not taken: the one given, or with a number behind it."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(made for made in itertools.chain([name], numbered) if made not in taken)
+
+
+def _warn_of_updates(names: Sequence[str]) -> None:
+    """Say that these weights were put back."""
+    warnings.warn(
+        f"the optimizer's update of {listed(names)} is not finite, and has been taken back: "
+        "torch.autograd.set_detect_anomaly(True) finds where that begins. "
+        "Optimizers that average gradients, such as AdamW, do not recover: leave such steps out, "
+        "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), then optimizer.step() "
+        "if norm.isfinite(). Said once",
+        RuntimeWarning,
+        stacklevel=5,  # who calls optimizer.step(), behind wrappers of torch's
+    )
 
 
 def _check(weight: QuantizedWeight, trained: set[int]) -> None:

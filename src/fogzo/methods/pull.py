@@ -5,6 +5,7 @@ CAGE and WinQ take a part of it away after the optimizer's step, as decoupled we
 with w; dampening adds it to the gradients before. None of them needs a forward pass.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,9 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fogzo.collectives import full, local, reshard, shard_like
-from fogzo.layers import quantized_weights
+from fogzo.layers import QuantizedLayer, quantized_weights
 from fogzo.layers.weights import QuantizedWeight, WeightLike, as_quantized_weights
-from fogzo.methods.ramps import CosineRamp, LinearRamp, Periodic, Strength, as_strength
+from fogzo.methods.ramps import (
+    CosineRamp,
+    LinearRamp,
+    Periodic,
+    Strength,
+    as_strength,
+    strength_at,
+)
+from fogzo.wording import listed
 
 Weights = nn.Module | Iterable[WeightLike]
 
@@ -28,6 +37,7 @@ class _Scheduled:
         self.weights = weights_with_levels(weights)
         self.strength = as_strength(strength)
         self.step = 0
+        self._warned_of_float = False
 
     def state_dict(self) -> dict[str, int]:
         """The step, on which the strength depends."""
@@ -45,6 +55,23 @@ class _Scheduled:
         reshard({id(w.model): w.model for w in self.weights if w.model is not None}.values())
         return [weight for weight in self.weights if weight.param.requires_grad]
 
+    def _on_grids(self, weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
+        """Those that are rounded at present; that others are left alone is said once."""
+        # Step sizes are measured again at the end of a float phase: until then levels are stale.
+        floating = _in_float(weights)
+        left = [weight.name for weight in weights if id(weight.param) in floating]
+        if left and not self._warned_of_float:
+            self._warned_of_float = True
+            warnings.warn(
+                f"the strength is not 0 at step {self.step}, where {listed(left)} are still in "
+                "float (fogzo.methods.quantize_from), and weights are not pulled to levels before "
+                "they are rounded to them: let the strength be 0 until then, with start=0.5 in "
+                "both calls for example. Said once",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return [weight for weight in weights if id(weight.param) not in floating]
+
 
 class GridPull(_Scheduled):
     """Moves each weight a part of the way to its level. Call it after the optimizer's step.
@@ -52,12 +79,13 @@ class GridPull(_Scheduled):
     ``w <- w - share * (w - Q(w))``, with Q at the weights that the optimizer left and in the basis
     where they are rounded. Weights beyond the range are pulled in. The codes stay what they are
     (exactly for step sizes that are kept; dynamic ones follow the weights), and so do step sizes,
-    the optimizer's state and entries that a record holds. At strength 0 nothing is touched.
+    the optimizer's state and entries that a record holds. At strength 0 nothing is touched, nor
+    are weights in the float phase of `quantize_from`.
 
     Args:
         weights: A quantized model, or what `fogzo.quantized_weights` lists, made after
             ``fully_shard``.
-        strength: A number, or a function of the step (counted from 0).
+        strength: A number, 0 or more, or a function of the step (counted from 0) that returns one.
         optimizer: If given, the share is ``learning rate * strength`` with the present learning
             rate of each weight's group, as in decoupled weight decay; otherwise the strength
             itself. A list where several optimizers train the weights.
@@ -79,15 +107,26 @@ class GridPull(_Scheduled):
 
     @torch.no_grad()
     def pull_(self) -> None:
-        """Pull all weights that are trained, and count a step."""
-        strength = self.strength(self.step)
+        """Pull all weights that are trained, and count a step.
+
+        Raises:
+            ValueError: If the strength is negative or not finite at this step, or the learning rate
+                times it is. Then no weight has been changed.
+
+        Warns:
+            RuntimeWarning: Once if a share is more than 1, and once if weights are in a float phase
+                and left alone while the strength is not 0.
+        """
+        strength = strength_at(self.strength, self.step)
+        if strength != 0:
+            weights = self._on_grids(self._trained())
+            rates = self._learning_rates(weights)
+            for weight, rate in zip(weights, rates, strict=True):
+                self._check_share(weight, rate, strength)
+            for weight, rate in zip(weights, rates, strict=True):
+                if rate:
+                    _move(weight, self._share(weight, rate * strength))
         self.step += 1
-        if strength == 0:
-            return
-        weights = self._trained()
-        for weight, rate in zip(weights, self._learning_rates(weights), strict=True):
-            if rate:
-                _move(weight, self._share(weight, rate * strength))
 
     def _learning_rates(self, weights: Sequence[QuantizedWeight]) -> list[float]:
         if self.optimizers is None:
@@ -103,6 +142,15 @@ class GridPull(_Scheduled):
                 "made after fully_shard"
             )
         return [float(rates[id(weight.param)]) for weight in weights]
+
+    def _check_share(self, weight: QuantizedWeight, rate: float, strength: float) -> None:
+        if not 0 <= rate * strength < math.inf:
+            raise ValueError(
+                "learning rate times strength must be finite, 0 or more, got "
+                f"{rate:g} * {strength:g} for {weight.name!r} at step {self.step}: mind what the "
+                'scheduler writes, optimizer.param_groups[0]["lr"] = 1e-3, or pull without '
+                "learning rates, GridPull(weights, strength)"
+            )
 
     def _share(self, weight: QuantizedWeight, share: float) -> float:
         if share > 1 and not self._warned:
@@ -121,11 +169,12 @@ class GridPenalty(_Scheduled):
     """Adds the gradient of a penalty on the distance from the grid. Call it before the step.
 
     The penalty is ``strength * sum (Q(w) - clip(w))^2`` with Q held, so the gradient is
-    ``2 * strength * (w - Q(w))`` within the range of levels and 0 beyond it.
+    ``2 * strength * (w - Q(w))`` within the range of levels and 0 beyond it. Weights in the float
+    phase of `quantize_from` get none.
 
     Args:
         weights: As for `GridPull`.
-        strength: A number, or a function of the step (counted from 0).
+        strength: As for `GridPull`.
         mean_over_inputs: Divide by the number of inputs of an output, as the authors do: the
             penalty is then the mean over inputs, summed over outputs.
 
@@ -151,9 +200,14 @@ class GridPenalty(_Scheduled):
                 before ``scaler.unscale_(optimizer)``, else 1.
 
         Raises:
-            ValueError: If there are no gradients.
+            ValueError: If there are no gradients, or the strength is negative or not finite at this
+                step. Then no gradient has been changed.
+
+        Warns:
+            RuntimeWarning: Once if weights are in a float phase and left alone while the strength
+                is not 0.
         """
-        strength = 2 * grad_scale * self.strength(self.step)
+        strength = 2 * grad_scale * strength_at(self.strength, self.step)
         weights = self._trained()
         used = [weight for weight in weights if weight.param.grad is not None]
         if weights and not used:
@@ -161,15 +215,13 @@ class GridPenalty(_Scheduled):
                 "no quantized weight has a gradient. Call it after backward and before zero_grad: "
                 "loss.backward(); penalty.add_grads_(); optimizer.step()"
             )
-        self.step += 1
-        if strength == 0:
-            return
-        for weight in used:
+        for weight in self._on_grids(used) if strength else []:
             assert weight.param.grad is not None
             grad, factor = local(weight.param.grad), strength
             if self.mean_over_inputs:
-                factor *= weight.param.shape[0] / weight.param.numel()
+                factor /= _fan_in(weight)
             grad.add_(_distance_within_range(weight).to(grad.dtype), alpha=factor)
+        self.step += 1
 
 
 def cage(
@@ -264,6 +316,23 @@ def weights_with_levels(weights: Weights) -> list[QuantizedWeight]:
                 "fogzo.QuantizedWeight(name, param, step_size, grid=fogzo.quantizers.uniform(2))"
             )
     return records
+
+
+def _in_float(weights: Iterable[QuantizedWeight]) -> set[int]:
+    """The ids of the parameters that their layers use in float for now."""
+    models = {id(w.model): w.model for w in weights if w.model is not None}.values()
+    layers = (layer for model in models for layer in model.modules())
+    return {
+        id(layer.weight)
+        for layer in layers
+        if isinstance(layer, QuantizedLayer) and layer.is_in_float
+    }
+
+
+def _fan_in(weight: QuantizedWeight) -> float:
+    if weight.fan_in is not None:
+        return weight.fan_in
+    return weight.param.numel() / weight.param.shape[0]
 
 
 class Rounded(NamedTuple):

@@ -3,6 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import Tensor
 
 from fogzo.quantizers.checks import is_int, is_number
 
@@ -78,9 +81,26 @@ def as_strength(strength: float | Strength) -> Strength:
     return Periodic(float(strength), 1)
 
 
+def strength_at(strength: Strength, step: int) -> float:
+    """What a function of the step says at one.
+
+    Raises:
+        ValueError: If that is no number, negative or not finite.
+    """
+    value: object = strength(step)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not _is_strength(value):
+        raise ValueError(
+            f"strength must be a finite number, 0 or more, at every step, got {value!r:.80} at "
+            f"step {step}: strength=lambda step: 10.0 * min(step / 1000, 1.0)"
+        )
+    return float(value)
+
+
 def check_strength(strength: object) -> None:
     """Raise a `ValueError` unless it is a number, 0 or more."""
-    if not (is_number(strength) and 0 <= strength < math.inf):
+    if not _is_strength(strength):
         raise ValueError(
             f"strength must be 0 or more, or a function of the step, got {strength!r}: "
             "strength=10.0, or strength=lambda step: 10.0 * step / 1000"
@@ -100,6 +120,10 @@ def check_start(start: object) -> None:
             f"start must be a fraction of the run, from 0 to 1, got {start!r}: for example "
             "start=0.5, which is step 500 of total_steps=1000"
         )
+
+
+def _is_strength(value: object) -> TypeGuard[float]:
+    return is_number(value) and 0 <= value < math.inf
 
 
 def _check_ramp(strength: float, total_steps: int, start: float) -> None:

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -122,11 +123,68 @@ def test_a_killed_export_leaves_the_old_folder_or_none(tmp_path):
     folders = [str(tmp_path / name) for name in ("new", "old")]
     subprocess.run([sys.executable, "-c", program, *folders], check=True)
     assert state(tmp_path / "old") == before
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"old", "old.partial", "new.partial"}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    prefixes = (".new.fogzo-export-", ".old.fogzo-export-", "old")
+    assert len(names) == 3 and all(map(str.startswith, names, prefixes))
     for folder in folders:
         export(model, folder, verify=False)
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_folder_that_cannot_be_replaced_is_put_back(moves, tmp_path, monkeypatch):
+    model = quantized(mlp(), fogzo.lsq(2))
+    export(model, tmp_path / "out", verify=False)
+    before, real, calls = state(tmp_path / "out"), os.replace, []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == moves + 1:
+            raise OSError("busy")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="busy"):
+        export(model, tmp_path / "out", "float", verify=False)
+    assert state(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_a_killed_export_moved_away_comes_back(fake, tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    left = tmp_path / ".out.fogzo-export-12345678"
+    export(model, left / "old", verify=False)
+    (left / "new").mkdir()
+    before = state(left / "old")
+
+    def write(source, folder):
+        raise OSError("disk full")
+
+    fake(write=write)
+    with pytest.raises(OSError, match="disk full"):
+        export(model, tmp_path / "out")
+    assert state(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_beside_it_are_left_alone(tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    others = [tmp_path / f"out{end}" for end in (".old", ".partial", "2")]
+    for other in (*others, tmp_path / ".out", tmp_path / ".out2.fogzo-export-12345678"):
+        other.mkdir()
+        (other / "thesis.txt").write_text("years of work")
+    names = {path.name for path in tmp_path.iterdir()}
+    for format in ("packed", "float"):
+        export(model, tmp_path / "out", format, verify=False)
+        assert {path.name for path in tmp_path.iterdir()} == names | {"out"}
+    assert all(state(other) == {"thesis.txt": b"years of work"} for other in others)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_it_may_be_read_by_whom_new_folders_may(tmp_path):
+    (tmp_path / "other").mkdir()
+    export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_former_export_is_replaced_and_nothing_else(tmp_path):
@@ -158,6 +216,94 @@ def test_inputs_that_were_never_measured_are_refused(tmp_path):
         export(model, tmp_path / "out")
     assert check(model, "packed") == []  # before training it is no problem
     assert not list(tmp_path.iterdir())
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def damaged(change, quantizer, activations=None):
+    """A model whose first layer something was done to after it was trained."""
+    model = quantized(mlp(), quantizer, activations)
+    with torch.no_grad():
+        change(model[1])
+    return model
+
+
+def refused(model, format, message, tmp_path):
+    (problem,) = check(model, format)
+    assert problem.startswith(f"cannot write '1' as {format}: {message}")
+    assert "model.load_state_dict(earlier)" in problem
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        export(model, tmp_path / "out", format, verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("format", ["packed", "float", "onnx"])
+def test_numbers_that_are_not_finite_are_refused(format, value, tmp_path):
+    model = damaged(lambda layer: layer.weight[3].fill_(value), fogzo.lsq(2))
+    refused(model, format, "64 of its 2,048 weights are not finite", tmp_path)
+    model = damaged(lambda layer: layer.weight_step.fill_(value), fogzo.lsq(2))
+    refused(model, format, "1 of its 1 step sizes are not finite", tmp_path)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_step_sizes_of_inputs_that_are_not_finite_are_refused(value, tmp_path):
+    model = damaged(lambda layer: layer.input_step.fill_(value), fogzo.lsq(2), fogzo.lsq(4))
+    refused(model, "packed", "the step size of its input is not finite", tmp_path)
+    with torch.no_grad(), fogzo.calibrate_(model):
+        model(inputs_of(model))
+    assert check(model, "packed") == []
+
+
+@pytest.mark.parametrize("quantizer", [fogzo.ternary(), fogzo.quest(2), fogzo.abs_max(4)])
+def test_weights_that_are_not_finite_are_refused_by_every_scale(quantizer, tmp_path):
+    model = damaged(lambda layer: layer.weight[3, 4].fill_(float("nan")), quantizer)
+    refused(model, "packed", "1 of its 2,048 weights are not finite", tmp_path)
+
+
+def test_steps_that_their_dtype_would_make_finite_are_refused(tmp_path):
+    quantizer = fogzo.lsq(2, granularity="channel", scale_dtype=torch.float16)
+    model = damaged(lambda layer: layer.weight_step[:3].fill_(float("inf")), quantizer)
+    refused(model, "packed", "3 of its 32 step sizes are not finite", tmp_path)
+    fogzo.measure_step_sizes_(model)
+    assert check(model, "packed") == []
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_network_in_its_float_phase_is_refused(verify, tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    switch = fogzo.methods.quantize_from(model, 0.5, total_steps=2)
+    message = "cannot write '1' as packed: it is in float until its quantization begins"
+    assert len(check(model, "packed")) == 3
+    with pytest.raises(ValueError, match=rf"{message}.*call switch.advance_\(\) of fogzo.methods"):
+        export(model, tmp_path / "out", verify=verify)
+    assert not list(tmp_path.iterdir())
+    switch.advance_()
+    assert check(model, "packed") == []
+    export(model, tmp_path / "out", verify=verify)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda found: found.fill_(float("nan")), r"shape \(8, 10\), not all finite"),
+        (lambda found: found[:, 1:], r"shape \(8, 9\), finite"),
+    ],
+)
+def test_answers_that_are_not_finite_are_refused_unless_the_models_are(wrong, says, fake, tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    x = inputs_of(model)
+
+    def read_back(source, folder):
+        weights = {n: layer.weight.dequantize() for n, layer in source.layers.items()}
+        return ReadBack("a reader", weights, lambda example: wrong(answer(model, example)))
+
+    fake(read_back=read_back)
+    with pytest.raises(RuntimeError, match=rf"a reader answers .* {says}, expected .* finite as"):
+        export(model, tmp_path / "out", example=x)
+    assert not list(tmp_path.iterdir())
+    export(model, tmp_path / "out", example=x * float("nan"))
 
 
 @pytest.mark.parametrize(

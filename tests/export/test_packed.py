@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import json
 import pickle
@@ -13,6 +14,7 @@ import fogzo
 import fogzo.export.transformers
 from fogzo.export import export, load_
 from fogzo.export.packed import PackedLayer
+from fogzo.quantizers import Hadamard
 
 QUANTIZERS = {
     "lsq1": lambda: fogzo.lsq(1),
@@ -154,6 +156,28 @@ def test_in_other_dtypes(dtype, tmp_path):
     assert export(model, tmp_path / "out", example=x).logits_difference == 0
     loaded = load_(mlp().to(dtype), tmp_path / "out")
     assert loaded[1].scales.dtype == dtype
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "inputs"),
+    [
+        (dataclasses.replace(fogzo.ternary(), rotation=Hadamard()), 64),
+        (fogzo.quest(2), 66),
+        (fogzo.quest(1), 100),
+        (fogzo.bbq(2), 6),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_rows_that_fill_no_whole_bytes(quantizer, inputs, dtype, tmp_path):
+    def build():
+        return seeded(lambda: nn.Sequential(nn.Linear(inputs, 64))).to(dtype)
+
+    model = fogzo.quantize_(build(), quantizer, lambda *_: True)
+    x = torch.randn(3, inputs, dtype=dtype)
+    assert export(model, tmp_path / "out", example=x).logits_difference == 0
+    loaded = load_(build(), tmp_path / "out")
+    assert torch.equal(loaded[0].weight, model[0].quantized_weight())
     assert torch.equal(loaded(x), model(x))
 
 

@@ -43,7 +43,9 @@ def inspections(preset, rank=None):
         mse_loss(model(x[part]), y[part]).backward()
         watch.update()
         optimizer.step()
-    return [inspection.as_dict() for inspection in watch.history]
+    with torch.no_grad():
+        model[0].weight.mul_(torch.inf)
+    return [inspection.as_dict() for inspection in (*watch.history, fogzo.inspect(model))]
 
 
 def main(rank, folder):
@@ -60,8 +62,9 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_ranks_see_what_one_process_sees(ranks, preset):
     alone = inspections(preset)
-    assert len(alone) == 2
+    assert len(alone) == 3
     assert alone[1]["layers"][0]["flips"] > 0
+    assert [layer["not_finite"] for layer in alone[2]["layers"]] == [1]
     for rank in ranks:
         for found, expected in zip(rank[preset], alone, strict=True):
             assert found["in_float"] == expected["in_float"]

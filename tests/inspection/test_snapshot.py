@@ -251,6 +251,53 @@ def test_what_stays_in_float_is_listed_and_reported_if_it_is_most():
     )
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@EVERY_PRESET
+def test_weights_that_are_not_finite_come_first(preset, value):
+    model = quantized_net(preset)
+    with torch.no_grad():
+        model.first.weight[0, 0] = value
+    found = fogzo.inspect(model)
+    (first,) = found.findings
+    assert (first.kind, first.severity) == ("not_finite", "high")
+    ((name, share),) = first.layers
+    assert (name, share > 0, share) == ("first", True, found.layers[0].not_finite)
+    assert "weights or step sizes are not finite: " in first.message
+    assert "model.load_state_dict(earlier)" in first.code
+    text = json.dumps(found.as_dict(), allow_nan=False)
+    assert json.dumps(Inspection.from_dict(json.loads(text)).as_dict()) == text
+    assert "first" in str(found)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["weight", "weight_step"])
+def test_a_layer_of_nothing_finite_is_reported(which, value):
+    model = quantized_net("lsq")
+    x, y = batch()
+    with torch.no_grad():
+        getattr(model.first, which).fill_(value)
+    backward(lambda: mse_loss(model.eval()(x), y))
+    found = fogzo.inspect(
+        model, forward=lambda: model(x), closure=lambda: mse_loss(model(x), y), num_samples=2
+    )
+    assert [finding.kind for finding in found.findings] == ["not_finite"]
+    assert found.findings[0].layers == [("first", 1.0)]
+    assert json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_the_numbers_of_the_finite_weights_are_as_without_the_others():
+    quantizer = fogzo.fixed(2, step_size=1.0, surrogate="identity")
+    model = fogzo.quantize_(fill(nn.Linear(6, 2, bias=False)), quantizer, everything)
+    values = [[-3.0, -1.2, -0.2, 0.2, 0.7, 1.2], [1.4, 2.0, 0.3, 0.2, math.nan, -math.inf]]
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(values))
+    (layer,) = fogzo.inspect(model).layers
+    assert (layer.not_finite, layer.masked) == pytest.approx((2 / 12, 2 / 10))
+    shares = [2 / 10, 1 / 10, 4 / 10, 3 / 10]
+    assert layer.levels_used == pytest.approx(math.prod(p**-p for p in shares))
+    assert (layer.step_size, layer.empty, layer.dead) == (1, 0, 0)
+
+
 def test_a_float_phase_is_no_illness():
     model = quantized_net("lsq")
     fogzo.methods.quantize_from(model, 0.5, total_steps=10)

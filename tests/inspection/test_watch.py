@@ -1,5 +1,7 @@
 """Counting over steps: flips, those that undo the last, movement, and what a watch keeps."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,39 @@ def test_every_step_can_be_inspected():
         move(model, *values)
         (layer,) = watch.update().layers
         assert (layer.flips, layer.flips_back) == (flips, back)
+
+
+@pytest.mark.parametrize("when", [1, 2, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_reported_and_their_flips_are_not(value, when):
+    model = one_layer(0.2, 0.2, 0.2, 1.2)
+    watch = fogzo.Watch(model, every=4)
+    found = []
+    for step in range(1, 13):
+        # From one inspection to the next they are, as after an earlier checkpoint was loaded.
+        move(model, 0.2, value if when <= step <= 4 else 0.2, 0.2, 1.2)
+        found.append(watch.update())
+    broken, between, whole = watch.history
+    assert found[3::4] == watch.history
+    assert [finding.kind for finding in broken.findings] == ["not_finite"]
+    assert broken.findings[0].layers == [("0", 1 / 4)]
+    assert (broken.layers[0].flips, broken.layers[0].moved) == (None, None)
+    assert between.layers[0].not_finite == 0
+    assert (whole.layers[0].flips, whole.layers[0].moved) == (0, 0)
+    for inspection in watch.history:
+        json.dumps(inspection.as_dict(), allow_nan=False)
+
+
+def test_the_learning_rate_that_broke_a_network_is_named():
+    model = one_layer(0.2, 0.2, 0.2, 1.2)
+    watch = fogzo.Watch(model, every=2)
+    for values in ((0.2,) * 4, (9.0,) * 4, (float("nan"),) * 4, (float("nan"),) * 4):
+        move(model, *values)
+        watch.update()
+    assert [finding.kind for finding in watch.history[1].findings] == [
+        "not_finite",
+        "learning_rate",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Exporting: check, write beside, read back, compare, rename."""
 
 import dataclasses
+import glob
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +38,8 @@ MODULES: Mapping[str, str] = {
     "bitnet": "bitnet",
 }
 REPORT = "export.json"
+# In a folder beside the one that is written: the export until it is whole, and the one it replaces.
+_NEW, _OLD = "new", "old"
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def check(
 ) -> list[str]:
     """What keeps a model from being exported so; an empty list if nothing does.
 
-    It writes nothing and needs no trained weights: ask before training starts.
+    It writes nothing and needs no trained weights: ask before training starts. Weights that are
+    not finite, or in their float phase (`fogzo.methods.quantize_from`), are listed as well.
 
     >>> import fogzo
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -149,10 +155,12 @@ def export(
         What was written, also in ``export.json`` beside it.
 
     Raises:
-        ValueError: If the format cannot hold the model (see `check`), an input was never measured,
-            the format cannot say the tokenizer, or the folder holds something else. Nothing is
-            written then.
-        RuntimeError: If the files read back are not what was to be written. Nothing is kept.
+        ValueError: If the format cannot hold the model (see `check`), its weights or step sizes are
+            not finite or not those of a quantized network yet, an input was never measured, the
+            format cannot say the tokenizer, or the folder holds something else. Nothing is written
+            then.
+        RuntimeError: If the files read back are not what was to be written, or their reader answers
+            with numbers that are not finite where the model's are. Nothing is kept.
     """
     _check_format(format, MODULES)
     source = Source.of(model, Options(round_steps, activations, allow_wider, variant))
@@ -169,10 +177,7 @@ def export(
     writer = import_module(f"fogzo.export.{MODULES[format]}")
     example = example_of(source.model) if example is None else example
     source = dataclasses.replace(source, example=example, tokenizer=tokenizer)
-    partial = final.with_name(f"{final.name}.partial")
-    _delete(partial)
-    partial.mkdir(parents=True)
-    try:
+    with _beside(final) as partial:
         writer.write(source, partial)
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(partial)
@@ -205,9 +210,6 @@ def export(
         text = json.dumps(report.to_dict(), indent=2) + "\n"
         (partial / REPORT).write_text(text, encoding="utf-8")
         _replace(partial, final)
-    except BaseException:
-        _delete(partial)
-        raise
     return report
 
 
@@ -276,7 +278,19 @@ def _check_weights(source: Source, reading: ReadBack, format: str) -> None:
 def _compare_logits(model: nn.Module, example: Any, reading: ReadBack | None) -> float | None:
     if reading is None or reading.call is None or example is None:
         return None
-    return difference(reading.call(example), answer(model, example))
+    found, trained = reading.call(example), answer(model, example)
+    if trained.isfinite().all() and not (found.shape == trained.shape and found.isfinite().all()):
+        raise RuntimeError(
+            f"{reading.reader} answers to the example with {_described(found)}, expected "
+            f"{_described(trained)} as from the model itself: nothing was kept. Please report it "
+            "with the versions of the reader and of fogzo"
+        )
+    return difference(found, trained)
+
+
+def _described(output: Tensor) -> str:
+    finite = "finite" if output.isfinite().all() else "not all finite"
+    return f"numbers of shape {tuple(output.shape)}, {finite}"
 
 
 def _cpu(tensor: Tensor) -> Tensor:
@@ -299,16 +313,36 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
+@contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+    """An empty folder to write into, on the same disk as `final`.
+
+    It is in a folder of a name that nobody else has given, which is deleted at the end, as are
+    those that killed exports to `final` have left.
+    """
+    prefix = f".{final.name}.fogzo-export-"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{glob.escape(prefix)}*"):
+        _delete(left, final)
+    work = Path(tempfile.mkdtemp(dir=final.parent, prefix=prefix))
+    try:
+        partial = work / _NEW
+        partial.mkdir()  # unlike `work`, for all whom the user lets read new folders
+        yield partial
+    finally:
+        _delete(work, final)
+
+
 def _replace(partial: Path, final: Path) -> None:
     """Put the new folder in the place of the old one, which is there until the last moment."""
-    old = final.with_name(f"{final.name}.old")
-    _delete(old)
     if final.exists():
-        os.replace(final, old)
+        os.replace(final, partial.with_name(_OLD))
     os.replace(partial, final)
-    _delete(old)
 
 
-def _delete(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _delete(work: Path, final: Path) -> None:
+    """Delete what an export worked in, once the earlier folder is back if nothing replaced it."""
+    old = work / _OLD
+    if old.exists() and not final.exists():
+        os.replace(old, final)
+    shutil.rmtree(work)

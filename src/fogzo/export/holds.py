@@ -2,12 +2,13 @@
 
 A layer is stored as the first type of its format that holds its grid and fits its shape, and in no
 wider integers than its grid needs; where there is none, one sentence says which layer, why and the
-way out.
+way out. No format holds numbers that are not finite, or not those of a quantized layer yet.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fogzo.export.format_table import FORMATS, Format, StoredType
 from fogzo.export.integers import IntegerWeight, rounding_error
@@ -20,7 +21,7 @@ def problems(source: Source, format: str) -> list[str]:
     found = list(_problems_of_model(source, format, rules))
     if not found:
         for layer in source.layers.values():
-            chosen = _choose(layer, format, rules, source)
+            chosen = _unready(layer) or _choose(layer, format, rules, source)
             if isinstance(chosen, str):
                 found.append(f"cannot write {layer.name or 'the layer'!r} as {format}: {chosen}")
     if not found and (wrong := rules.of_model(source)):
@@ -64,6 +65,41 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
     if variant is not None and variant not in rules.variants:
         known = f"one of {', '.join(rules.variants)}" if rules.variants else "none"
         yield f"{format} has no variant {variant!r}, expected {known}: leave --variant out"
+
+
+def _unready(layer: SourceLayer) -> str | None:
+    """Why the layer's numbers are none to write, in any format."""
+    module = layer.module
+    if module.is_in_float:
+        return (
+            "it is in float until its quantization begins, and its step sizes are not those of its "
+            "weights: call switch.advance_() of fogzo.methods.quantize_from after each optimizer "
+            "step, to the end of the run"
+        )
+    earlier = "load weights from before training diverged, model.load_state_dict(earlier)"
+    if wrong := _not_finite(module.weight):
+        return f"{wrong} weights are not finite: {earlier}"
+    # The one in use may be finite although the learned one is not.
+    if wrong := _not_finite(layer.weight.scale, module.weight_step):
+        return (
+            f"{wrong} step sizes are not finite: {earlier}, or measure them on its weights, "
+            "fogzo.measure_step_sizes_(model)"
+        )
+    form = layer.input
+    if form is not None and form.measured and _not_finite(form.step, module.input_step):
+        return (
+            f"the step size of its input is not finite: {earlier}, or measure it, "
+            "with fogzo.calibrate_(model): model(x)"
+        )
+    return None
+
+
+def _not_finite(*tensors: Tensor | None) -> str | None:
+    """How many numbers are not finite, of the first tensor in which any is."""
+    for tensor in tensors:
+        if tensor is not None and (count := int((~tensor.isfinite()).sum())):
+            return f"{count:,} of its {tensor.numel():,}"
+    return None
 
 
 def _choose(layer: SourceLayer, format: str, rules: Format, source: Source) -> StoredType | str:

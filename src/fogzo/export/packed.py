@@ -197,7 +197,8 @@ class PackedLayer(nn.Module):
         groups = rows.unflatten(1, (scales.shape[1], -1))
         rows = groups.mul_(scales.to(wide).unsqueeze(-1)).flatten(1).to(self._like.dtype)
         if packing["rotation"]:
-            rows = Hadamard(packing["rotation"])(rows)
+            # Rows that were cut out of longer ones would be multiplied in another order.
+            rows = Hadamard(packing["rotation"])(rows.contiguous())
         return from_rows(rows, shape, dim).contiguous()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

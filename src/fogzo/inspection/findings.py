@@ -45,7 +45,8 @@ _SURE = 3.0  # standard errors
 def diagnose(history: Sequence[Inspection]) -> list[Finding]:
     """What the inspections of a run say, the gravest first; empty where nothing is wrong.
 
-    Masks, dead channels, levels, step sizes and clipped inputs are those of the last inspection.
+    Masks, dead channels, levels, step sizes and clipped inputs are those of the last inspection. If
+    numbers in it are not finite, that is said, and of the rest only what may have caused it.
     Flips count in the last quarter of those that counted any, where a healthy run has settled; the
     learning rate is judged by the inspection in which weights moved farthest.
 
@@ -55,9 +56,12 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
     if not history:
         return []
     last = history[-1]
+    counted = [i for i in history if i.mean("flips") is not None and not i.float_phase]
+    broken = _not_finite(last)
+    if broken is not None:
+        return [finding for finding in (broken, _learning_rate(counted)) if finding is not None]
     if last.float_phase:
         return [_float_phase()]
-    counted = [i for i in history if i.mean("flips") is not None and not i.float_phase]
     found = [
         _learning_rate(counted),
         _masked(_last_counted(last, counted)),
@@ -115,6 +119,22 @@ def _nothing_or(share: float) -> str:
 def _last_counted(last: Inspection, counted: Sequence[Inspection]) -> Inspection:
     """The last inspection in which it was seen what moves, or the last."""
     return last if last.mean("frozen") is not None or not counted else counted[-1]
+
+
+def _not_finite(inspection: Inspection) -> Finding | None:
+    broken = [layer for layer in inspection.layers if layer.not_finite]
+    layers = _beyond(broken, lambda layer: layer.not_finite, 0.0)
+    if not layers:
+        return None
+    return Finding(
+        kind="not_finite",
+        severity="high",
+        layers=layers,
+        message=f"weights or step sizes are not finite: {_each(layers)} (any is reported)",
+        code="model.load_state_dict(earlier) with weights from before training diverged, then a "
+        "smaller learning rate or torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+        options="--learning-rate, smaller, or --clip-norm 1",
+    )
 
 
 def _learning_rate(counted: Sequence[Inspection]) -> Finding | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import full, reshard
+from fogzo.collectives import full, local, reshard, sum_over_shards
 from fogzo.inspection.records import InFloat
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.selection import left_in_float, quantizable_layers
@@ -68,7 +68,7 @@ def matrices_in_float(model: nn.Module) -> list[InFloat]:
 
 @torch.no_grad()
 def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
-    """What one look tells of a layer's weight.
+    """What one look tells of a layer's weight. All numbers are finite, those of the finite ones.
 
     Args:
         layer: The layer.
@@ -76,7 +76,12 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
     """
     grid = layer.quantizer.grid
     step = layer.step_size().detach()
-    scale = step[step > 0].float() * (grid.spacing / (2 if grid.offset else 1))
+    not_finite = _not_finite(layer, step)
+    finite = x.isfinite()
+    if not finite.all():
+        x = x[finite]
+    step = step[step.isfinite() & (step > 0)]
+    scale = step.float() * (grid.spacing / (2 if grid.offset else 1))
     rounded = ((scale.half().float() - scale).abs() / scale).nan_to_num_(posinf=1.0)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cells = (wide - grid.thresholds[0]) / grid.spacing
@@ -84,12 +89,13 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
     inside = int((distance <= 0.5).sum())
     near = int((distance <= _NEAR).sum())
     return {
-        "step_size": float(step[step > 0].median()) if scale.numel() else 0.0,
+        "step_size": float(step.median()) if scale.numel() else 0.0,
         "fp16_error": min(float(rounded.max()), 1.0) if scale.numel() else 1.0,
         "levels_used": _used_levels(layer, x),
-        "masked": 1 - _share(gets_gradient(layer, x)),
+        "masked": 1 - _share(gets_gradient(layer, x)) if x.numel() else 0.0,
         "empty": _share(next_to_nothing(layer)),
         "near_thresholds": near / inside if inside else 0.0,
+        "not_finite": not_finite,
     }
 
 
@@ -105,7 +111,7 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
     """Which output channels have weights that are zero, or nothing beside the other channels."""
     rows = to_rows(full(layer.weight.detach()), layer.output_dim)
     sizes = torch.linalg.vector_norm(rows.float(), dim=1)
-    return sizes <= _NOTHING * sizes.mean()
+    return sizes <= _NOTHING * sizes[sizes.isfinite()].mean()
 
 
 @torch.no_grad()
@@ -132,6 +138,16 @@ def dead_channels(layer: QuantizedLayer, alive: Tensor | None) -> float:
     if alive is not None:
         dead = dead | ~alive
     return _share(dead)
+
+
+def _not_finite(layer: QuantizedLayer, step: Tensor) -> float:
+    """The share of the weights that is not finite, or that of the step sizes if it is more."""
+    bad = (~local(layer.weight.detach()).isfinite()).sum()
+    (weights,) = sum_over_shards([bad], [layer.weight])
+    # The step size in use may be finite although the learned one is not.
+    learned = [] if layer.weight_step is None else [full(layer.weight_step.detach())]
+    steps = (_share(~tensor.isfinite()) for tensor in (step, *learned))
+    return max(weights / layer.weight.numel(), *steps)
 
 
 def _used_levels(layer: QuantizedLayer, x: Tensor) -> float:

@@ -43,6 +43,8 @@ class LayerInspection:
             a step size.
         agreement: Measured slope of the loss over the one that the layer's gradient predicts.
         agreement_error: Its standard error.
+        not_finite: Share of its weights, or of its step sizes if that is more, that is not finite;
+            the other numbers are those of the rest.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerInspection:
     clipped: float | None = None
     agreement: float | None = None
     agreement_error: float | None = None
+    not_finite: float = 0.0
 
     @property
     def bits_used(self) -> float:
@@ -98,7 +101,8 @@ class Finding:
     """One thing that is wrong, or worth knowing.
 
     Attributes:
-        kind: A key of `fogzo.inspection.THRESHOLDS`, or ``"agreement"`` or ``"float_phase"``.
+        kind: A key of `fogzo.inspection.THRESHOLDS`, or ``"not_finite"``, ``"agreement"`` or
+            ``"float_phase"``.
         severity: ``"high"`` where training is held back, ``"medium"`` where something is wasted or
             will surprise, ``"note"`` for what is no illness.
         layers: Those concerned and the number of each, worst first; none for the whole model.

@@ -54,7 +54,8 @@ def inspect(
         closure: Recomputes the loss that backward differentiated, ``lambda: loss_fn(model(x), y)``,
             to measure the agreement of each layer: call it between backward and zero_grad. It
             takes ``2 * num_samples`` forward passes per layer. Dropout must be off, or the probes
-            measure another network than backward saw.
+            measure another network than backward saw. It is not called where weights are not
+            finite.
         num_samples: Directions per layer for the agreement.
 
     Raises:
@@ -78,14 +79,13 @@ def inspected(
     """An inspection, with what was counted meanwhile by layer."""
     weights = quantized_weights(model)
     clipped = {} if forward is None else clipped_inputs(layers, weights, forward)
-    measured = {} if closure is None else agreements(weights, closure, num_samples)
+    numbers = {name: _numbers(layer, counted.get(name, {})) for name, layer in layers}
+    # Then no loss says anything.
+    broken = any(own["not_finite"] for own in numbers.values())
+    measured = {} if closure is None or broken else agreements(weights, closure, num_samples)
     by_param = {id(weight.param): measured.get(weight.name) for weight in weights}
     found = []
     for name, layer in layers:
-        x = layer.in_step_sizes()
-        numbers: Numbers = numbers_of(layer, x)
-        own = counted.get(name, {})
-        dead = {"dead": dead_channels(layer, alive_channels(layer, x))} if "dead" not in own else {}
         agreement, error = by_param.get(id(layer.weight)) or (None, None)
         quantizer = layer.quantizer
         found.append(
@@ -98,9 +98,7 @@ def inspected(
                 clipped=clipped.get(name),
                 agreement=agreement,
                 agreement_error=error,
-                **numbers,
-                **dead,
-                **own,
+                **numbers[name],
             )
         )
     inspection = Inspection(
@@ -111,3 +109,12 @@ def inspected(
         float_phase=any(layer.is_in_float for _, layer in layers),
     )
     return replace(inspection, findings=diagnose([*history, inspection]))
+
+
+def _numbers(layer: QuantizedLayer, counted: Numbers) -> Numbers:
+    """What a look at a layer tells, and what was counted of it."""
+    x = layer.in_step_sizes()
+    found = numbers_of(layer, x) | counted
+    if "dead" not in found:
+        found["dead"] = dead_channels(layer, alive_channels(layer, x))
+    return found

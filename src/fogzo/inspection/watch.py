@@ -1,5 +1,6 @@
 """Counting, as training goes on, which codes change and which changes undo the last one."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -183,6 +184,8 @@ class _Counter:
         )
         params = [layer.weight] * len(sums)
         flips, back, moved_sum, moving, seen, path = sum_over_shards(sums, params)
+        if not math.isfinite(path):
+            return found  # weights that are not finite have no distance, and no codes that flip
         # All of it may be masked.
         typical = moved_sum / moving if moving else path / max(seen, 1)
         still = (self._masked & (self._path < _STILL * typical)).sum()

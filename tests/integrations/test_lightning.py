@@ -247,6 +247,72 @@ def test_of_several_backward_passes_the_one_before_the_step_is_measured():
         assert sum(stats.probe_losses) / 2 == pytest.approx(loss, rel=0.3)
 
 
+class Skipping(Module):
+    """Clips in every batch, takes no step in some, and begins each one without gradients."""
+
+    def __init__(self, skipped):
+        super().__init__(manual=True, dropout=0.0, skipped=skipped)
+        self.refined = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(mse_loss(self.net(x), y))
+        raw = self.net.first.weight.grad.clone()
+        self.clip_gradients(optimizer, gradient_clip_val=1e6)
+        self.refined.append(not torch.equal(self.net.first.weight.grad, raw))
+        if batch_idx not in self.skipped:
+            optimizer.step()
+
+
+def test_a_step_that_is_skipped_after_clipping_leaves_the_next_to_be_refined():
+    module, callback = Skipping(skipped=(1, 2, 4)), Kept(noise_share=0.1)
+    runner = trainer(callback, **MANUAL)
+    runner.fit(module, loader())
+    assert module.refined == [True] * 7
+    assert [stats.step for stats in callback.all] == [0, 3, 5, 6]
+    logged = [entry["agreement"] for entry in runner.logger.logged if "agreement" in entry]
+    expected = [stats.agreement for stats in callback.all]
+    assert list(dict.fromkeys(logged)) == pytest.approx(expected)
+
+
+class CriticLast(TwoNetworks):
+    """Both backward passes come before both steps, the critic's without the quantized network."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        critic, net = self.optimizers()
+        made = self.net(x)
+        for optimizer, loss in (
+            (net, self.critic(made).square().mean()),
+            (critic, (self.critic(made.detach()) - self.critic(y)).square().mean()),
+        ):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.05)
+        for optimizer in (net, critic):
+            optimizer.step()
+
+
+def test_a_backward_pass_of_another_network_leaves_refined_gradients_refined():
+    module, callback = CriticLast(), Kept(noise_share=0.1)
+    trainer(callback, **MANUAL).fit(module, loader())
+    assert [stats.step for stats in callback.all[::2]] == list(range(7))
+
+
+class ClippingTooOften(Skipping):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.manual_backward(mse_loss(self.net(x), y))
+        self.clip_gradients(self.optimizers(), gradient_clip_val=1.0)
+
+
+def test_a_backward_pass_that_adds_to_refined_gradients_is_refused():
+    with pytest.raises(ValueError, match=r"after the last backward\(\), drop the gradients"):
+        trainer(FogzoCallback(), **MANUAL).fit(ClippingTooOften(()), loader())
+
+
 def test_latent_weights_in_sixteen_bits_are_warned_of():
     with pytest.warns(RuntimeWarning, match="16 bits.*bf16-mixed"):
         trainer(FogzoCallback(), precision="bf16-true", max_steps=1).fit(

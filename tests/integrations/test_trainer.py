@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter, defaultdict, deque
 
 import pytest
 import torch
@@ -257,6 +258,56 @@ def test_a_trainer_of_ones_own_counts_once(tmp_path):
     assert trainer.tokens == 14 * 8
     assert trainer.rows == [2] * 7
     assert handle.stats.fallback is None
+
+
+class Collecting(transformers.Trainer):
+    """Keeps losses in every kind of container, and looks at what it holds besides."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.floats, self.seen, self.total = [], [], torch.zeros(())
+        self.kinds = {"a": [], "b": {}}
+        self.again = self.kinds["a"]
+        self.kinds["itself"] = self.kinds
+        self.recent, self.counts = deque(maxlen=3), defaultdict(Counter)
+        self.last, self.weights = torch.zeros(()), list(self.model.parameters())
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = model(**inputs).loss
+        value = loss.detach()
+        self.floats.append(value.item())
+        self.total += value
+        self.again.append(value)
+        for collected in (self.seen, self.recent):
+            collected.append(value)
+        self.kinds["b"].setdefault("total", torch.zeros(())).add_(value)
+        self.counts["calls"]["all"] += 1
+        self.last = value
+        held = (self.train_dataset, *self.train_dataset[:1], *self.weights, *self.seen[:1])
+        self.ids.append([id(value) for value in held])
+        return loss
+
+
+class Calls(list):
+    """A list that no probe is kept from appending to, as it is not a plain one."""
+
+
+def test_tensors_that_a_trainer_collects_are_collected_once(tmp_path):
+    trainer = make_trainer(tmp_path, cls=Collecting)
+    trainer.ids = Calls()
+    train(trainer)
+    values = trainer.floats
+    assert len(values) == 7
+    assert len(trainer.ids) > 7  # it did run again
+    assert [float(value) for value in trainer.seen] == values
+    assert [float(value) for value in trainer.kinds["a"]] == values
+    assert trainer.again is trainer.kinds["a"]
+    assert [float(value) for value in trainer.recent] == values[-3:]
+    assert trainer.counts == {"calls": {"all": 7}}
+    assert trainer.last == values[-1]
+    for total in (trainer.total, trainer.kinds["b"]["total"]):
+        assert total.item() == pytest.approx(sum(values), rel=1e-6)
+    assert all(ids == trainer.ids[0] for ids in trainer.ids)  # none of these was copied
 
 
 def test_learned_steps_do_not_decay(tmp_path):

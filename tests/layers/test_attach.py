@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -724,6 +725,21 @@ REFUSALS = {
         lambda m: fogzo.quantize_(m, fogzo.lsq(2), everything),
         r"'1'.*nn\.Embedding\(\.\.\., sparse=False\)",
     ),
+    "names for a filter": (
+        _mlp,
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2), ["0"]),
+        r"filter_fn must be a function .* got \['0'\]: .*filter_fn=lambda module, name: name in",
+    ),
+    "a filter of names alone": (
+        _mlp,
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2), lambda name: name == "0"),
+        r"got one of \(name\): .*filter_fn=lambda module, name: name in",
+    ),
+    "a class for a filter": (
+        _mlp,
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2), nn.Linear),
+        r"got <class 'torch\.nn\.modules\.linear\.Linear'>: .*filter_fn=lambda module, name:",
+    ),
     "not a quantizer": (
         _mlp,
         lambda m: fogzo.quantize_(m, fogzo.lsq),
@@ -739,6 +755,34 @@ def test_a_refusal_shows_the_corrected_call_and_changes_nothing(make, call, advi
     with pytest.raises(ValueError, match=advice):
         call(model)
     _assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("given", [[nn.Linear(4, 4)], nn.Linear, None, fogzo.lsq(2)])
+def test_what_is_no_model_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r"must be a torch\.nn\.Module, got .*fogzo\.quantize_\(mod"
+    ):
+        fogzo.quantize_(given, fogzo.lsq(2))
+
+
+def test_what_a_filter_raises_comes_through():
+    error = TypeError("of the filter itself")
+
+    def picky(module, name):
+        raise error
+
+    with pytest.raises(TypeError) as raised:
+        fogzo.quantize_(_mlp(), fogzo.lsq(2), picky)
+    assert raised.value is error
+
+
+def test_any_callable_of_two_arguments_is_a_filter():
+    class Named:
+        def __call__(self, module, name, /, *rest):
+            return name == "0"
+
+    for filter_fn in (Named(), partial(lambda names, module, name: name in names, {"0"})):
+        assert _quantized_names(fogzo.quantize_(_mlp(), fogzo.lsq(2), filter_fn)) == ["0"]
 
 
 def test_the_advice_for_a_half_quantized_model_works():

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fogzo
 from fogzo import QuantizedLayer
-from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill
+from toolbox import EVERY_QUANTIZER, PRESETS, draw, everything, fill, streams_put_back
 
 
 class Looped(nn.Linear):
@@ -415,6 +417,59 @@ def test_weights_initialised_after_quantize_warn_once(quantizer, std):
         model(x)
     assert len(said) == 1 and "'0'" in str(said[0].message)  # for all layers together
     model(x)
+
+
+def _data_drawn(weight: nn.Parameter) -> None:
+    weight.data.normal_(0, 3.0)
+
+
+def _data_replaced(weight: nn.Parameter) -> None:
+    weight.data = 100 * weight.data
+
+
+@EVERY_MEASURED
+@pytest.mark.parametrize("edit", [_data_drawn, _data_replaced])
+def test_weights_edited_by_way_of_data_warn_too(quantizer, edit):
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
+    with streams_put_back(0):
+        edit(model[0].weight)
+    with torch.no_grad():
+        model(x)  # not yet a training pass
+    with pytest.warns(UserWarning, match=r"weights of '0' are not of the size") as said:
+        model(x)
+    assert len(said) == 1
+    model(x)
+
+
+@EVERY_MEASURED
+def test_a_loader_that_edits_data_brings_its_own_steps(quantizer):
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if isinstance(m, fogzo.QuantizedLayer)):
+            layer.weight.data.copy_(100 * layer.weight)
+            layer.weight_step.data.copy_(10 * layer.weight_step)
+    model(x)
+
+
+READERS = {
+    "FakeTensor": lambda model, x: _within(FakeTensorMode(allow_non_fake_inputs=True), model, x),
+    "a mode that counts": lambda model, x: _within(FlopCounterMode(display=False), model, x),
+    "vmap": lambda model, x: torch.func.vmap(lambda row: model(row[None])[0])(x),
+    "compile": lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
+}
+
+
+def _within(mode, model: nn.Module, x: Tensor) -> Tensor:
+    with mode:
+        return model(x)
+
+
+@pytest.mark.parametrize("run", READERS.values(), ids=READERS.keys())
+def test_no_values_are_read_where_there_may_be_none(run):
+    torch.compiler.reset()
+    model = fogzo.quantize_(fill(nn.Sequential(nn.Linear(8, 8))), fogzo.lsq(2), everything)
+    model[0].weight.data.mul_(100)
+    run(model, draw(2, 8))
 
 
 @EVERY_MEASURED

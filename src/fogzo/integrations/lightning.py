@@ -159,9 +159,9 @@ class FogzoCallback(Callback):
         params = [w.param for w in estimator.weights if id(w.param) in trained]
         if all(param.grad is None for param in params):
             return False  # another optimizer's step, or every micro-batch was skipped
-        if self._is_refined:
-            return True
         if not self._recorder.backwards:
+            if self._is_refined:
+                return True
             raise ValueError(
                 "the gradients are of a loss that Lightning does not know of: in training_step "
                 "call self.manual_backward(loss), not loss.backward()"

@@ -5,11 +5,8 @@ at the end of the `training_step` that completes an optimizer step, before clipp
 are refined. The rest is what a run needs besides: logs, checkpoints and weight decay.
 """
 
-import copy
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
+from fogzo.integrations.counters import counters_put_back
 from fogzo.layers import QuantizedLayer, quantized_weights
 from fogzo.wording import caveat, listed
 
@@ -155,7 +153,9 @@ class TrainerRefinement:
         accelerator = self._trainer.accelerator
         if accelerator.sync_gradients and self.estimator is not None:
             scaler = accelerator.scaler
-            with _counters_put_back(self._trainer):
+            # A compute_loss may count tokens in the trainer (trl's do), and runs again.
+            data = self._trainer.train_dataset, self._trainer.eval_dataset
+            with counters_put_back([self._trainer], but_for=data):
                 self.stats = self.estimator.refine_grads_(
                     grad_scale=1.0 if scaler is None else scaler.get_scale()
                 )
@@ -183,31 +183,6 @@ class TrainerRefinement:
         own(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).is_file():
             self._loaded = torch.load(path, weights_only=True)
-
-
-@contextmanager
-def _counters_put_back(trainer: Any) -> Iterator[None]:
-    """Lend the trainer copies of its numbers, and of containers of numbers, while probes run.
-
-    A `compute_loss` may count tokens or collect metrics there (trl's do), and runs again.
-    """
-    own = {name: value for name, value in vars(trainer).items() if _is_plain(value)}
-    for name, value in own.items():
-        setattr(trainer, name, copy.deepcopy(value))
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(trainer, name, value)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is a number or a word, or holds nothing else."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | deque):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, int | float | str)
 
 
 def _summary(steps: list[RefineStats]) -> dict[str, float]:

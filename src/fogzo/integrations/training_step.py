@@ -4,21 +4,21 @@ Each runs again from the random state that it began from: the whole of it, or, i
 optimization, as far as the backward pass in question.
 """
 
-import copy
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fogzo.collectives import compute_device
+from fogzo.collectives import compute_device, local
 from fogzo.estimators import GradientEstimator
+from fogzo.integrations.counters import counters_put_back
 from fogzo.probing.rng import RngState
 
 
@@ -58,7 +58,7 @@ class Recorder:
     Manual optimization clips before its optimizer's step begins, so `clip_gradients` refines first.
 
     Attributes:
-        backwards: Recorded losses since the last refined step.
+        backwards: Recorded losses in the present gradients, since these were refined last.
     """
 
     def __init__(
@@ -113,11 +113,19 @@ class Recorder:
         assert call is not None
         call.backwards += 1
         if call.until is None:
-            self.backwards += 1
             loss = self._estimator.record(self._manual_loss(loss), *call.args, **call.kwargs)
+            before = self._gradients()
             self._own_backward(loss, *args, **kwargs)
+            # A critic's leaves the gradients of its generator alone.
+            self.backwards += self._gradients() != before
         elif call.backwards == call.until:
             raise _Reached(loss)
+
+    @torch.no_grad()
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Which tensors the gradients are, and how often each was changed in place."""
+        grads = [weight.param.grad for weight in self._estimator.weights]
+        return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
 
     def _clip_gradients(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if not self._module.automatic_optimization:
@@ -166,25 +174,15 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _state_put_back(pl_module: LightningModule) -> Iterator[None]:
+def _state_put_back(pl_module: LightningModule) -> AbstractContextManager[None]:
     """Lend copies of the module's own numbers, tensors and containers, and of its metrics' states.
 
     Parameters are put back by the estimator, and buffers too.
     """
     metrics = [module for module in pl_module.modules() if _is_metric(module)]
     modules: list[nn.Module] = [pl_module, *metrics]
-    own = [dict(vars(module)) for module in modules]
-    for module, attributes in zip(modules, own, strict=True):
-        for name, value in attributes.items():
-            if name not in _OF_EVERY_MODULE:
-                vars(module)[name] = _lent(value)
-    try:
-        yield
-    finally:
-        for module, attributes in zip(modules, own, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
+    torchs = [vars(module).get(name) for module in modules for name in _OF_EVERY_MODULE]
+    return counters_put_back(modules, but_for=torchs)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -193,17 +191,6 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def _is_metric(module: nn.Module) -> bool:
     """Whether a module is one of torchmetrics, which Lightning brings along."""
     return any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__)
-
-
-def _lent(value: Any) -> Any:
-    """A copy of a tensor, or of a plain container and what is in it; anything else itself."""
-    if type(value) is Tensor:
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: _lent(item) for key, item in value.items()}
-    if type(value) in (list, set, tuple):
-        return type(value)(map(_lent, value))
-    return copy.copy(value) if type(value) is deque else value
 
 
 @contextmanager

@@ -18,6 +18,10 @@ from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import caveat, listed
 
+_SAMPLE = 64  # values, by which to tell that `.data` was edited
+# Of a weight and of its step size; None where values cannot be read.
+_Samples = tuple[list[float], list[float]] | None
+
 
 class QuantizedLayer(QuantizedInput):
     """Mixed into a layer's class by `quantize_`: the layer's own forward sees quantized weights.
@@ -37,8 +41,9 @@ class QuantizedLayer(QuantizedInput):
     output_dim: int
     _name: str  # in the model that `quantize_` was given
     _held_step_size: Tensor | None
-    # Versions of the weight and its step size when it was measured, until the first training pass.
-    _versions: tuple[int, int, int] | None = None
+    # When the step size was measured, until the first training pass: the identity of the weight,
+    # versions and samples of both.
+    _versions: tuple[int, int, int, _Samples] | None = None
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
     # In which the last forward pass saw the weight, as FSDP gathers it in another. None before.
@@ -176,7 +181,8 @@ class QuantizedLayer(QuantizedInput):
         step = self.weight_step
         if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
             return
-        self._versions = (id(self.weight), self.weight._version, step._version)
+        versions = self.weight._version, step._version
+        self._versions = (id(self.weight), *versions, _samples(self.weight, step))
 
     def _check_own_weight(self) -> None:
         """Raise a `ValueError` if a parametrization computes the weight."""
@@ -226,7 +232,7 @@ class QuantizedLayer(QuantizedInput):
             self._check_step_size_shape()
             raise
 
-    def _check_versions(self, measured: tuple[int, int, int]) -> None:
+    def _check_versions(self, measured: tuple[int, int, int, _Samples]) -> None:
         """Before the first training pass: warn if the weights are not those that were measured.
 
         Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
@@ -237,9 +243,13 @@ class QuantizedLayer(QuantizedInput):
         if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         self._versions = None
-        own, weight_version, step_version = measured  # FSDP lends a gathered weight instead
-        changed = weight._version != weight_version and step._version == step_version
-        if id(weight) == own and changed and self.step_size_mismatch() > 1:
+        own, weight_version, step_version, samples = measured
+        if id(weight) != own or step._version != step_version:
+            return  # FSDP lends a gathered weight, or the step sizes were set since
+        if weight._version == weight_version and not _edited(samples, _samples(weight, step)):
+            return
+        self._check_step_size_shape()
+        if self.step_size_mismatch() > 1:
             self._stale.append(self._name)
             if len(self._stale) == 1:
                 warn_of_stale_step_sizes(self._stale)
@@ -319,6 +329,31 @@ class QuantizedLayer(QuantizedInput):
         state = self.__getstate__()
         state.pop("observe_quantized_weight", None)
         return _new_layer, (plain_class(self),), state
+
+
+def _samples(weight: Tensor, step: Tensor) -> _Samples:
+    """Some values of each, spread over it."""
+    if (
+        not (has_a_value(weight) and has_a_value(step))
+        or torch._C._len_torch_dispatch_stack() != 0  # somebody records operations
+        or torch._C._functorch.maybe_current_level() is not None
+        or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    return _sample(weight), _sample(step)
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    stride = max(1, tensor.numel() // _SAMPLE)
+    indices = torch.arange(0, tensor.numel(), stride, device=tensor.device)
+    return tensor.detach().take(indices).tolist()
+
+
+def _edited(before: _Samples, now: _Samples) -> bool:
+    """Whether the weight changed and no step size, as by `weight.data`, which counts no version."""
+    if before is None or now is None:
+        return False
+    return before[0] != now[0] and before[1] == now[1]
 
 
 def warn_of_stale_step_sizes(names: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Which layers can be quantized, and which are when nobody says so."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +65,7 @@ def select_layers(
     """The layers to quantize, by name: those a filter picks, or all but embeddings and heads.
 
     Raises:
-        ValueError: If that is none.
+        ValueError: If that is none, or the filter is no function of (module, name).
     """
     if filter_fn is None:
         heads = _output_heads(layers)
@@ -74,6 +75,7 @@ def select_layers(
             if not isinstance(layer, nn.Embedding) and name not in heads
         }
     else:
+        _check_filter(filter_fn)
         selected = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
     if selected:
         return selected
@@ -88,6 +90,27 @@ def select_layers(
         f"({rule if filter_fn is None else 'filter_fn returned False for each'}): "
         "to quantize all of them, "
         "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)"
+    )
+
+
+def _check_filter(filter_fn: object) -> None:
+    """Raise a `ValueError` unless it is a function of (module, name)."""
+    found = f"{filter_fn!r:.80}"
+    if callable(filter_fn) and not isinstance(filter_fn, type):
+        try:
+            signature = inspect.signature(filter_fn)
+        except ValueError:  # some that are written in C do not tell
+            return
+        try:
+            signature.bind(nn.Identity(), "name")
+        except TypeError:
+            found = f"one of {signature!s:.80}"
+        else:
+            return
+    raise ValueError(
+        "filter_fn must be a function of (module, name) that says which layers to quantize, got "
+        f"{found}: fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: "
+        'name in {"layers.0", "layers.1"})'
     )
 
 

@@ -1,6 +1,6 @@
 """Lending weights to a closure, with everything borrowed given back bit for bit."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -72,38 +72,28 @@ class Lender:
         before = self.rng_state()
         self._replay = self.recorded_rng or before
         modules = [module for model in self.models for module in model.modules()]
-        params = [p for module in modules for p in module._parameters.values() if p is not None]
-        lent = {id(weight.param) for weight in weights}
         with ExitStack() as loan:  # all of which is given back, whatever raises
             loan.callback(torch.clear_autocast_cache)
             loan.callback(before.restore)
-            loan.enter_context(_modes_kept(modules))
-            loan.enter_context(_buffers_kept(modules))
-            loan.enter_context(_gradients_kept([*params, *(weight.param for weight in weights)]))
+            loan.enter_context(_modules_kept(modules))
+            loan.enter_context(_parameters_kept(modules, [weight.param for weight in weights]))
             for weight in weights:
                 if weight.hold_step_size is not nullcontext:
                     loan.enter_context(weight.hold_step_size())
-            loan.enter_context(self._weights_kept(weights, copy))
-            loan.enter_context(_values_kept(modules, lent))
-            yield
-
-    @contextmanager
-    def _weights_kept(self, weights: Sequence[QuantizedWeight], copy: bool) -> Iterator[None]:
-        """Keep a copy, if one is wanted, and put it back."""
-        if copy:
-            self._lent = [local(weight.param) for weight in weights]
-            self._saved = [shard.clone() for shard in self._lent]
-        try:
-            yield
-        except BaseException:
-            if self._sharded:
-                recover(self.models)
-            raise
-        finally:
-            self.reset_()
-            if self._sharded:
-                reshard(self.models)
-            self._lent, self._saved = [], []
+            if copy:
+                self._lent = [local(weight.param) for weight in weights]
+                self._saved = [shard.clone() for shard in self._lent]
+            try:
+                yield
+            except BaseException:
+                if self._sharded:
+                    recover(self.models)
+                raise
+            finally:
+                self.reset_()
+                if self._sharded:
+                    reshard(self.models)
+                self._lent, self._saved = [], []
 
     def reshard(self) -> None:
         """Leave no gathered weights behind that were, or are about to be, perturbed."""
@@ -210,20 +200,11 @@ def as_loss(value: object, what: str = "the closure must return") -> Tensor:
 
 
 @contextmanager
-def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _modules_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep modes and buffers, and put them back."""
     modes = [module.training for module in modules]
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            if module.training is not mode:
-                module.training = mode
-
-
-@contextmanager
-def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     buffers = [
-        (module, name, buffer, None if _is_expanded(buffer) else buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -231,43 +212,41 @@ def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, mode in zip(modules, modes, strict=True):
+            if module.training is not mode:
+                module.training = mode
         for module, name, buffer, saved in buffers:
-            if saved is not None:
-                buffer.copy_(saved)
+            strides = zip(buffer.shape, buffer.stride(), strict=True)
+            if not any(size > 1 and stride == 0 for size, stride in strides):
+                buffer.copy_(saved)  # into one that is expanded nothing can write
             module._buffers[name] = buffer  # the closure may have assigned another tensor
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that nothing can write into the tensor."""
-    return 0 in tensor.stride() and tensor.numel() > 1
-
-
 @contextmanager
-def _gradients_kept(params: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Lend no gradients: a closure that calls backward or zero_grad has its own."""
-    grads = [(param, param.grad) for param in params]
-    for param in params:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for param, grad in grads:
-            param.grad = grad
-
-
-@contextmanager
-def _values_kept(modules: Sequence[nn.Module], lent: Collection[int]) -> Iterator[None]:
-    """See to the parameters that are not lent, which are too many to copy.
+def _parameters_kept(modules: Sequence[nn.Module], lent: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lend no gradients, and see to the parameters that are not lent, which are many to copy.
 
     Raises:
-        ValueError: If the closure has changed one in place.
+        ValueError: If the closure has changed such a parameter in place.
     """
-    others = [
-        (module, name, param, param.detach(), param._version)
+    named = [
+        (module, name, param)
         for module in modules
         for name, param in module._parameters.items()
-        if param is not None and id(param) not in lent and _is_watched(param)
+        if param is not None
     ]
+    moved = set(map(id, lent))
+    others = [
+        (module, name, param, param.detach(), param._version)
+        for module, name, param in named
+        # The local part of a sharded one is FSDP's to move.
+        if type(param) is nn.Parameter
+        and id(param) not in moved
+        and not (param.is_meta or param.is_inference())
+    ]
+    grads = [(param, param.grad) for param in (*lent, *(param for _, _, param in named))]
+    for param, _ in grads:
+        param.grad = None  # a closure that calls backward or zero_grad has its own
     try:
         yield
         for module, name, param, _, version in others:
@@ -280,10 +259,8 @@ def _values_kept(modules: Sequence[nn.Module], lent: Collection[int]) -> Iterato
                     f"register_buffer({name!r}, ...), which is given back"
                 )
     finally:
+        for param, grad in grads:
+            param.grad = grad
         for *_, param, before, _ in others:
             if param.data_ptr() != before.data_ptr():  # as ``param.data = ...`` leaves it
                 param.copy_(before)
-
-
-def _is_watched(param: Tensor) -> bool:
-    return type(param) is nn.Parameter and not (param.is_meta or param.is_inference())

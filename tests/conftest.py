@@ -1,6 +1,7 @@
 """Options of the tests, and the order of their files."""
 
 import gc
+import signal
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make that device the default one."""
+    """Make that device the default one, and let Ctrl-C mean what tests of signals expect."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     device = config.getoption("--device")
     if device != "cpu":
         torch.set_default_device(device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
-from fogzo.inspection import Inspection
+from fogzo.inspection import Inspection, diagnose
 from toolbox import EVERY_PRESET, Snapshot, backward, batch, draw, everything, fill, quantized_net
 
 
@@ -212,6 +213,9 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     notes = [finding for finding in found.findings if finding.kind == "agreement"]
     assert "FOGZO cannot help here: agreement" in notes[0].message
     assert "nothing masked" in notes[0].message
+    # An error as of a step size of 1e18 says nothing, and ends in no division by zero.
+    vague = replace(found, layers=[replace(layer, agreement_error=1e200)])
+    assert "agreement" not in [finding.kind for finding in diagnose([vague])]
 
 
 def test_what_cannot_be_inspected_is_refused_with_the_way_out():

@@ -102,6 +102,15 @@ def test_scales_are_held_while_weights_move_and_all_is_put_back(rule):
         assert not module._forward_pre_hooks
 
 
+def test_records_count_the_inputs_of_an_output():
+    transposed = [
+        qnn.QuantConvTranspose1d(16, 4, 3, groups=groups, weight_bit_width=4) for groups in (1, 2)
+    ]
+    model = nn.Sequential(*transposed, linear(inputs=8))
+    records = quantized_weights(model)
+    assert [record.fan_in for record in records] == [48, 24, 8]
+
+
 def test_listing_begins_no_scale_that_would_begin_with_the_first_forward_pass():
     layer = linear(RULES["learned"])
     scaling = layer.weight_quant.tensor_quant.scaling_impl

@@ -321,10 +321,10 @@ def _agreement(inspection: Inspection) -> Finding | None:
         for layer in inspection.layers
         if layer.agreement is not None and layer.agreement_error
     ]
-    if not known:
-        return None
-    weight = math.fsum(1 / error**2 for _, error in known)
-    mean = math.fsum(agreement / error**2 for agreement, error in known) / weight
+    weight = math.fsum((1 / error) ** 2 for _, error in known)
+    if not weight:
+        return None  # none was measured, or as good as none
+    mean = math.fsum(agreement * (1 / error) ** 2 for agreement, error in known) / weight
     return agreement_note(mean, 1 / math.sqrt(weight), inspection.mean("masked") or 0.0)
 
 

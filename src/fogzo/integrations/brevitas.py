@@ -74,9 +74,18 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             grid=_grid(layers[0]),
             held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
+            fan_in=_fan_in(layers[0]),
         )
         made.append(record)
     return made
+
+
+def _fan_in(layer: Any) -> int:
+    """How many inputs an output of a layer has."""
+    dim = layer.output_channel_dim
+    # A transposed convolution's second dimension counts the outputs of each group.
+    outputs = layer.weight.shape[dim] * (layer.groups if dim == 1 else 1)
+    return int(layer.weight.numel() // outputs)
 
 
 class _Weight:

@@ -100,7 +100,6 @@ def test_messages_send_readers_to_caveats_that_exist():
         "Compiled models",
         "DDP",
         "Dropout",
-        "Frozen weights",
         "Losses with derivatives",
         "Threads",
         "Tied weights",

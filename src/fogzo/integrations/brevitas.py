@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded
 from fogzo.layers.attach import padding_rows
-from fogzo.layers.weights import QuantizedWeight
+from fogzo.layers.weights import QuantizedWeight, inputs_of_an_output
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import Surrogate, identity_unmasked, trust
 
@@ -74,18 +74,12 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             grid=_grid(layers[0]),
             held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
-            fan_in=_fan_in(layers[0]),
+            fan_in=inputs_of_an_output(
+                layers[0].weight, layers[0].output_channel_dim, getattr(layers[0], "groups", 1)
+            ),
         )
         made.append(record)
     return made
-
-
-def _fan_in(layer: Any) -> int:
-    """How many inputs an output of a layer has."""
-    dim = layer.output_channel_dim
-    # A transposed convolution's second dimension counts the outputs of each group.
-    outputs = layer.weight.shape[dim] * (layer.groups if dim == 1 else 1)
-    return int(layer.weight.numel() // outputs)
 
 
 class _Weight:

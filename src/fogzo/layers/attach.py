@@ -32,7 +32,7 @@ from fogzo.layers.selection import (
     warn_of_selection,
     without_adapters,
 )
-from fogzo.layers.weights import QuantizedWeight
+from fogzo.layers.weights import QuantizedWeight, inputs_of_an_output
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.step_sizes import knee_of
@@ -349,13 +349,9 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
 
 def _fan_in(layer: QuantizedLayer) -> int:
     """How many inputs an output of a layer has."""
-    shape = layer.weight.shape
     if isinstance(layer, ExpertMatrices):
-        return shape[1 if layer.transposed else 2]
-    outputs = shape[layer.output_dim]
-    if layer.output_dim == 1:  # of each group, in a transposed convolution
-        outputs *= getattr(layer, "groups", 1)
-    return layer.weight.numel() // outputs
+        return layer.weight.shape[1 if layer.transposed else 2]
+    return inputs_of_an_output(layer.weight, layer.output_dim, getattr(layer, "groups", 1))
 
 
 @contextmanager

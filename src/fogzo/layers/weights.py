@@ -59,8 +59,25 @@ class QuantizedWeight:
     has_constant_step_size: bool = True
     fan_in: int | None = None
 
+    @property
+    def inputs(self) -> int:
+        """`fan_in`, or what stands for it."""
+        return self.fan_in or inputs_of_an_output(self.param, 0)
+
 
 WeightLike = QuantizedWeight | tuple[str, nn.Parameter, StepSize | Tensor | float]
+
+
+def inputs_of_an_output(weight: Tensor, output_dim: int, groups: int = 1) -> int:
+    """How many inputs an output has.
+
+    Args:
+        weight: Of the layer.
+        output_dim: Which dimension counts outputs; of a transposed convolution, those of a group.
+        groups: Of that convolution.
+    """
+    outputs = weight.shape[output_dim] * (groups if output_dim == 1 else 1)
+    return weight.numel() // outputs
 
 
 def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]:

@@ -219,7 +219,7 @@ class GridPenalty(_Scheduled):
             assert weight.param.grad is not None
             grad, factor = local(weight.param.grad), strength
             if self.mean_over_inputs:
-                factor /= _fan_in(weight)
+                factor /= weight.inputs
             grad.add_(_distance_within_range(weight).to(grad.dtype), alpha=factor)
         self.step += 1
 
@@ -327,12 +327,6 @@ def _in_float(weights: Iterable[QuantizedWeight]) -> set[int]:
         for layer in layers
         if isinstance(layer, QuantizedLayer) and layer.is_in_float
     }
-
-
-def _fan_in(weight: QuantizedWeight) -> float:
-    if weight.fan_in is not None:
-        return weight.fan_in
-    return weight.param.numel() / weight.param.shape[0]
 
 
 class Rounded(NamedTuple):

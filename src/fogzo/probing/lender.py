@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.rng import RngState
+from fogzo.wording import caveat
 
 Closure = Callable[[], Tensor | float]
 
@@ -257,6 +258,7 @@ def _parameters_kept(modules: Sequence[nn.Module], lent: Sequence[nn.Parameter])
                     "more: update it (a moving average of weights, a codebook) outside of the "
                     "closure, after optimizer.step(), or make it a buffer, "
                     f"register_buffer({name!r}, ...), which is given back"
+                    + caveat("Frozen weights")
                 )
     finally:
         for param, grad in grads:

@@ -224,7 +224,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
-        for name in ("_forward_dtype", "_versions", "_float_phase"):
+        for name in ("_forward_dtype", "_measured_on", "_float_phase"):
             layer.__dict__.pop(name, None)
         if keeps_input:
             cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))
@@ -298,7 +298,7 @@ def attach_(
     if isinstance(layer, ExpertMatrices):
         attach_matrices_(layer)
     if not layer.weight.is_meta:
-        layer._note_versions()
+        layer._remember_weight()
 
 
 def leave_fast_path(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import distributed_like, full, is_sharded
+from fogzo.layers.measured import Measured
 from fogzo.layers.quantizable import parametrization
 from fogzo.layers.quantized_input import QuantizedInput
 from fogzo.quantizers import Quantizer
@@ -17,10 +18,6 @@ from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import caveat, listed
-
-_SAMPLE = 64  # values, by which to tell that `.data` was edited
-# Of a weight and of its step size; None where values cannot be read.
-_Samples = tuple[list[float], list[float]] | None
 
 
 class QuantizedLayer(QuantizedInput):
@@ -41,9 +38,7 @@ class QuantizedLayer(QuantizedInput):
     output_dim: int
     _name: str  # in the model that `quantize_` was given
     _held_step_size: Tensor | None
-    # When the step size was measured, until the first training pass: the identity of the weight,
-    # versions and samples of both.
-    _versions: tuple[int, int, int, _Samples] | None = None
+    _measured_on: Measured | None = None  # what the step size is of, until the first training pass
     _stale: list[str]  # shared by all layers of a `quantize_`, so that one speaks for them
     _loading: bool = False
     # In which the last forward pass saw the weight, as FSDP gathers it in another. None before.
@@ -89,8 +84,8 @@ class QuantizedLayer(QuantizedInput):
         Args:
             tracing: Whether the compiler records that pass.
         """
-        if not tracing and self._versions is not None:
-            self._check_versions(self._versions)
+        if not tracing and self._measured_on is not None:
+            self._warn_if_outdated(self._measured_on)
         self.__dict__["_forward_dtype"] = self.weight.dtype
         weight = self.quantized_weight()
         if not tracing and self.observe_quantized_weight is not None:
@@ -134,7 +129,7 @@ class QuantizedLayer(QuantizedInput):
 
     def was_loaded_(self) -> None:
         """Take note of tensors that a loader has put in place itself, without a state dict."""
-        self._versions = None
+        self._measured_on = None
         state = self.input_state
         self._was_measured = state is not None and has_a_value(state) and self._is_measured()
 
@@ -157,7 +152,7 @@ class QuantizedLayer(QuantizedInput):
         self._check_step_size_shape()
         step = self.quantizer.initial_step_size(self.weight, self.output_dim)
         self.load_state_dict({"weight_step": step}, strict=False)
-        self._note_versions()
+        self._remember_weight()
 
     def step_size_mismatch(self) -> float:
         """By how many powers of two (the median) step sizes differ from those measured now.
@@ -175,14 +170,13 @@ class QuantizedLayer(QuantizedInput):
             ratios = (measured.double() / in_use.double())[measured > 0]  # zeros say nothing
             return float(ratios.log2().abs().median()) if ratios.numel() else 0.0
 
-    def _note_versions(self) -> None:
+    def _remember_weight(self) -> None:
         """Remember which weights the step size was measured on."""
-        self._versions = None
+        self._measured_on = None
         step = self.weight_step
         if step is None or self.quantizer.scale.value is not None or self.weight.is_inference():
             return
-        versions = self.weight._version, step._version
-        self._versions = (id(self.weight), *versions, _samples(self.weight, step))
+        self._measured_on = Measured.now(self.weight, step)
 
     def _check_own_weight(self) -> None:
         """Raise a `ValueError` if a parametrization computes the weight."""
@@ -232,7 +226,7 @@ class QuantizedLayer(QuantizedInput):
             self._check_step_size_shape()
             raise
 
-    def _check_versions(self, measured: tuple[int, int, int, _Samples]) -> None:
+    def _warn_if_outdated(self, measured: Measured) -> None:
         """Before the first training pass: warn if the weights are not those that were measured.
 
         Nothing is asked of tensors that `torch.func` lends, nor while a probe runs.
@@ -242,11 +236,8 @@ class QuantizedLayer(QuantizedInput):
             return
         if step is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
-        self._versions = None
-        own, weight_version, step_version, samples = measured
-        if id(weight) != own or step._version != step_version:
-            return  # FSDP lends a gathered weight, or the step sizes were set since
-        if weight._version == weight_version and not _edited(samples, _samples(weight, step)):
+        self._measured_on = None
+        if not measured.is_outdated(weight, step):
             return
         self._check_step_size_shape()
         if self.step_size_mismatch() > 1:
@@ -298,7 +289,7 @@ class QuantizedLayer(QuantizedInput):
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             del self._loading
-        self._versions = None
+        self._measured_on = None
 
     def _replicate_for_data_parallel(self) -> Any:
         self.__dict__["_forward_dtype"] = self.weight.dtype  # a replica's forward runs for it
@@ -329,31 +320,6 @@ class QuantizedLayer(QuantizedInput):
         state = self.__getstate__()
         state.pop("observe_quantized_weight", None)
         return _new_layer, (plain_class(self),), state
-
-
-def _samples(weight: Tensor, step: Tensor) -> _Samples:
-    """Some values of each, spread over it."""
-    if (
-        not (has_a_value(weight) and has_a_value(step))
-        or torch._C._len_torch_dispatch_stack() != 0  # somebody records operations
-        or torch._C._functorch.maybe_current_level() is not None
-        or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
-        return None
-    return _sample(weight), _sample(step)
-
-
-def _sample(tensor: Tensor) -> list[float]:
-    stride = max(1, tensor.numel() // _SAMPLE)
-    indices = torch.arange(0, tensor.numel(), stride, device=tensor.device)
-    return tensor.detach().take(indices).tolist()
-
-
-def _edited(before: _Samples, now: _Samples) -> bool:
-    """Whether the weight changed and no step size, as by `weight.data`, which counts no version."""
-    if before is None or now is None:
-        return False
-    return before[0] != now[0] and before[1] == now[1]
 
 
 def warn_of_stale_step_sizes(names: list[str]) -> None:

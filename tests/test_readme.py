@@ -423,6 +423,7 @@ def test_what_is_said_of_llama_at_length_is_what_was_measured():
     assert (
         f"by {loss.mean:.3f} nats [{loss.low:.3f}, {loss.high:.3f}], and" in page and loss.low > 0
     )
+    assert "it is level in test perplexity and behind in training loss" in words("README.md")
     behind = minus_at_length(name, "fogzo", "ste-unmasked", budget="time")
     said = f"{behind.mean:.2f} perplexity [{behind.low:.2f}, {behind.high:.2f}] behind the unmasked"
     assert said in page and behind.low > 0

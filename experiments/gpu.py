@@ -181,9 +181,9 @@ PIECES: dict[str, Callable[[Setting], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run the pieces one after another, each in a process."""
-    arguments = parse()
+    arguments = parse(given)
     folder: Path = arguments.output_dir
     if arguments.piece:
         setting = Setting(
@@ -216,6 +216,11 @@ def main() -> None:
         sys.exit(f"not finished: {', '.join(left)}; the same with --resume goes on")
 
 
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """A process of a piece."""
+    return subprocess.Popen(command, cwd=ROOT)
+
+
 def run_piece(
     name: str, arguments: argparse.Namespace, device: str, limit: float, before: float
 ) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def run_piece(
     command += ["--output-dir", str(arguments.output_dir), "--workers", str(arguments.workers)]
     command += ["--miniature"] * arguments.miniature
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = start(command)
     try:
         code = process.wait(limit)
         outcome = "failed" if code else "finished"
@@ -249,7 +254,7 @@ def run_piece(
     return found
 
 
-def parse() -> argparse.Namespace:
+def parse(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,7 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="training runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "gpu")
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     arguments.output_dir = arguments.output_dir.resolve()
     return arguments
 

@@ -301,7 +301,7 @@ def test_scaling_sweeps_weights_samples_batch_ranks_and_memory(results):
 
 def test_the_callers_threads_and_random_stream_are_left_alone():
     threads, before = torch.get_num_threads(), torch.get_rng_state()
-    run_suite(replace(TINY, only=("memory",), threads=threads + 1))
+    run_suite(replace(TINY, only=("layers",), threads=threads + 1))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -506,7 +506,7 @@ def test_mezo_has_the_right_mean_on_a_linear_loss(draw):
     param = nn.Parameter(torch.zeros_like(slope))
     step = torch.tensor([[0.1], [0.4]])
     weight = fogzo.QuantizedWeight("w", param, lambda: step)
-    samples = 1000
+    samples = 300
     with torch.random.fork_rng():
         mezo.write_gradients_(
             [weight], lambda: (slope * param).sum(), num_samples=samples, draw=draw

@@ -1,7 +1,6 @@
 """The synthetic experiments run, and their committed results say what the tables claim."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -10,6 +9,7 @@ import runpy
 import statistics
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "experiments"))  # scripts import one another
 PLOTS = {
     "synthetic_law": "variance.svg",
     "regression": "curves.svg",
@@ -31,14 +30,6 @@ PLOTS = {
 ROWS = {"ste", "placebo", "lambda", "fogzo", "control-variate"}
 ROWS |= {f"{name}-unmasked" for name in ROWS}
 ROWS |= {"ste-projected", "ste-drawn", "ste-drawn-projected", "ste-drawn-adjacent"}
-
-
-def module(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def folder(name):
@@ -86,7 +77,7 @@ def test_a_quick_run_is_quiet_and_writes_results_like_the_committed_ones(quick):
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_the_committed_results_are_those_of_the_scripts_settings(name):
-    script, results = module(name), committed(name)
+    script, results = import_module(name), committed(name)
     settings = json.loads(json.dumps(script.asdict(script.Config())))
     assert results["config"] == settings
     assert {"date", "torch", "processor", "cores"} <= set(results["environment"])
@@ -94,7 +85,7 @@ def test_the_committed_results_are_those_of_the_scripts_settings(name):
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_a_plot_is_small_and_drawn_the_same_every_time(name, tmp_path):
-    script, results = module(name), committed(name)
+    script, results = import_module(name), committed(name)
     for path in (tmp_path / "first.svg", tmp_path / "second.svg"):
         script.plot(results, path)
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
@@ -102,17 +93,17 @@ def test_a_plot_is_small_and_drawn_the_same_every_time(name, tmp_path):
 
 
 def test_plots_of_long_comparisons_are_drawn_the_same_every_time(tmp_path):
-    drawn = [("lengths", name, "length.svg") for name in module("tables").LONG.values()]
+    drawn = [("lengths", name, "length.svg") for name in import_module("tables").LONG.values()]
     for script, name, plot in (*drawn, ("masked_share", "masked-share", "gains.svg")):
         for path in (tmp_path / "first.svg", tmp_path / "second.svg"):
-            module(script).plot(committed(name), path)
+            import_module(script).plot(committed(name), path)
         assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
         assert (folder(name) / plot).stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_a_table_is_narrow_and_dated(name):
-    table = module(name).table(committed(name))
+    table = import_module(name).table(committed(name))
     assert table.rows and len(table.heading) <= 6
     assert not any("|" in cell for row in table.rows for cell in row)  # which would end a cell
     assert committed(name)["environment"]["date"] in table.caption
@@ -123,7 +114,7 @@ def test_a_table_is_narrow_and_dated(name):
 
 def test_every_committed_measurement_agrees_with_its_formula():
     results = committed("synthetic_law")
-    script = module("synthetic_law")
+    script = import_module("synthetic_law")
     points = results["points"]
     assert results["summary"] == json.loads(json.dumps(script.summary(points)))
     for point in points:
@@ -146,7 +137,7 @@ def test_the_committed_measurements_could_have_told_a_wrong_formula():
 
 
 def test_the_formulas_at_one_point_by_hand():
-    script = module("synthetic_law")
+    script = import_module("synthetic_law")
     config = script.Config(cosine=0.6, guide_norm=1.5)
     law = script.formula(script.Case("fogzo", 100, 2, 0.25), config, 1.8)
     # beta q [(d + 2) c^2 + |D|^2] + q^2 (d + kappa4 - 2) |D|^2, halved by two samples
@@ -214,7 +205,7 @@ def point(row, samples, steps, forwards, *losses):
 
 
 def test_what_spsa_pays_for_fogzos_loss_by_hand():
-    script = module("forwards")
+    script = import_module("forwards")
     points = [
         point("fogzo", 1, 10, 50, 0.9, 1.1),
         point("fogzo", 10, 10, 230, 0.1),
@@ -233,7 +224,7 @@ def test_what_spsa_pays_for_fogzos_loss_by_hand():
 
 
 def test_a_price_between_two_runs_is_read_on_a_log_scale():
-    script = module("forwards")
+    script = import_module("forwards")
     curve = [point("spsa", 1, 0, 100, 3.0), point("spsa", 1, 0, 10_000, 1.0)]
     assert script.price(curve, 2.0) == pytest.approx(1000)
     assert script.price(curve, 3.5) == 100
@@ -241,7 +232,7 @@ def test_a_price_between_two_runs_is_read_on_a_log_scale():
 
 
 def test_committed_points_are_all_that_the_settings_ask_for():
-    script = module("forwards")
+    script = import_module("forwards")
     points = committed("forwards")["points"]
     asked = {(c.optimizer, c.samples, c.steps, r) for c in script.Config().cells() for r in c.rows}
     assert {(p["optimizer"], p["samples"], p["steps"], p["row"]) for p in points} == asked
@@ -254,7 +245,7 @@ def test_committed_points_are_all_that_the_settings_ask_for():
 # The paper's comparisons
 
 
-PAPER = module("paper").comparisons()
+PAPER = import_module("paper").comparisons()
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -274,7 +265,7 @@ def test_a_committed_comparison_is_the_one_that_the_script_runs(name):
 
 
 def test_every_line_of_the_verdicts_is_a_committed_comparison():
-    networks = module("tables").NETWORKS
+    networks = import_module("tables").NETWORKS
     folders = [folder for quantizers in networks.values() for folder in quantizers.values()]
     assert set(folders) <= set(PAPER)
     assert len(set(folders)) == len(folders)
@@ -284,7 +275,7 @@ def test_every_line_of_the_verdicts_is_a_committed_comparison():
 
 
 def test_the_doctor_names_the_committed_illnesses_and_no_healthy_run():
-    script, results = module("doctor"), committed("doctor")
+    script, results = import_module("doctor"), committed("doctor")
     assert results["config"] == json.loads(json.dumps(script.asdict(script.Config())))
     assert results["thresholds"] == script.THRESHOLDS
     for row in results["rows"]:
@@ -296,7 +287,10 @@ def test_the_doctor_names_the_committed_illnesses_and_no_healthy_run():
 
 
 def test_the_doctors_experiment_runs():
-    quick, results = module("doctor").measure(module("doctor").QUICK), committed("doctor")
+    quick, results = (
+        import_module("doctor").measure(import_module("doctor").QUICK),
+        committed("doctor"),
+    )
     for part in ("thresholds", "costs"):
         assert structure(quick[part]) == structure(results[part])
     assert quick["rows"][0]["runs"][0].keys() == results["rows"][0]["runs"][0].keys()
@@ -306,7 +300,7 @@ def test_the_doctors_experiment_runs():
 
 
 def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
-    script, results = module("prediction"), committed("prediction")
+    script, results = import_module("prediction"), committed("prediction")
     assert results["config"] == json.loads(json.dumps(script.asdict(script.FULL)))
     quick = script.measure(script.QUICK)
     assert structure(quick["rows"]) == structure(results["rows"])
@@ -324,8 +318,8 @@ def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
 # Masked weights
 
 
-def test_gains_by_masked_share_are_those_of_the_kept_runs(on_path):
-    script, results = module("masked_share"), committed("masked_share")
+def test_gains_by_masked_share_are_those_of_the_kept_runs():
+    script, results = import_module("masked_share"), committed("masked_share")
     assert script.collect() == results
     assert {point["network"] for point in results["points"]} == set(script.NETWORKS)
     for name, (where, _) in script.NETWORKS.items():
@@ -340,8 +334,8 @@ def test_gains_by_masked_share_are_those_of_the_kept_runs(on_path):
                 assert len(gains) >= 2
 
 
-def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out(on_path):
-    script = module("masked_share")
+def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out():
+    script = import_module("masked_share")
     points = [
         {"network": "DeiT", "learning_rate": rate, "seed": seed, "masked": share, "gains": gains}
         for rate, share, gains in (
@@ -364,8 +358,8 @@ def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out(on_pat
 # Few numbers
 
 
-def test_rules_for_few_numbers_run_and_measure_what_the_committed_ones_did(on_path):
-    script, results = module("few_numbers"), committed("few_numbers")
+def test_rules_for_few_numbers_run_and_measure_what_the_committed_ones_did():
+    script, results = import_module("few_numbers"), committed("few_numbers")
     assert results["config"] == json.loads(json.dumps(script.asdict(script.FULL)))
     quick = json.loads(json.dumps(script.measure(script.QUICK, workers=1)))
     for entry in (*quick["networks"], *results["networks"]):
@@ -377,8 +371,8 @@ def test_rules_for_few_numbers_run_and_measure_what_the_committed_ones_did(on_pa
     assert structure(quick["networks"]) == structure(results["networks"])
 
 
-def test_the_slope_along_step_sizes_is_their_derivative(on_path):
-    script = module("few_numbers")
+def test_the_slope_along_step_sizes_is_their_derivative():
+    script = import_module("few_numbers")
     training = script.Training(
         script.recipe(script.QUICK.networks[0], seed=0), script.Ranks(torch.device("cpu"))
     )
@@ -402,14 +396,9 @@ def layer_sign(rule, i):
 # Draws and forgetting
 
 
-@pytest.fixture
-def on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-
-
 @pytest.mark.parametrize("name", ["latents", "forgetting"])
-def test_a_quick_run_measures_what_the_committed_one_does(name, on_path):
-    script, results = module(name), committed(name)
+def test_a_quick_run_measures_what_the_committed_one_does(name):
+    script, results = import_module(name), committed(name)
     assert results["config"] == json.loads(json.dumps(script.asdict(script.Config())))
     quick = json.loads(json.dumps(script.measure(script.QUICK, workers=1)))
     if name == "forgetting":  # by how many pairs of forward passes

@@ -1,20 +1,13 @@
 """The script for machines with a GPU, in miniature on this one."""
 
 import json
-from pathlib import Path
 
+import gpu
 import pytest
 
 from forked import Python
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "gpu.py"
-
-
-def run(folder, *options):
-    """Exit code and error output."""
-    process = Python(SCRIPT, "--output-dir", folder, "--device", "cpu", *options)
-    _, err = process.communicate(timeout=240)
-    return process.returncode, err
+IN_MINIATURE = ("--device", "cpu", "--miniature", "--workers", "1")
 
 
 def pieces(folder):
@@ -23,13 +16,14 @@ def pieces(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A miniature whose bench had no time at first."""
+    """A miniature whose bench had no time at first: an interpreter takes longer to start."""
     folder = tmp_path_factory.mktemp("gpu")
-    first = run(folder, "--miniature", "--workers", "1", "--only", "bench", "--minutes", "0.02")
-    assert first[0] == 0, first
+    given = ["--output-dir", str(folder), *IN_MINIATURE]
+    gpu.main([*given, "--only", "bench", "--minutes", "0.02"])
     assert pieces(folder)["bench"]["outcome"] == "out of time"
-    last = run(folder, "--miniature", "--workers", "1", "--resume")
-    assert last[0] == 0, last
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "start", lambda command: Python(*command[1:]))
+        gpu.main([*given, "--resume"])
     return folder
 
 
@@ -47,11 +41,10 @@ def test_every_piece_runs_and_a_piece_without_time_is_taken_up_again(done):
 
 def test_finished_pieces_are_left_alone(done):
     before = (done / "results.json").read_text()
-    assert run(done, "--miniature", "--resume")[0] == 0
+    gpu.main(["--output-dir", str(done), *IN_MINIATURE, "--resume"])
     assert (done / "results.json").read_text() == before
 
 
 def test_without_a_gpu_it_says_what_would_run(tmp_path):
-    code, err = run(tmp_path)
-    assert code == 1
-    assert "--miniature" in err
+    with pytest.raises(SystemExit, match="--miniature"):
+        gpu.main(["--output-dir", str(tmp_path), "--device", "cpu"])

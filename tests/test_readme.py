@@ -1,6 +1,5 @@
 """What the README, the example and the pages of docs/ claim is what was measured."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import tables
 
 from fogzo_lab.comparison.intervals import Interval
 from fogzo_lab.comparison.metrics import METRICS
@@ -494,9 +494,7 @@ def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
         assert not excludes_zero(minus_at_length("llama-lsq-w2", "fogzo-every-4", "fogzo", key))
 
 
-def test_a_mask_is_nowhere_better_as_the_default_says(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    tables = importlib.import_module("tables")
+def test_a_mask_is_nowhere_better_as_the_default_says():
     verdicts, gains = [], {}
     for label, folder in tables.MASKS.items():
         found = Comparison.from_dict(committed(folder))

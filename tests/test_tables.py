@@ -1,12 +1,11 @@
 """`make results-check` fails on whatever a reader would miss: it reads the marks strictly."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = """# Results
@@ -22,18 +21,6 @@ old
 """
 README = "# fogzo\n\n| preset | levels |\n|---|---|\n"
 COSTS = "# Costs\n\n<!-- table: bench-two-threads-steps -->\n<!-- end -->\n"
-
-
-@pytest.fixture(scope="module")
-def tables():
-    sys.path.insert(0, str(ROOT / "experiments"))
-    try:
-        spec = importlib.util.spec_from_file_location("tables", ROOT / "experiments" / "tables.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        yield loaded
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
 
 
 @pytest.fixture
@@ -63,7 +50,7 @@ def _edit_json(path, change):
     path.write_text(json.dumps(results), encoding="utf-8")
 
 
-def test_every_table_is_made_and_making_it_again_changes_nothing(tables, book):
+def test_every_table_is_made_and_making_it_again_changes_nothing(book):
     pages = tables.rebuilt_pages(book)
     page = pages[book / "docs" / "results.md"]
     assert page.count("| gradient |") == 2 and "\nold\n" not in page
@@ -149,20 +136,20 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_it_fails_on(name, tables, book):
+def test_it_fails_on(name, book):
     breaks, message = BROKEN[name]
     breaks(book / "docs" / "results.md", book)
     with pytest.raises(ValueError, match=message):
         tables.rebuilt_pages(book)
 
 
-def test_a_table_wider_than_a_page_is_refused(tables, book, monkeypatch):
+def test_a_table_wider_than_a_page_is_refused(book, monkeypatch):
     monkeypatch.setattr(tables, "COLUMNS", 3)
     with pytest.raises(ValueError, match=r"the table '.*': \d columns, where 3 fit: "):
         tables.rebuilt_pages(book)
 
 
-def test_the_committed_pages_are_what_the_results_make(tables):
+def test_the_committed_pages_are_what_the_results_make():
     pages = tables.rebuilt_pages(ROOT)
     assert {page.name for page in pages} >= {"README.md", "results.md", "costs.md"}
     for page, text in pages.items():

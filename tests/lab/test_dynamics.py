@@ -1,6 +1,5 @@
 """The theory of the regression: against formulas, against runs, and against what was committed."""
 
-import importlib
 import json
 import math
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regression_runs as runs
 import torch
 
 import fogzo
@@ -207,10 +207,7 @@ def test_all_rows_with_a_theory_are_within_two_standard_deviations_of_a_seed():
     assert sum(distance < 1 for distance in away.values()) >= 13
 
 
-def test_the_committed_theory_is_this_one(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    runs = importlib.import_module("regression_runs")
-
+def test_the_committed_theory_is_this_one():
     results = committed("regression")
     config = runs.Config(**results["config"])
     for setting in results["settings"]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from in_this_process import compare_in_this_process
 
 from fogzo.estimators import GradientEstimator
 from fogzo_lab.cli import display
@@ -65,7 +66,8 @@ def test_steps_between_probes_and_runs_that_measure_nothing_are_not_counted(tmp_
         )
 
 
-def test_a_comparison_adds_up_the_steps_of_its_seeds(tmp_path, capsys):
+def test_a_comparison_adds_up_the_steps_of_its_seeds(tmp_path, capsys, monkeypatch):
+    compare_in_this_process(monkeypatch)
     config = CompareConfig(
         base=recipe(tmp_path, log_every=5), rows=("ste", "fogzo"), learning_rates=(1e-2,),
         num_seeds=2, equal_time=False, workers=1,

@@ -27,7 +27,7 @@ from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
 from fogzo_lab.training.loop import train, training_step
 from fogzo_lab.training.method_config import MethodConfig
-from fogzo_lab.training.model_config import LlamaConfig
+from fogzo_lab.training.model_config import LlamaConfig, ResNetConfig
 from fogzo_lab.training.parallel import join_ranks
 from fogzo_lab.training.run_folder import read_metrics
 from fogzo_lab.training.state import Training
@@ -78,6 +78,17 @@ def rank_program(folder):
                 train(config(folder / parallel / name, parallel=parallel, **changes))
         # From the checkpoint of one process in mid-run, and on with shards.
         train(config(folder / "resumed", parallel="fsdp", resume=True))
+        # With batch norm each rank normalizes by its own part of the batch, so that nothing equals
+        # a run of one process.
+        train(
+            replace(
+                RECIPES["digits-resnet"](),
+                model=ResNetConfig(widths=(8, 8), depths=(1, 1), small_images=True),
+                batch_size=16,
+                max_steps=4,
+                output_dir=folder / "batch norm",
+            )
+        )
         seen = {parallel: look_closely(parallel, ranks) for parallel in ("ddp", "fsdp")}
         seen["refused"] = refusal(folder / "refused")
         (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
@@ -171,9 +182,14 @@ def test_a_run_of_one_process_is_resumed_on_two(folder):
     assert_same_run(folder / "resumed", folder / "alone" / "n=1, accumulation 1")
 
 
+def test_a_network_with_batch_norm_trains(folder):
+    result = json.loads((folder / "batch norm" / "result.json").read_text())
+    assert result["refined_steps"] == 4
+    assert math.isfinite(result["test_loss"])
+
+
 def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):
-    arguments = ("train", "digits-resnet", "--output-dir", tmp_path, "--max-steps", 4)
-    arguments += ("--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16)
+    arguments = ("train", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 4)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     done = subprocess.run(
         [*torchrun, "--nproc-per-node=2", "-m", "fogzo_lab.cli.main", *map(str, arguments)],

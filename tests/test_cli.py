@@ -1,23 +1,14 @@
 """The commands as a user runs them; in a process of its own where that makes a difference."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from in_this_process import compare_in_this_process
 
 from fogzo_lab.cli.main import main
-
-
-def fogzo(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "fogzo_lab.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
+from forked import Python
 
 
 @pytest.fixture
@@ -36,14 +27,16 @@ def here(capsys):
 
 
 def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
-    done = fogzo(
+    process = Python(
+        *("-m", "fogzo_lab.cli.main"),
         *("train", "digits-mlp", "--output-dir", tmp_path / "run", "--seed", 3),
         *("--max-steps", 20, "--learning-rate", 0.01, "--estimator", "placebo"),
         *("--quantizer.preset", "lsq", "--quantizer.granularity", "channel"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout  # no terminal codes where there is no terminal
-    assert "training 20/20 loss" in done.stdout
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "\x1b" not in out  # no terminal codes where there is no terminal
+    assert "training 20/20 loss" in out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["seed"], config["max_steps"], config["learning_rate"]) == (3, 20, 0.01)
     assert config["quantizer"]["preset"] == "lsq"
@@ -52,7 +45,8 @@ def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-000020" / "manifest.json").exists()
 
 
-def test_compare_prints_one_table_and_writes_one_report(here, tmp_path):
+def test_compare_prints_one_table_and_writes_one_report(here, tmp_path, monkeypatch):
+    compare_in_this_process(monkeypatch)
     code, out, err = here(
         *("compare", "digits-mlp", "--output-dir", tmp_path, "--max-steps", 5, "--num-seeds", 2),
         *("--rows", "ste", "fogzo", "--learning-rates", 0.003, "--workers", 1),
@@ -85,7 +79,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, here, tmp_pat
 
 
 def test_a_mistake_ends_the_process_with_code_2():
-    done = fogzo("train", "digit-mlp")
+    command = [sys.executable, "-m", "fogzo_lab.cli.main", "train", "digit-mlp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "fogzo: no recipe 'digit-mlp': did you mean digits-mlp?\n",
@@ -102,17 +97,11 @@ def test_a_diverging_run_ends_without_a_traceback(here, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train",), ("compare", "-h")])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("train",), ("compare", "-h")])
 def test_help_lists_commands_and_recipes(here, arguments):
     code, out, _ = here(*arguments)
     assert code == 0
     assert "digits-mlp" in out
-
-
-def test_without_arguments_the_process_prints_the_usage():
-    done = fogzo()
-    assert done.returncode == 0
-    assert "digits-mlp" in done.stdout
 
 
 def test_help_of_a_recipe_lists_its_options(here):

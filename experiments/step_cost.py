@@ -4,7 +4,9 @@
 
 Each code has a process of its own on one thread, and all live at the same time: round by round they
 take turns of a fraction of a second, in alternating order, so that what else the machine does falls
-on all of them. A turn counts by its fastest steps. Needs git. Writes results.json.
+on all of them. A turn counts by its fastest steps. The C library keeps memory between the steps:
+whether it would else is an accident of where the first tensors lie, and decides a third of a step.
+Needs git. Writes results.json.
 """
 
 import argparse
@@ -22,6 +24,11 @@ from fogzo_lab.system.json_files import dumps, write_text
 from fogzo_lab.table import Table
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+}
 FOLDER = Path(__file__).parent / "step-cost"
 EARLIER = {
     "f8fbd56": "before agreements had a standard error",
@@ -99,7 +106,7 @@ def measure(codes: dict[str, Path], index: int, count: int) -> tuple[str, list[R
     """The name of one network, and the seconds of each kind of step with each code, by round."""
     servers = {}
     for code, root in codes.items():
-        environ = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+        environ = os.environ | ENVIRONMENT | {"PYTHONPATH": str(root / "src")}
         servers[code] = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(index)],
             stdin=subprocess.PIPE,

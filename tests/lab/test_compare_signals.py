@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from in_this_process import compare_in_this_process
 
 from fogzo_lab.cli import commands
 from fogzo_lab.cli.main import main
@@ -59,7 +60,9 @@ def results_of(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    main(command(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        compare_in_this_process(patch)
+        main(command(folder))
     return folder
 
 

@@ -306,6 +306,21 @@ def test_answers_that_are_not_finite_are_refused_unless_the_models_are(wrong, sa
     export(model, tmp_path / "out", example=x * float("nan"))
 
 
+def test_other_answers_from_the_same_weights_are_warned_of(fake, tmp_path, caplog):
+    model = quantized(mlp(), fogzo.lsq(2))
+    x = inputs_of(model)
+
+    for factor, warned in ((1.01, False), (0.8, True)):
+
+        def read_back(source, folder, factor=factor):
+            weights = {n: layer.weight.dequantize() for n, layer in source.layers.items()}
+            return ReadBack("a reader", weights, lambda example: factor * answer(model, example))
+
+        fake(read_back=read_back)
+        export(model, tmp_path / "out", example=x)
+        assert ("a difference of 20% of the largest logit" in caplog.text) == warned
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

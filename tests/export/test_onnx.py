@@ -7,6 +7,8 @@ from torch import nn
 
 import fogzo
 from fogzo.export import export, onnx
+from fogzo.quantizers import Grid, Quantizer, learned_scale
+from fogzo.quantizers.companding import Bell
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs the file")
 ir = pytest.importorskip("onnx_ir", reason="writes the file")
@@ -141,6 +143,37 @@ def test_quantized_inputs(tmp_path):
     report = exported(linear_layers([fogzo.lsq(4)] * 5, kinds, relu=False), tmp_path)
     assert report.logits_difference < 2e-6
     assert operators(tmp_path)["QuantizeLinear"] == 2
+
+
+def test_inputs_that_no_integer_operator_knows(tmp_path):
+    kinds = [
+        Quantizer(Grid("int10", -512, 511), learned_scale("max")),
+        Quantizer(fogzo.lsq(4, levels="integer").grid, learned_scale("max"), companding=Bell()),
+    ]
+    report = exported(linear_layers([fogzo.lsq(4)] * 2, kinds, relu=False), tmp_path)
+    assert report.logits_difference < 2e-6
+    assert operators(tmp_path)["QuantizeLinear"] == 0
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.down.weight = self.up.weight
+        self.aside = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_tied_layers_and_a_layer_that_is_not_used(tmp_path):
+    model = quantized(Tied().eval(), fogzo.lsq(2), filter_fn=lambda module, name: name != "aside")
+    x = torch.randn(1, 64, requires_grad=True)
+    assert exported(model, tmp_path, example=x).logits_difference < 2e-6
+    assert operators(tmp_path)["MatMulNBits"] == 2
+    model = quantized(Tied().eval(), fogzo.lsq(2))
+    with pytest.raises(ValueError, match=r"does not use 'aside' in eval mode.*model.aside = None"):
+        exported(model, tmp_path, example=x)
 
 
 def test_inputs_that_are_never_negative(tmp_path):

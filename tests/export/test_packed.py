@@ -85,6 +85,19 @@ def test_transformers_reads_the_trained_network(network, quantizer, inputs, tmp_
     assert torch.equal(logits(served), logits(model))
 
 
+def test_inputs_that_are_companded_are_served_so(tmp_path):
+    inputs = fogzo.bbq(2, granularity="tensor")
+    model = quantized(NETWORKS["mlp"](), fogzo.bbq(2), inputs, inner)
+    x = inputs_of(model)
+    assert export(model, tmp_path / "out", example=x).logits_difference == 0
+    assert torch.equal(logits(load_(plain("mlp"), tmp_path / "out"), x), logits(model, x))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for layer in config["quantization_config"]["modules"].values():  # as folders were before
+        del layer["input"]["companding"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert not torch.equal(logits(load_(plain("mlp"), tmp_path / "out"), x), logits(model, x))
+
+
 @pytest.mark.parametrize("inputs", [None, fogzo.lsq(4)])
 def test_tied_embedding_and_head_are_written_once(inputs, tmp_path):
     model = tied_llama()

@@ -48,9 +48,10 @@ def write(source: Source, folder: Path) -> None:
     model = program.model
     for node in model.graph:
         node.metadata_props.clear()  # stack traces of torch, a quarter of a small file
-    owners = {id(layer.weight): name for name, layer in source.layers.items()}
-    for name in dict.fromkeys(owners.values()):
-        _replace(model.graph, source, name)
+    ties = source.ties()
+    for name in source.layers:
+        if name not in ties:
+            _replace(model.graph, source, name)
     if any(node.domain == "com.microsoft" for node in model.graph):
         model.opset_imports["com.microsoft"] = 1
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -74,7 +75,7 @@ def read_back(source: Source, folder: Path) -> ReadBack:
     def call(example: Any) -> Tensor:
         values = _arguments(source, example)
         fed = {
-            declared.name: value.numpy()
+            declared.name: value.detach().cpu().numpy()
             for declared, value in zip(session.get_inputs(), values, strict=True)
         }
         return torch.from_numpy(session.run(None, fed)[0])
@@ -130,8 +131,10 @@ def _example(source: Source) -> Any:
 
 
 def _twice(value: Any) -> Any:
-    alone = isinstance(value, Tensor) and value.dim() and len(value) == 1
-    return torch.cat([value, value]).cpu() if alone else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return torch.cat([value, value]) if value.dim() and len(value) == 1 else value
 
 
 def _dynamic(value: Any) -> Any:
@@ -146,17 +149,18 @@ def _input_hook(form: InputForm, layer: nn.Module) -> Any:
     """Quantizes a layer's first input as in training."""
     quantizer, grid = form.quantizer, form.quantizer.grid
     feature_dim = 1 - cast(Tensor, layer.weight).dim()
-    whole = grid.offset == 0 and quantizer.rotation is None and form.step is not None
-    if not whole:
+    low, high = (-128, 127) if grid.low_code else (0, 255)
+    curved = quantizer.rotation is not None or quantizer.companding is not None
+    fits = grid.offset == 0 and low <= grid.low_code and grid.high_code <= high
+    if curved or not fits or form.step is None:
         return lambda _, args: (
             quantizer.quantize_input(args[0], form.step, feature_dim),
             *args[1:],
         )
     import torch.ao.quantization.fx._decomposed  # registers the operators
 
-    ops = torch.ops.quantized_decomposed
-    scale = float(cast(Tensor, form.step)) * grid.spacing
-    dtype, low, high = (torch.int8, -128, 127) if grid.low_code else (torch.uint8, 0, 255)
+    ops, dtype = torch.ops.quantized_decomposed, torch.int8 if low else torch.uint8
+    scale = float(form.step) * grid.spacing
     full = (grid.low_code, grid.high_code) == (low, high)
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -173,10 +177,15 @@ def _replace(graph: "ir.Graph", source: Source, name: str) -> None:
 
     key = f"{name}.weight".lstrip(".")
     weight = source.layers[name].weight
-    names = (f"{other}.weight".lstrip(".") for other in source.names_of(name))
+    sharing = [other for other, layer in source.layers.items() if layer.weight is weight]
+    names = (f"{n}.weight".lstrip(".") for other in sharing for n in source.names_of(other))
     value = next((graph.initializers[n] for n in names if n in graph.initializers), None)
     if value is None:
-        raise RuntimeError(f"torch's graph has no weight {key!r}: please report it")
+        raise ValueError(
+            f"the model does not use {name!r} in eval mode, and onnx holds what it computes: leave "
+            "it in float with filter_fn, fogzo.quantize_(model, quantizer, filter_fn), or drop it "
+            f"before the export, model.{name} = None"
+        )
     if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
         packed = _matmul_inputs(weight)
         tensors = [_add_initializer(graph, f"{key}_{part}", t) for part, t in packed.items()]
@@ -313,11 +322,7 @@ def _arguments(source: Source, example: Any) -> list[Tensor]:
 def _decoded(graph: "ir.Graph", source: Source, name: str) -> Tensor:
     """A weight from the tensors in the file, as its operator is defined."""
     weight = source.layers[name].weight
-    key = next(
-        f"{other}.weight".lstrip(".")
-        for other, layer in source.layers.items()
-        if layer.weight is weight
-    )
+    key = f"{source.ties().get(name, name)}.weight".lstrip(".")
     parts = {
         part: _tensor(graph, f"{key}_{part}")
         for part in ("codes", "scales", "zeros")

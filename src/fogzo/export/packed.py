@@ -23,6 +23,7 @@ from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
+from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -271,6 +272,7 @@ def _describe_input(form: InputForm) -> dict[str, Any]:
         "scale": dataclasses.asdict(quantizer.scale),
         "granularity": quantizer.granularity,
         "rotation": 0 if rotation is None else rotation.block,
+        "companding": None if quantizer.companding is None else "bell",
         "scale_dtype": None if scale_dtype is None else _name_of(scale_dtype),
         "step_dtype": None if form.step is None else _name_of(form.step.dtype),
     }
@@ -284,6 +286,7 @@ def _input_quantizer(form: dict[str, Any]) -> Quantizer:
         rotation=Hadamard(form["rotation"]) if form["rotation"] else None,
         granularity=form["granularity"],
         scale_dtype=None if dtype is None else getattr(torch, dtype),
+        companding=Bell() if form.get("companding") else None,  # older folders do not say
     )
 
 

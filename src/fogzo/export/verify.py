@@ -1,5 +1,6 @@
 """What a format's reader makes of the files, compared with the model that was exported."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ def answer(model: nn.Module, example: Any) -> Tensor:
         example: A tensor, a tuple of positional arguments or a dict of keywords.
     """
     modes = {module: module.training for module in model.modules()}
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if held is not None:  # a reader may load what a GPU trained on the CPU
+        example = _moved(example, held.device)
     model.eval()
     try:
         with torch.no_grad():
@@ -50,6 +54,16 @@ def answer(model: nn.Module, example: Any) -> Tensor:
             "logits: wrap it in a module that returns them"
         )
     return output
+
+
+def _moved(example: Any, device: torch.device) -> Any:
+    if isinstance(example, Tensor):
+        return example.to(device)
+    if isinstance(example, Mapping):
+        return {name: _moved(value, device) for name, value in example.items()}
+    if isinstance(example, tuple | list):
+        return [_moved(value, device) for value in example]
+    return example
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -495,6 +495,33 @@ def test_reset_parameters_measures_the_steps(quantizer):
     layer(draw(2, 64))
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@EVERY_MEASURED
+@pytest.mark.parametrize("how", ["measured", "loaded", "initialised"])
+def test_layers_that_share_a_weight_share_the_step_size_in_use(quantizer, how):
+    model = fogzo.quantize_(fill(Tied()), quantizer, everything)
+    if how == "loaded":
+        own = torch.full_like(model.a.weight_step, 1e-3)
+        model.a.load_state_dict({"weight_step": own}, strict=False)
+    else:
+        with torch.no_grad():
+            model.a.weight.mul_(0.01)
+        model.a.measure_step_size_() if how == "measured" else model.a.reset_parameters()
+    assert torch.equal(model.a.step_size(), model.b.step_size())
+    assert torch.equal(model.a.quantized_weight(), model.b.quantized_weight())
+
+
 @EVERY_QUANTIZER
 def test_training_copies_and_checkpoints_are_no_new_initialisation(quantizer):
     model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def quantize_(
     check_ties(layers, selected, one_step)
 
     # Two passes: every error comes before the first change.
-    steps: dict[int, Tensor | None] = {}
+    steps: dict[int, KeptSteps] = {}
     empty_groups: dict[str, tuple[int, int]] = {}
     for name, layer in selected.items():
         _check_layer(name, layer)
@@ -114,9 +114,7 @@ def quantize_(
                 own.codes(weight, step, dim)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
-            if step is not None and quantizer.scale.kind == "learned":
-                step = nn.Parameter(step, requires_grad=weight.requires_grad)
-            steps[id(layer.weight)] = step
+            steps[id(layer.weight)] = kept_steps(quantizer, step, weight.requires_grad)
             empty_groups[name] = empty, 0 if step is None else step.numel()
     inputs = activation_quantizers(selected, activations)
     # And every warning, as it may be turned into an error.
@@ -265,8 +263,27 @@ def check_weight_quantizer(quantizer: object) -> None:
         )
 
 
+class KeptSteps(NamedTuple):
+    """What layers keep of step sizes, all that are tied the same tensors.
+
+    Attributes:
+        step: Of shape (groups, 1); a parameter if they are learned, None if they are dynamic.
+        knee: Of learned ones, see `positive_step_size`.
+    """
+
+    step: Tensor | None
+    knee: Tensor | None
+
+
+def kept_steps(quantizer: Quantizer, step: Tensor | None, requires_grad: bool = True) -> KeptSteps:
+    """Step sizes as layers keep them."""
+    if step is None or quantizer.scale.kind != "learned":
+        return KeptSteps(step, None)
+    return KeptSteps(nn.Parameter(step, requires_grad=requires_grad), knee_of(step))
+
+
 def attach_(
-    name: str, plain: nn.Module, quantizer: Quantizer, step: Tensor | None, stale: list[str]
+    name: str, plain: nn.Module, quantizer: Quantizer, kept: KeptSteps, stale: list[str]
 ) -> None:
     """Make one layer quantize its weight.
 
@@ -274,7 +291,7 @@ def attach_(
         name: What messages call it.
         plain: The layer, checked.
         quantizer: Of its weight.
-        step: Its step sizes, of shape (groups, 1); a parameter if they are learned.
+        kept: Its step sizes.
         stale: Shared by the layers that are attached together.
     """
     dim = output_dim(plain)
@@ -286,15 +303,15 @@ def attach_(
     layer.output_dim = dim or 0
     layer._name, layer._stale = name or "model", stale
     layer._held_step_size = None
-    layer.weight_step_knee = None
-    if isinstance(step, nn.Parameter):
-        layer.register_parameter("weight_step", step)
-        del layer.weight_step_knee
-        layer.register_buffer("weight_step_knee", knee_of(step))
-    elif step is not None:
-        layer.register_buffer("weight_step", step)
+    if isinstance(kept.step, nn.Parameter):
+        layer.register_parameter("weight_step", kept.step)
+        layer.register_buffer("weight_step_knee", kept.knee)
     else:
-        layer.weight_step = None
+        layer.weight_step_knee = None
+        if kept.step is None:
+            layer.weight_step = None
+        else:
+            layer.register_buffer("weight_step", kept.step)
     if isinstance(layer, ExpertMatrices):
         attach_matrices_(layer)
     if not layer.weight.is_meta:

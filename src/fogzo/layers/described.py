@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from fogzo.layers.activations import Activations, activation_quantizers
 from fogzo.layers.attach import (
+    KeptSteps,
     attach_,
     check_weight_quantizer,
+    kept_steps,
     leave_fast_path,
     quantizer_for,
 )
@@ -74,7 +76,7 @@ def attach_forms_(model: nn.Module, forms: Mapping[str, LayerForm]) -> None:
         ValueError: If the model has no such layer, or one is quantized already.
     """
     layers = quantizable_layers(model)
-    steps: dict[int, Tensor | None] = {}
+    steps: dict[int, KeptSteps] = {}
     for name, form in forms.items():
         layer = layers.get(name)
         if layer is None or isinstance(layer, QuantizedLayer):
@@ -86,9 +88,7 @@ def attach_forms_(model: nn.Module, forms: Mapping[str, LayerForm]) -> None:
         if id(weight) not in steps:
             own = quantizer_for(layer, form.weight)
             step = own.empty_step_size(weight, output_dim(layer) or 0)
-            if step is not None and form.weight.scale.kind == "learned":
-                step = nn.Parameter(step)
-            steps[id(weight)] = step
+            steps[id(weight)] = kept_steps(form.weight, step)
         attach_(name, layer, form.weight, steps[id(weight)], [])
         cast(QuantizedLayer, layer).attach_input(form.input)
     leave_fast_path(model)

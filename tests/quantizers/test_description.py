@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fogzo
-from fogzo.quantizers import Surrogate, surrogates
+from fogzo.quantizers import Quantizer, Surrogate, surrogates
 from fogzo.quantizers.description import describe, from_description
-from fogzo.quantizers.smoothing import Scaled, SmoothingLaw, Uniform
+from fogzo.quantizers.smoothing import Logistic, Scaled, SmoothingLaw, Uniform
 from toolbox import PRESETS
 
 CASES = {
@@ -23,6 +23,11 @@ CASES = {
         2, surrogate=Surrogate("mine", Scaled(Uniform(), 2.0), Scaled(Uniform(), 2.0))
     ),
     "stochastic": dataclasses.replace(fogzo.lsq(2, surrogate="identity_unmasked"), stochastic=True),
+    "noise": dataclasses.replace(fogzo.lsq(2), noise=1e-3),
+    "drawn": dataclasses.replace(fogzo.fixed(2), surrogate="adjacent", stochastic=True),
+    "drawn by a law": dataclasses.replace(
+        fogzo.fixed(2), surrogate=surrogates.adjacent(Logistic(3.0), 1.0, 0.2), stochastic=True
+    ),
 }
 
 
@@ -30,6 +35,21 @@ CASES = {
 def test_a_quantizer_survives_json(quantizer):
     text = json.dumps(describe(quantizer), allow_nan=False)
     assert from_description(json.loads(text)) == quantizer
+
+
+def test_no_field_is_left_out():
+    described = describe(fogzo.lsq(2, surrogate=surrogates.tanh(3.0)))
+    fields = {f.name for f in dataclasses.fields(Quantizer) if f.init}
+    assert described.keys() == fields
+    fields = {f.name for f in dataclasses.fields(Surrogate) if f.init}
+    assert described["surrogate"].keys() == fields - {"kernel"}  # a function, which is refused
+
+
+def test_files_of_earlier_versions_are_read():
+    quantizer = fogzo.lsq(2, surrogate=surrogates.tanh(3.0))
+    described = describe(quantizer)
+    del described["noise"], described["surrogate"]["least_probability"]
+    assert from_description(described) == quantizer
 
 
 def test_a_kernel_with_a_name_survives():

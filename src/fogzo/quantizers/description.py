@@ -14,7 +14,12 @@ from fogzo.quantizers.quantizer import Quantizer
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
 from fogzo.quantizers.smoothing import SmoothingLaw
-from fogzo.quantizers.surrogates import SURROGATE_NAMES, Kernel, Surrogate, resolve_surrogate
+from fogzo.quantizers.surrogates import (
+    DRAWN_SURROGATE_NAMES,
+    SURROGATE_NAMES,
+    Surrogate,
+    resolve_surrogate,
+)
 
 
 def describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -37,6 +42,7 @@ def describe(quantizer: Quantizer) -> dict[str, Any]:
         "scale_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "stochastic": quantizer.stochastic,
         "companding": None if quantizer.companding is None else "bell",
+        "noise": quantizer.noise,
     }
 
 
@@ -52,13 +58,14 @@ def from_description(values: dict[str, Any]) -> Quantizer:
         None if dtype is None else getattr(torch, dtype),
         values["stochastic"],
         None if values["companding"] is None else Bell(),
+        values.get("noise", 0.0),  # files of earlier versions have none
     )
 
 
 def _describe_surrogate(quantizer: Quantizer) -> str | dict[str, Any]:
     """Its name if that says all, else its parts."""
     surrogate = resolve_surrogate(quantizer.surrogate, quantizer.grid)
-    if surrogate.name in SURROGATE_NAMES:
+    if surrogate.name in (*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES):
         named = resolve_surrogate(surrogate.name, quantizer.grid)
         if _parts(named) == _parts(surrogate):
             return surrogate.name
@@ -74,6 +81,7 @@ def _describe_surrogate(quantizer: Quantizer) -> str | dict[str, Any]:
         "law": None if surrogate.law is None else _describe_law(surrogate.law),
         "perturbation": _describe_law(surrogate.perturbation),
         "range_slack": "unbounded" if slack == math.inf else slack,  # JSON has no infinity
+        "least_probability": surrogate.least_probability,
     }
 
 
@@ -84,15 +92,17 @@ def _surrogate_from(values: dict[str, Any]) -> Surrogate:
         None if law is None else _law_from(law),
         _law_from(values["perturbation"]),
         math.inf if slack == "unbounded" else slack,
+        least_probability=values.get("least_probability"),
     )
 
 
-def _parts(surrogate: Surrogate) -> tuple[object, ...]:
+def _parts(surrogate: Surrogate) -> dict[str, object]:
     """What tells surrogates apart; equal partial functions are different objects."""
-    kernel: Kernel | tuple[object, ...] | None = surrogate.kernel
+    parts = {f.name: getattr(surrogate, f.name) for f in dataclasses.fields(surrogate)}
+    kernel = parts["kernel"]
     if isinstance(kernel, partial):
-        kernel = kernel.func, kernel.args
-    return surrogate.law, surrogate.perturbation, surrogate.range_slack, kernel
+        parts["kernel"] = kernel.func, kernel.args
+    return parts
 
 
 def _describe_law(law: SmoothingLaw) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 import fogzo
 from fogzo.quantizers import Surrogate, adjacent, uniform
-from fogzo.quantizers.smoothing import Logistic, Normal, Triangular, Uniform
+from fogzo.quantizers.smoothing import Logistic, Normal, Rademacher, Triangular, Uniform
 from toolbox import draw, every
 
 GRID = uniform(2, "half")
@@ -107,6 +107,14 @@ def test_a_layer_gets_the_slope_of_its_own_draw(learned, dtype):
         total = (level.detach().float() / 0.5 - x * inside).sum()
         scale = quantizer.scale.grad_scale(w.numel(), GRID)
         torch.testing.assert_close(step.grad.float().sum(), scale * total, rtol=0.02, atol=0.02)
+
+
+@every("surrogate", EXACT)
+def test_what_perturbs_instead_of_the_law_leaves_the_slope_alone(surrogate):
+    changed = replace(surrogate, perturbation=Rademacher())
+    x, level = torch.tensor([0.1, 0.4, 0.9, 5.0]), torch.tensor([0.0, 1.0, 1.0, 3.0])
+    slopes = [one.slope_of_drawn(x, level, uniform(3)) for one in (changed, surrogate)]
+    assert torch.equal(*slopes)
 
 
 def test_in_evaluation_it_rounds_to_the_nearest_and_passes_gradients_as_they_are():

@@ -17,6 +17,7 @@ from fogzo.quantizers import (
     Quantizer,
     Scale,
     Surrogate,
+    adjacent,
     fixed_scale,
     learned_scale,
     resolve_surrogate,
@@ -104,6 +105,11 @@ CALLS = {
         lambda v: replace(identity(), range_slack=v),
         ["a", -1.0, True, math.nan],
     ),
+    "Surrogate(range_slack, kernel)": (
+        lambda v: Surrogate("own", None, Uniform(), v, Uniform(2.0).pdf),
+        [0.0, 0.5, math.inf],
+    ),
+    "adjacent": (lambda v: adjacent(least_probability=v), [0, 0.0, -0.1, 2.0, "a"]),
     "Surrogate(kernel)": (lambda v: replace(tanh(), kernel=v), ["pdf", 1.0]),
 }
 

@@ -1,7 +1,9 @@
 """Each preset against its paper's formulas, written again here without the package's helpers."""
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,18 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 import fogzo
-from fogzo.quantizers import Quantizer, learned_scale, uniform
+from fogzo.quantizers import (
+    DRAWN_SURROGATE_NAMES,
+    SIGN,
+    SURROGATE_NAMES,
+    TERNARY,
+    Quantizer,
+    fixed_scale,
+    learned_scale,
+    uniform,
+)
+from fogzo.quantizers.description import describe
+from fogzo.quantizers.surrogates import identity_unmasked
 from toolbox import every, pairwise
 
 F64 = torch.float64
@@ -465,6 +478,29 @@ def test_a_composed_quantizer_equals_its_preset():
     assert composed == fogzo.lsq(2)
     step = composed.initial_step_size(w)
     assert torch.equal(composed(w, step), fogzo.lsq(2)(w, step))
+
+
+@pytest.mark.parametrize("name", [*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES])
+def test_a_grid_can_be_replaced_under_a_surrogate_that_was_named(name):
+    def on(grid):
+        return Quantizer(grid, fixed_scale(1.0), name, stochastic=True)
+
+    changed = copy.deepcopy(replace(on(TERNARY), grid=SIGN))
+    assert describe(changed) == describe(on(SIGN))
+    x = _draw(1, 64)
+    outputs = []
+    for quantizer in (changed, on(SIGN)):
+        torch.manual_seed(0)
+        w = x.clone().requires_grad_()
+        quantized = quantizer(w, torch.ones(1, 1, dtype=F64), training=True)
+        outputs.append((quantized, *_grads(quantized, torch.ones_like(x), w)))
+    assert all(map(torch.equal, *outputs))
+    assert describe(replace(changed, grid=TERNARY)) == describe(on(TERNARY))
+
+
+def test_a_surrogate_that_was_given_as_an_object_stays():
+    narrow = fogzo.sign(surrogate=identity_unmasked(1.0))
+    assert replace(narrow, grid=TERNARY).surrogate is narrow.surrogate
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ package are checked against something they did not compute themselves.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fogzo.quantizers import surrogates as named
 from fogzo.quantizers.smoothing import (
     Logistic,
     Normal,
+    Rademacher,
     SmoothingLaw,
     Triangular,
     Uniform,
@@ -183,6 +185,15 @@ def test_a_kernel_of_ones_own_without_a_law_is_the_slope(kernel, formula):
     (derivative,) = torch.autograd.grad(formula(x).sum(), x)
     assert torch.allclose(surrogate.slope(POINTS, SIGN), derivative)
     assert surrogate.radius == Uniform(2.0).radius
+
+
+@pytest.mark.parametrize("perturbation", [Uniform(2.0), Rademacher()], ids=str)
+@pytest.mark.parametrize("name", [*LAWLESS, *WITH_LAW])
+def test_what_perturbs_instead_of_the_law_leaves_the_slope_alone(name, perturbation):
+    x, grid = torch.linspace(-2, 2, 41), TERNARY
+    surrogate = resolve_surrogate(name, grid)
+    changed = replace(surrogate, perturbation=perturbation)
+    assert torch.equal(changed.slope(x, grid), surrogate.slope(x, grid))
 
 
 def test_the_masks_end_where_their_papers_say():

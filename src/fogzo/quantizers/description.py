@@ -98,7 +98,7 @@ def _surrogate_from(values: dict[str, Any]) -> Surrogate:
 
 def _parts(surrogate: Surrogate) -> dict[str, object]:
     """What tells surrogates apart; equal partial functions are different objects."""
-    parts = {f.name: getattr(surrogate, f.name) for f in dataclasses.fields(surrogate)}
+    parts = {f.name: getattr(surrogate, f.name) for f in dataclasses.fields(surrogate) if f.compare}
     kernel = parts["kernel"]
     if isinstance(kernel, partial):
         parts["kernel"] = kernel.func, kernel.args

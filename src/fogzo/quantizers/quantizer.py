@@ -22,7 +22,6 @@ from fogzo.quantizers.granularity import (
 from fogzo.quantizers.grids import Grid, for_inputs, unsigned
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
-from fogzo.quantizers.smoothing import SmoothingLaw, Uniform
 from fogzo.quantizers.step_sizes import effective_step_size, smallest_step_size
 from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
 
@@ -328,7 +327,7 @@ class Quantizer:
         return moved, step + noise.clamp(min=-0.5 * step.detach())  # which stays positive
 
     def _dither(self, groups: Tensor, surrogate: Surrogate) -> Tensor:
-        law: SmoothingLaw = surrogate.law or Uniform(self.grid.spacing)
+        law = surrogate.noise(self.grid)
         # In half precision the noise itself would be too coarse for its mean to be right.
         wide = torch.promote_types(groups.dtype, torch.float32)
         noise = torch.empty_like(groups, dtype=wide, requires_grad=False)

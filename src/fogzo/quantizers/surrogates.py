@@ -8,7 +8,7 @@ that perturbs instead.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from types import NoneType
@@ -54,6 +54,9 @@ class Surrogate:
     range_slack: float | None = None
     kernel: Kernel | None = None
     least_probability: float | None = None
+    # Of the grid that a rule as wide as its spacing was made for, by its name alone; see
+    # `resolve_surrogate`.
+    _spacing: float | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         example = 'Surrogate("wide", Uniform(2.0), Uniform(2.0))'
@@ -71,11 +74,17 @@ class Surrogate:
                 f"kernel must be a function from tensor to tensor, got {self.kernel!r:.80}: "
                 "for example the pdf of a law, Uniform(2.0).pdf"
             )
+        if slack is not None and self.kernel is not None:
+            raise ValueError(
+                f"the slope is either 1 up to range_slack={slack!r} beyond the range or a sum of "
+                "kernels, got both: leave one out, for example "
+                f"Surrogate({self.name!r}, None, Uniform(2.0), kernel=kernel)"
+            )
         least = self.least_probability
         if least is not None and not (is_number(least) and 0 < least <= 1):
             raise ValueError(
                 "least_probability must be above 0 and at most 1, as slopes are divided by it, "
-                f"got {least!r}: adjacent(least_probability=0.1)"
+                f"got {least!r}: for example adjacent(least_probability=0.1)"
             )
 
     @property
@@ -93,11 +102,15 @@ class Surrogate:
         """Whether the slope (its mean over draws) is 1 everywhere, so no mask is needed."""
         return self.range_slack == math.inf
 
+    def noise(self, grid: Grid) -> SmoothingLaw:
+        """The law by which stochastic rounding draws levels."""
+        return self.law or Uniform(grid.spacing)
+
     def slope(self, x: Tensor, grid: Grid) -> Tensor:
         """``h'(x)`` for ``x = weight / step_size``, in x's shape; a bool mask if it is 0 or 1."""
         if self.range_slack is not None:
             return (x >= grid.low - self.range_slack) & (x <= grid.high + self.range_slack)
-        density = self.kernel or self.perturbation.pdf
+        density = self.kernel or (self.law or self.perturbation).pdf
         total = density(x - grid.thresholds[0])
         for threshold in grid.thresholds[1:]:
             total = total + density(x - threshold)
@@ -105,7 +118,7 @@ class Surrogate:
 
     def slope_of_drawn(self, x: Tensor, level: Tensor, grid: Grid) -> Tensor:
         """``(f_in + f_out) / 2p`` at x where this level was drawn (see `adjacent`)."""
-        law, half = self.perturbation, grid.spacing / 2
+        law, half = self.noise(grid), grid.spacing / 2
         enter, leave = x - (level - half - grid.margin), x - (level + half - grid.margin)
         lowest, highest = level < grid.low + half, level > grid.high - half
         density = law.pdf(enter).where(~lowest, 0) + law.pdf(leave).where(~highest, 0)
@@ -238,9 +251,10 @@ def adjacent(
             so unlikely are drawn. By default 0.1, and 0.001 where there is a law.
     """
     noise = law or Uniform(spacing)
-    least = least_probability or (0.1 if law is None else 1e-3)
+    if least_probability is None:
+        least_probability = 0.1 if law is None else 1e-3
     slack = math.inf if law is None else None
-    return Surrogate("adjacent", law, noise, range_slack=slack, least_probability=least)
+    return Surrogate("adjacent", law, noise, slack, least_probability=least_probability)
 
 
 def hardtanh() -> Surrogate:
@@ -327,6 +341,7 @@ _AS_WIDE_AS_THE_GRID: dict[str, Callable[[float], Surrogate]] = {
     "identity_unmasked": identity_unmasked,
     "trust": trust,
     "stable_qat": stable_qat,
+    "adjacent": lambda spacing: adjacent(spacing=spacing),
 }
 _FIXED_WIDTH: dict[str, Callable[[], Surrogate]] = {
     "hardtanh": hardtanh,
@@ -334,28 +349,34 @@ _FIXED_WIDTH: dict[str, Callable[[], Surrogate]] = {
     "approx_sign": approx_sign,
     "erf": erf,
 }
-SURROGATE_NAMES = (*_AS_WIDE_AS_THE_GRID, *_FIXED_WIDTH)
-"""Of surrogates for any kind of rounding."""
 DRAWN_SURROGATE_NAMES = ("adjacent",)
 """Of those whose slope depends on the level that was drawn: for ``stochastic=True``."""
+SURROGATE_NAMES = tuple(
+    name for name in (*_AS_WIDE_AS_THE_GRID, *_FIXED_WIDTH) if name not in DRAWN_SURROGATE_NAMES
+)
+"""Of surrogates for any kind of rounding."""
 
 
 def resolve_surrogate(surrogate: str | Surrogate, grid: Grid) -> Surrogate:
     """The surrogate of that name for that grid; a `Surrogate` is returned as it is.
 
+    One that was made here for a grid of another spacing is made anew, so that a quantizer's grid
+    can be replaced.
+
     Raises:
         ValueError: If the name is unknown.
     """
     if isinstance(surrogate, Surrogate):
-        return surrogate
+        if surrogate._spacing is None or surrogate._spacing == grid.spacing:
+            return surrogate
+        surrogate = surrogate.name
     if isinstance(surrogate, str) and surrogate in _AS_WIDE_AS_THE_GRID:
-        require_type("grid", grid, Grid, 'resolve_surrogate("identity", uniform(2))')
-        return _AS_WIDE_AS_THE_GRID[surrogate](grid.spacing)
+        require_type("grid", grid, Grid, f'resolve_surrogate("{surrogate}", uniform(2))')
+        made = _AS_WIDE_AS_THE_GRID[surrogate](grid.spacing)
+        object.__setattr__(made, "_spacing", grid.spacing)
+        return made
     if isinstance(surrogate, str) and surrogate in _FIXED_WIDTH:
         return _FIXED_WIDTH[surrogate]()
-    if surrogate == "adjacent":
-        require_type("grid", grid, Grid, 'resolve_surrogate("adjacent", uniform(2))')
-        return adjacent(spacing=grid.spacing)
     names = (*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES)
     close = get_close_matches(str(surrogate), SURROGATE_NAMES, n=1)
     suggestion = close[0] if close else "identity"

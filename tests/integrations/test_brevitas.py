@@ -41,6 +41,18 @@ def linear(rule=quant.Int8WeightPerChannelFloat, inputs=32, outputs=16, bits=4, 
     )
 
 
+@every_rule
+def test_only_scales_that_stay_are_called_constant(rule):
+    (weight,) = quantized_weights(linear(rule))
+    assert not weight.has_constant_step_size
+
+
+def test_a_scale_that_was_given_is_constant():
+    layer = linear(RULES["tensor"], weight_scaling_impl_type="const", weight_scaling_init=0.5)
+    (weight,) = quantized_weights(layer)
+    assert weight.has_constant_step_size
+
+
 def network(rule=quant.Int8WeightPerChannelFloat, collect_stats_steps=4):
     model = nn.Sequential(
         linear(rule),

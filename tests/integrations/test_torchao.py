@@ -56,6 +56,14 @@ def network(config, activations=ACTIVATIONS):
     return model, torch.randn(32, 16), torch.randn(32, 4)
 
 
+@every_config
+def test_only_scales_that_stay_are_called_constant(config):
+    weights = quantized_weights(network(config)[0])
+    assert [weight.has_constant_step_size for weight in weights] == 2 * [
+        config is CONFIGS["static"]
+    ]
+
+
 def train(model, x, y, steps=3, **options):
     estimator = fogzo.FogzoEstimator(quantized_weights(model), **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

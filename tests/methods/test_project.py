@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fogzo
-from fogzo.methods import project_
+from fogzo.methods import project_, quantize_from
 from fogzo.quantizers import Grid, Hadamard, Quantizer, fixed_scale, uniform
 from toolbox import draw, everything
 
@@ -88,6 +88,17 @@ def test_levels_must_be_known():
     assert (param == 0.5).all()
     with pytest.raises(ValueError, match="moves with its step size"):
         project_([replace(record, has_constant_step_size=False)])
+
+
+def test_weights_in_a_float_phase_stay():
+    made = layer(fogzo.fixed(2, step_size=0.1))
+    switch, before = quantize_from(made, 1.0, total_steps=1), made.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match=r"'weight' are still in float"):
+        project_(made)
+    assert torch.equal(made.weight, before)
+    switch.advance_()
+    project_(made)
+    assert not torch.equal(made.weight, before)
 
 
 def test_a_masked_weight_that_is_brought_back_trains_again():

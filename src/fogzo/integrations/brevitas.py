@@ -13,6 +13,7 @@ from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.function_wrapper import RoundSte, TensorClamp
 from brevitas.core.quant import RescalingIntQuant
 from brevitas.core.quant.delay import _DelayQuant
+from brevitas.core.scaling import ConstScaling
 from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.nn.mixin import QuantWeightMixin
 from torch import Tensor, nn
@@ -74,6 +75,10 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             grid=_grid(layers[0]),
             held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
+            # All others measure the weights in every forward pass, or learn.
+            has_constant_step_size=isinstance(
+                layers[0].weight_quant.tensor_quant.scaling_impl, ConstScaling
+            ),
             fan_in=inputs_of_an_output(
                 layers[0].weight, layers[0].output_channel_dim, getattr(layers[0], "groups", 1)
             ),

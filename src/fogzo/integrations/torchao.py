@@ -74,6 +74,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             grid=_grid(layers[0].weight_fake_quantizer.config),
             held=padding_rows(layers[0]),
             hold_step_size=weight.hold_step_size,
+            has_constant_step_size=_keeps_scales(layers[0].weight_fake_quantizer.config),
         )
         made.append(record)
     return made
@@ -184,6 +185,13 @@ def _grid(config: Any) -> Grid | None:
         return None
     low, high = _DTYPE_TO_QVALUE_BOUNDS[config.dtype]
     return Grid("torchao", low, high)
+
+
+def _keeps_scales(config: Any) -> bool:
+    """Whether scales are neither measured in every forward pass nor learned."""
+    return isinstance(config, IntxFakeQuantizeConfig) and not (
+        config.is_dynamic or config.range_learning
+    )
 
 
 def _check(name: str, layer: Any) -> None:

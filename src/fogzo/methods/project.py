@@ -4,12 +4,15 @@ A masked gradient never brings back a weight that has left the range; where weig
 no mask holds any. So a masked STE gets what the unmasked one has anyway.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from fogzo.collectives import full, local, reshard, shard_like
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.methods.pull import Weights, free, rounded, weights_with_levels
+from fogzo.methods.pull import Weights, free, in_float, rounded, weights_with_levels
+from fogzo.wording import listed
 
 
 @torch.no_grad()
@@ -17,8 +20,8 @@ def project_(weights: Weights) -> None:
     """Clamp latent weights to the range of their levels. Call it after the optimizer's step.
 
     ``w <- clip(w, lowest level, highest level)``, in the basis where the weight is rounded. Codes,
-    step sizes, the optimizer's state, frozen weights and entries that a record holds stay what
-    they are.
+    step sizes, the optimizer's state, frozen weights, entries that a record holds and weights in the
+    float phase of `quantize_from` stay what they are.
 
     Args:
         weights: A quantized model, or what `fogzo.quantized_weights` lists, which saves looking for
@@ -27,13 +30,26 @@ def project_(weights: Weights) -> None:
     Raises:
         ValueError: If the levels of a weight are not known, or its step size is learned or measured
             from the weights in every forward pass. Then no weight has been changed.
+
+    Warns:
+        RuntimeWarning: If weights are in a float phase and left alone.
     """
     records = weights_with_levels(weights)
     for record in records:
         _check_step_is_constant(record)
     reshard({id(r.model): r.model for r in records if r.model is not None}.values())
+    floating = in_float(records)
+    if floating:
+        left = [record.name for record in records if id(record.param) in floating]
+        warnings.warn(
+            f"{listed(left)} are still in float (fogzo.methods.quantize_from), and weights are "
+            "not clamped to the range of levels before they are rounded to them: if "
+            "switch.is_quantized: fogzo.methods.project_(model)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     for record in records:
-        if record.param.requires_grad:
+        if record.param.requires_grad and id(record.param) not in floating:
             _clamp_(record)
 
 

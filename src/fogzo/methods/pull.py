@@ -58,7 +58,7 @@ class _Scheduled:
     def _on_grids(self, weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
         """Those that are rounded at present; that others are left alone is said once."""
         # Step sizes are measured again at the end of a float phase: until then levels are stale.
-        floating = _in_float(weights)
+        floating = in_float(weights)
         left = [weight.name for weight in weights if id(weight.param) in floating]
         if left and not self._warned_of_float:
             self._warned_of_float = True
@@ -318,7 +318,7 @@ def weights_with_levels(weights: Weights) -> list[QuantizedWeight]:
     return records
 
 
-def _in_float(weights: Iterable[QuantizedWeight]) -> set[int]:
+def in_float(weights: Iterable[QuantizedWeight]) -> set[int]:
     """The ids of the parameters that their layers use in float for now."""
     models = {id(w.model): w.model for w in weights if w.model is not None}.values()
     layers = (layer for model in models for layer in model.modules())

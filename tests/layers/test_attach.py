@@ -740,6 +740,11 @@ REFUSALS = {
         lambda m: fogzo.quantize_(m, fogzo.lsq(2), nn.Linear),
         r"got <class 'torch\.nn\.modules\.linear\.Linear'>: .*filter_fn=lambda module, name:",
     ),
+    "inference mode": (
+        _mlp,
+        lambda m: torch.inference_mode()(fogzo.quantize_)(m, fogzo.lsq(2)),
+        r"outside of it, or under torch\.no_grad\(\)",
+    ),
     "not a quantizer": (
         _mlp,
         lambda m: fogzo.quantize_(m, fogzo.lsq),

@@ -82,9 +82,9 @@ def quantize_(
             it from the layer's other groups.
 
     Raises:
-        ValueError: If an argument is of another kind, nothing is selected, a layer is quantized
-            already or cannot be, a weight is not finite, or a tied one is selected in one place and
-            not in another. The model is then untouched.
+        ValueError: If an argument is of another kind, torch.inference_mode() is on, nothing is
+            selected, a layer is quantized already or cannot be, a weight is not finite, or a tied
+            one is selected in one place and not in another. The model is then untouched.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -92,6 +92,11 @@ def quantize_(
             "fogzo.quantize_(model, fogzo.lsq(bits=2))"
         )
     check_weight_quantizer(quantizer)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "step sizes that are made under torch.inference_mode() can never be trained: call "
+            "fogzo.quantize_(model, quantizer) outside of it, or under torch.no_grad()"
+        )
     check_loaded_as_saved(model)
     reshard([model])
     layers = quantizable_layers(model)

@@ -42,6 +42,7 @@ class Cewt:
         self.norms: dict[str, float] = {}
         for weight in self.weights:
             norm = float(torch.linalg.vector_norm(weight.param.detach()))
+            _check_norm(weight.name, norm)
             self.norms[_unused(weight.name, self.norms)] = norm
         self._before: dict[int, Tensor] = {}  # by position, as names may occur twice
         self._warned = False
@@ -151,8 +152,8 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
         The constraint, with ``state_dict()``, ``load_state_dict()`` and ``remove()``.
 
     Raises:
-        ValueError: If a weight is not in the optimizer, has a weight decay, is sharded or must
-            keep some entries.
+        ValueError: If a weight is not in the optimizer, has a weight decay, is sharded, must
+            keep some entries, or has a norm of 0 or one that is not finite.
 
     Warns:
         RuntimeWarning: Once, in a step whose update of a weight is not finite.
@@ -236,4 +237,13 @@ def _check(weight: QuantizedWeight, trained: set[int]) -> None:
             f"some entries of {weight.name!r} must not move (the padding of an embedding), but "
             "the projection moves all: leave it out, "
             "[w for w in fogzo.quantized_weights(model) if w.held is None]"
+        )
+
+
+def _check_norm(name: str, norm: float) -> None:
+    if not 0 < norm < math.inf:
+        raise ValueError(
+            f"the norm of {name!r} is {norm:g} and would be kept for ever: initialise it before, "
+            "for example torch.nn.init.normal_(layer.weight, std=0.02), or leave it out, "
+            f"[w for w in fogzo.quantized_weights(model) if w.name != {name!r}]"
         )

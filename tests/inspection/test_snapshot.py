@@ -222,7 +222,7 @@ def test_what_cannot_be_inspected_is_refused_with_the_way_out():
     model = quantized_net()
     with pytest.raises(ValueError, match="nothing in this model is quantized: first call"):
         fogzo.inspect(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"expected a quantized model, got list"):
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got list: fogzo\.inspect"):
         fogzo.inspect([model])
     with pytest.raises(ValueError, match="Call it between backward and zero_grad"):
         fogzo.inspect(model, closure=lambda: 0.0)

@@ -566,3 +566,18 @@ def test_calibrating_a_model_with_float_inputs_is_refused():
         fogzo.calibrate_(_mlp()),
     ):
         pass
+
+
+@pytest.mark.parametrize("activations", [fogzo.lsq(4), fogzo.fixed(4)], ids=["learned", "fixed"])
+def test_a_step_of_ones_own_is_not_measured_over(activations):
+    layer = fogzo.quantize_(nn.Linear(8, 4), fogzo.lsq(2), everything, activations)
+    own = torch.full((1, 1), 0.125)
+    layer.load_state_dict({"input_step": own}, strict=False)
+    layer(draw(4, 8))
+    assert torch.equal(layer.input_step, own) and layer.eval()(draw(4, 8)).isfinite().all()
+    with fogzo.calibrate_(layer):
+        layer(draw(4, 8).abs())
+    measured = layer.activation_quantizer
+    assert measured.grid.name == "uniform4-unsigned"
+    layer.load_state_dict({"input_step": own}, strict=False)  # on the levels in use
+    assert layer.activation_quantizer == measured and torch.equal(layer.input_step, own)

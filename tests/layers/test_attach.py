@@ -745,6 +745,11 @@ REFUSALS = {
         lambda m: torch.inference_mode()(fogzo.quantize_)(m, fogzo.lsq(2)),
         r"outside of it, or under torch\.no_grad\(\)",
     ),
+    "levels of inputs": (
+        _mlp,
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2, levels="unsigned")),
+        r"uniform2-unsigned are for inputs.*activations=fogzo\.lsq\(2, levels=\"unsigned\"\)",
+    ),
     "not a quantizer": (
         _mlp,
         lambda m: fogzo.quantize_(m, fogzo.lsq),
@@ -762,12 +767,29 @@ def test_a_refusal_shows_the_corrected_call_and_changes_nothing(make, call, advi
     _assert_unchanged(model, before)
 
 
+ENTRIES = {
+    "quantize_": lambda given: fogzo.quantize_(given, fogzo.lsq(2)),
+    "quantized_weights": fogzo.quantized_weights,
+    "dequantize_": fogzo.dequantize_,
+    "measure_step_sizes_": fogzo.measure_step_sizes_,
+    "calibrate_": lambda given: fogzo.calibrate_(given).__enter__(),
+    "parameter_groups": lambda given: fogzo.parameter_groups(given, 0.1),
+    "quantize_from": lambda given: fogzo.methods.quantize_from(given, 0.5, total_steps=10),
+    "inspect": fogzo.inspect,
+}
+
+
 @pytest.mark.parametrize("given", [[nn.Linear(4, 4)], nn.Linear, None, fogzo.lsq(2)])
-def test_what_is_no_model_is_refused(given):
-    with pytest.raises(
-        ValueError, match=r"must be a torch\.nn\.Module, got .*fogzo\.quantize_\(mod"
-    ):
-        fogzo.quantize_(given, fogzo.lsq(2))
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_is_no_model_is_refused(name, given):
+    with pytest.raises(ValueError, match=rf"must be a torch\.nn\.Module, got .*{name}\(mod"):
+        ENTRIES[name](given)
+
+
+@pytest.mark.parametrize("name", ["dequantize_", "measure_step_sizes_", "quantize_from", "inspect"])
+def test_what_needs_a_quantized_model_says_so(name):
+    with pytest.raises(ValueError, match=rf"fogzo\.quantize_\(mod.*, then fogzo.*{name}\(model"):
+        ENTRIES[name](_mlp())
 
 
 def test_what_a_filter_raises_comes_through():

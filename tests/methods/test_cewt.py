@@ -266,6 +266,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
 
 def test_impossible_calls_are_refused():
     model = network()
+    with pytest.raises(ValueError, match="optimizer must be of type Optimizer, got None"):
+        cewt(model, None)
     with pytest.raises(ValueError, match=r"weight decay of 0\.01.*\"weight_decay\": 0\.0"):
         cewt(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match=r"'2\.weight' is in no group of the optimizer"):

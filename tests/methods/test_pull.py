@@ -413,6 +413,13 @@ def test_a_weight_without_known_levels_is_refused():
         (lambda: GridPull(network(fogzo.fixed(2)), math.nan), "strength must be 0 or more"),
         (lambda: winq(network(fogzo.fixed(2)), every=0), "every must be a positive integer"),
         (lambda: winq(network(fogzo.fixed(2)), every=9, keep=1.2), "keep must be from 0 to 1"),
+        (lambda: winq(network(fogzo.fixed(2)), every=9, keep="0.2"), "keep must be from 0 to 1"),
+        (
+            lambda: cage(network(fogzo.fixed(2)), torch.optim.SGD, total_steps=9),
+            r"got <class 'torch\.optim\.sgd\.SGD'>: fogzo\.methods\.cage",
+        ),
+        (lambda: cage(network(fogzo.fixed(2)), None, total_steps=9), "list of some, got None"),
+        (lambda: GridPull(network(fogzo.fixed(2)), 1.0, [3]), r"list of some, got \[3\]"),
         (lambda: LinearRamp(1.0, 0), "total_steps must be a positive integer"),
         (lambda: LinearRamp(1.0, 10, 1.5), "start must be a fraction"),
         (lambda: CosineRamp(1.0, 10, 1), "start=1, at which the run is over"),

@@ -71,6 +71,15 @@ CALLS = {
     "grid": (lambda v: quantizer(grid=v), ["uniform2-half", 2, None, uniform]),
     "scale": (lambda v: quantizer(scale=v), ["lsq", 0.1, None, learned_scale]),
     "rotation": (lambda v: quantizer(rotation=v), [128, "hadamard", Hadamard, True]),
+    "Quantizer(weight)": (
+        lambda v: fogzo.sign()(v),
+        [1.0, [[0.1]], torch.randn(8), torch.tensor([[1, 2]]), torch.ones(0, 8), torch.ones(8, 0)],
+    ),
+    "Quantizer(step)": (
+        lambda v: fogzo.lsq(2)(torch.randn(4, 8), v),
+        [0.1, torch.tensor(0.1), torch.ones(4), torch.ones(2, 2)],
+    ),
+    "bbq(init)": (lambda v: fogzo.bbq(2, learned=False, init=v), ["mse", "max"]),
     "Quantizer": (lambda v: Quantizer(v, v), [2, "lsq", None]),
     "Scale(rule)": (lambda v: Scale(v, "fixed"), ["best", None, 1, ["mse"]]),
     "Scale(kind)": (lambda v: Scale("mse", v), ["x", None, True, ["fixed"], "Fixed"]),

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from fogzo.collectives import full, local, reshard, sum_over_shards
 from fogzo.inspection.records import InFloat
 from fogzo.layers import QuantizedLayer
+from fogzo.layers.experts import ExpertMatrices
+from fogzo.layers.quantized_layer import require_quantized
 from fogzo.layers.selection import left_in_float, quantizable_layers
 from fogzo.quantizers.granularity import to_rows
 from fogzo.quantizers.surrogates import resolve_surrogate
@@ -27,26 +29,17 @@ def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
     Raises:
         ValueError: If there are none, or weights are not there to be looked at.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"expected a quantized model, got {type(model).__name__}: fogzo.inspect(model)"
-        )
+    layers = require_quantized(model, "fogzo.inspect(model)")
     reshard([model])  # else the weights of the outermost module may be gathered, and out of date
     found: dict[int, tuple[str, QuantizedLayer]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            module._check_own_weight()
-            if module.weight.is_meta:
-                raise ValueError(
-                    f"the weight of {name!r} is on the meta device, offloaded: "
-                    "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
-                )
-            found.setdefault(id(module.weight), (name or "model", module))
-    if not found:
-        raise ValueError(
-            "nothing in this model is quantized: first call "
-            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
-        )
+    for name, layer in layers.items():
+        layer._check_own_weight()
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"the weight of {name!r} is on the meta device, offloaded: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings it back"
+            )
+        found.setdefault(id(layer.weight), (name, layer))
     return list(found.values())
 
 
@@ -118,15 +111,16 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
 def alive_channels(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     """Which output channels have a gradient, or would have one if they were not masked.
 
-    None if nobody knows: where there has been no backward pass, and in embeddings, whose outputs
-    are tokens that a batch may lack.
+    None if nobody knows: where there has been no backward pass, in embeddings, whose outputs are
+    tokens that a batch may lack, and in experts, which a batch may leave out.
 
     Args:
         layer: The layer.
         x: Its `in_step_sizes`.
     """
     grad = layer.weight.grad
-    if grad is None or not layer.weight.requires_grad or isinstance(layer, nn.Embedding):
+    by_chance = isinstance(layer, nn.Embedding | ExpertMatrices)
+    if grad is None or not layer.weight.requires_grad or by_chance:
         return None
     alive = to_rows(full(grad), layer.output_dim).ne(0).any(1)
     return alive | ~to_rows(gets_gradient(layer, x), layer.output_dim).any(1)

@@ -14,13 +14,14 @@ from fogzo.layers.activations import Activations, activation_quantizers
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
-from fogzo.layers.quantizable import check_quantizable, warn_of_own_quantization
+from fogzo.layers.quantizable import check_quantizable, require_module, warn_of_own_quantization
 from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
 from fogzo.layers.quantized_input import quantized_input_class
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
     plain_class,
     quantized_class,
+    require_quantized,
     warn_of_empty_groups,
 )
 from fogzo.layers.selection import (
@@ -86,11 +87,7 @@ def quantize_(
             selected, a layer is quantized already or cannot be, a weight is not finite, or a tied
             one is selected in one place and not in another. The model is then untouched.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: "
-            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
-        )
+    require_module(model, "fogzo.quantize_(model, fogzo.lsq(bits=2))")
     check_weight_quantizer(quantizer)
     if torch.is_inference_mode_enabled():
         raise ValueError(
@@ -151,6 +148,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
         ValueError: If FSDP has cut a rotated weight along the dimension that is rotated, or a
             parametrization was put on a weight after `quantize_`.
     """
+    require_module(model, "fogzo.quantized_weights(model)")
     reshard([model])  # else the outermost module's parameters may be the gathered ones
     shared: dict[int, list[tuple[str, QuantizedLayer]]] = {}
     for name, module in model.named_modules():
@@ -183,12 +181,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
             f'activations must be "drop" or "keep", got {activations!r}: '
             'fogzo.dequantize_(model, activations="keep")'
         )
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    if not layers:
-        raise ValueError(
-            "nothing in this model is quantized: first call "
-            "fogzo.quantize_(model, fogzo.lsq(bits=2))"
-        )
+    layers = list(require_quantized(model, "fogzo.dequantize_(model)").values())
     reshard([model])
     if any(is_sharded(layer.weight) for layer in layers):
         raise ValueError(
@@ -241,10 +234,13 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
 
 
 def measure_step_sizes_(model: nn.Module) -> None:
-    """Measure the step sizes of all quantized weights again, after initialising them anew."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            module.measure_step_size_()
+    """Measure the step sizes of all quantized weights again, after initialising them anew.
+
+    Raises:
+        ValueError: If nothing in the model is quantized, or FSDP has sharded it.
+    """
+    for layer in require_quantized(model, "fogzo.measure_step_sizes_(model)").values():
+        layer.measure_step_size_()
 
 
 def quantizer_for(layer: nn.Module, quantizer: Quantizer) -> Quantizer | ExpertQuantizer:
@@ -265,6 +261,12 @@ def check_weight_quantizer(quantizer: object) -> None:
         raise ValueError(
             'weights have no tokens, but the quantizer has granularity="token": use "channel", '
             'one per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
+        )
+    if quantizer.grid.low >= 0:
+        raise ValueError(
+            f"the levels of {quantizer.grid.name} are for inputs that are never negative, and "
+            "weights are: fogzo.quantize_(model, fogzo.lsq(2), "
+            'activations=fogzo.lsq(2, levels="unsigned"))'
         )
 
 

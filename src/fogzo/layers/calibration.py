@@ -8,6 +8,7 @@ from torch import nn
 
 from fogzo.collectives import is_sharded
 from fogzo.layers.bypasses import warn_of_bypassed_layers
+from fogzo.layers.quantizable import require_module
 from fogzo.layers.quantized_input import QuantizedInput
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: If no layer quantizes its input, or FSDP has sharded the model.
     """
+    require_module(model, "with fogzo.calibrate_(model): model(x)")
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -6,6 +6,7 @@ from torch import nn
 
 from fogzo.collectives import reshard
 from fogzo.layers.experts import fused_parameters
+from fogzo.layers.quantizable import require_module
 from fogzo.quantizers.checks import is_number
 
 
@@ -30,8 +31,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         Groups of parameters with their ``weight_decay``, tied parameters once; none is empty.
 
     Raises:
-        ValueError: If the weight decay is no number of 0 or more.
+        ValueError: If it is no model, or the weight decay no number of 0 or more.
     """
+    require_module(model, "fogzo.parameter_groups(model, weight_decay=0.1)")
     if not is_number(weight_decay) or weight_decay < 0:
         raise ValueError(
             f"weight_decay must be a number of 0 or more, got {weight_decay!r}: "

@@ -65,6 +65,12 @@ def parametrization(layer: nn.Module) -> Parametrization | None:
     return None
 
 
+def require_module(model: object, call: str) -> None:
+    """Raise a `ValueError` unless it is a module; the call is the corrected one."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}: {call}")
+
+
 def check_quantizable(name: str, layer: nn.Module) -> None:
     """Raise a `ValueError` unless quantizing this layer gives what its forward then uses."""
     weight = layer.weight

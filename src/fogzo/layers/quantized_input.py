@@ -295,6 +295,10 @@ class QuantizedInput(nn.Module):
             values = _initial(self._given)
             state_dict[step] = torch.full_like(self.input_step, values[0])
             state_dict[state] = torch.full_like(self.input_state, values[1])
+        if step in state_dict and state not in state_dict:
+            own = full(state_dict[step])  # of one's own: as good as measured
+            if has_a_value(own) and bool(own.isfinite().all()):
+                state_dict[state] = self.input_state.clamp(min=AS_GIVEN)
         knee = f"{prefix}input_step_knee"
         if self.input_step_knee is not None and step in state_dict and knee not in state_dict:
             loaded = state_dict[step].abs()  # had it crossed zero, no better measure is left

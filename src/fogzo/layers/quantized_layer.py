@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.collectives import distributed_like, full, is_sharded
+from fogzo.layers.experts import layer_name
 from fogzo.layers.measured import Measured
-from fogzo.layers.quantizable import parametrization
+from fogzo.layers.quantizable import parametrization, require_module
 from fogzo.layers.quantized_input import QuantizedInput
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.experts import ExpertQuantizer
@@ -221,7 +222,9 @@ class QuantizedLayer(QuantizedInput):
 
     def _quantized(self, training: bool) -> Tensor:
         try:
-            return self.quantizer(self.weight, self._step(), self.output_dim, training)
+            return self.quantizer.quantize_weight(
+                self.weight, self._step(), self.output_dim, training
+            )
         except RuntimeError:
             self._check_step_size_shape()
             raise
@@ -320,6 +323,26 @@ class QuantizedLayer(QuantizedInput):
         state = self.__getstate__()
         state.pop("observe_quantized_weight", None)
         return _new_layer, (plain_class(self),), state
+
+
+def require_quantized(model: nn.Module, call: str) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in the order of its modules.
+
+    Raises:
+        ValueError: If it is no module, or nothing in it is quantized; with the corrected call.
+    """
+    require_module(model, call)
+    layers = {
+        layer_name(name, module) or "model": module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+    }
+    if not layers:
+        raise ValueError(
+            "nothing in this model is quantized: first call "
+            f"fogzo.quantize_(model, fogzo.lsq(bits=2)), then {call}"
+        )
+    return layers
 
 
 def warn_of_stale_step_sizes(names: list[str]) -> None:

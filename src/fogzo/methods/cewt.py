@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from fogzo.collectives import is_sharded
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.methods.pull import Weights, as_records
+from fogzo.quantizers.checks import require_type
 from fogzo.wording import listed
 
 
@@ -34,6 +35,8 @@ class Cewt:
     """
 
     def __init__(self, weights: Weights, optimizer: Optimizer, project: bool) -> None:
+        example = "torch.optim.AdamW(model.parameters(), weight_decay=0.0)"
+        require_type("optimizer", optimizer, Optimizer, example)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.weights = [w for w in as_records(weights) if w.param.requires_grad]
         for weight in self.weights:

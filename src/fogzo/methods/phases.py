@@ -6,6 +6,7 @@ from torch import nn
 from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.quantized_input import FloatPhase
+from fogzo.layers.quantized_layer import require_quantized
 from fogzo.methods.pull import step_of
 from fogzo.methods.ramps import check_count, check_start
 from fogzo.quantizers.step_sizes import knee_of
@@ -24,7 +25,8 @@ class Switch:
         check_count("total_steps", total_steps, "quantize_from(model, 0.5, total_steps=10_000)")
         self.switch_step = round(start * total_steps)
         self.step = 0
-        self._layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+        call = "fogzo.methods.quantize_from(model, 0.5, total_steps=...)"
+        self._layers = list(require_quantized(model, call).values())
         _check(self._layers)
         self._phase = FloatPhase(self.switch_step > 0)
         for layer in self._layers:
@@ -91,11 +93,6 @@ def quantize_from(model: nn.Module, start: float, *, total_steps: int) -> Switch
 
 
 def _check(layers: list[QuantizedLayer]) -> None:
-    if not layers:
-        raise ValueError(
-            "nothing in this model is quantized: first call fogzo.quantize_(model, "
-            "fogzo.lsq(bits=2)), then fogzo.methods.quantize_from(model, 0.5, total_steps=...)"
-        )
     for layer in layers:
         if layer.is_in_float:
             raise ValueError(

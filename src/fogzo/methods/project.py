@@ -20,8 +20,8 @@ def project_(weights: Weights) -> None:
     """Clamp latent weights to the range of their levels. Call it after the optimizer's step.
 
     ``w <- clip(w, lowest level, highest level)``, in the basis where the weight is rounded. Codes,
-    step sizes, the optimizer's state, frozen weights, entries that a record holds and weights in the
-    float phase of `quantize_from` stay what they are.
+    step sizes, the optimizer's state, frozen weights, entries that a record holds and weights in
+    the float phase of `quantize_from` stay what they are.
 
     Args:
         weights: A quantized model, or what `fogzo.quantized_weights` lists, which saves looking for

@@ -25,6 +25,7 @@ from fogzo.methods.ramps import (
     as_strength,
     strength_at,
 )
+from fogzo.quantizers.checks import is_number
 from fogzo.wording import listed
 
 Weights = nn.Module | Iterable[WeightLike]
@@ -101,7 +102,7 @@ class GridPull(_Scheduled):
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
         super().__init__(weights, strength)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        self.optimizers = None if optimizer is None else _as_optimizers(optimizer)
         self._learning_rates(self._trained())
         self._warned = False
 
@@ -245,7 +246,8 @@ def cage(
         strength: At the end of the run.
         start: Fraction of the run after which the pull begins.
     """
-    return GridPull(weights, LinearRamp(strength, total_steps, start), optimizer)
+    ramp = LinearRamp(strength, total_steps, start)
+    return GridPull(weights, ramp, _as_optimizers(optimizer))
 
 
 def winq(weights: Weights, *, every: int, keep: float = 0.2) -> GridPull:
@@ -261,7 +263,7 @@ def winq(weights: Weights, *, every: int, keep: float = 0.2) -> GridPull:
         keep: Share of the distance that a reset leaves, the authors' alpha. Other ports say alpha
             for the share that it takes away.
     """
-    if not 0 <= keep <= 1:
+    if not (is_number(keep) and 0 <= keep <= 1):
         raise ValueError(f"keep must be from 0 to 1, got {keep!r}: winq(weights, every=100)")
     return GridPull(weights, Periodic(1 - keep, every))
 
@@ -289,6 +291,21 @@ def dampening(
     """
     ramp = CosineRamp(strength, total_steps, start)
     return GridPenalty(weights, ramp, mean_over_inputs)
+
+
+def _as_optimizers(given: object) -> Sequence[Optimizer]:
+    """A list of optimizers, from one or from several.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    found = [given] if hasattr(given, "param_groups") else given
+    if isinstance(found, Sequence) and all(hasattr(one, "param_groups") for one in found):
+        return found
+    raise ValueError(
+        f"optimizer must be a torch.optim.Optimizer or a list of some, got {given!r:.80}: "
+        "fogzo.methods.cage(model, torch.optim.AdamW(model.parameters()), total_steps=10_000)"
+    )
 
 
 def as_records(weights: Weights) -> list[QuantizedWeight]:

@@ -18,13 +18,14 @@ from fogzo.quantizers.surrogates import Surrogate
 class ExpertQuantizer:
     """Quantizes each expert's matrix as `matrix` would quantize it alone.
 
-    It answers as a `Quantizer` does, for weights of shape (experts, outputs, inputs), or (experts,
-    inputs, outputs) if they are ``transposed``. Step sizes are of shape (groups, 1), those of the
-    first expert first: one for each expert where ``matrix.granularity`` is ``"tensor"``.
+    It answers as a `Quantizer` does in layers, for weights of shape (experts, outputs, inputs), or
+    (experts, inputs, outputs) if they are ``transposed``. Step sizes are of shape (groups, 1),
+    those of the first expert first: one for each expert where ``matrix.granularity`` is
+    ``"tensor"``.
 
     >>> import fogzo
     >>> quantizer = ExpertQuantizer(fogzo.ternary(), transposed=False)
-    >>> quantizer(torch.tensor([[[1.0, -1.0]], [[6.0, 0.0]]]))
+    >>> quantizer.quantize_weight(torch.tensor([[[1.0, -1.0]], [[6.0, 0.0]]]))
     tensor([[[ 1., -1.]],
     <BLANKLINE>
             [[ 3.,  0.]]])
@@ -75,11 +76,12 @@ class ExpertQuantizer:
         """What step sizes are rounded to."""
         return self.matrix.scale_dtype
 
-    def __call__(
+    def quantize_weight(
         self, weight: Tensor, step: Tensor | None = None, dim: int = 0, training: bool = False
     ) -> Tensor:
         """The quantized weights. ``dim`` is not used, here and below."""
-        return self._back(self._of_rows(self._rows(weight), step, 0, training), weight)
+        rows = self._of_rows.quantize_weight(self._rows(weight), step, 0, training)
+        return self._back(rows, weight)
 
     def find_step_size(self, weight: Tensor, dim: int = 0) -> tuple[Tensor | None, int]:
         """As `Quantizer.find_step_size`."""

@@ -175,7 +175,22 @@ class Quantizer:
             output_dim: Which dimension holds the output channels.
             training: Whether a stochastic quantizer rounds at random or to nearest, and whether
                 there is `noise`.
+
+        Raises:
+            ValueError: If the weight is no such tensor, or the step no such step sizes.
         """
+        _check_weight(weight)
+        _check_step(step)
+        return self.quantize_weight(weight, step, output_dim, training)
+
+    def quantize_weight(
+        self,
+        weight: Tensor,
+        step: Tensor | None = None,
+        output_dim: int = 0,
+        training: bool = False,
+    ) -> Tensor:
+        """What a call returns, without its checks: for the forward pass of layers."""
         if self.noise and training:
             weight, step = self._noisy(weight, step)
         return self._quantize(weight, step, output_dim, training, (self.grid,))
@@ -362,6 +377,27 @@ class Quantizer:
         if self.granularity == "tensor" and self.rotation is None:
             return groups.reshape(like.shape)
         return _like_a_parameter(groups.reshape(like.shape[output_dim], -1), like, output_dim)
+
+
+def _check_weight(weight: object) -> None:
+    example = "for example quantizer(torch.randn(8, 16))"
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"a weight must be a tensor, got {type(weight).__name__}: {example}")
+    if not (weight.is_floating_point() and weight.dim() > 1 and weight.numel()):
+        raise ValueError(
+            "a weight must be a floating-point tensor of two dimensions or more with values in "
+            f"it, got {weight.dtype} of shape {tuple(weight.shape)}: {example}"
+        )
+
+
+def _check_step(step: object) -> None:
+    if step is None or (isinstance(step, Tensor) and step.dim() == 2 and step.shape[1] == 1):
+        return
+    shape = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else f"{step!r:.80}"
+    raise ValueError(
+        f"step sizes must be a tensor of shape (groups, 1), got {shape}: for example "
+        "quantizer(weight, quantizer.initial_step_size(weight))"
+    )
 
 
 def _following(step: Tensor, groups: Tensor) -> Tensor:

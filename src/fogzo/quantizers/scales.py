@@ -46,8 +46,9 @@ class Scale:
             )
         if not self.detached and (self.kind != "dynamic" or self.rule not in _MULTIPLES_OF_RMS):
             raise ValueError(
-                f"gradients pass through dynamic multiples of the rms only, got the rule "
-                f"{self.rule!r} of a {self.kind} scale: rms_scale(detached=False)"
+                "gradients pass through dynamic multiples of the rms only, of the rules "
+                f"{', '.join(_MULTIPLES_OF_RMS)}, got the rule {self.rule!r} of a {self.kind} "
+                "scale: for example rms_scale(detached=False), or fogzo.bbq(2, learned=False)"
             )
         if self.value is None:
             return

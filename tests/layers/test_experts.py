@@ -51,6 +51,15 @@ class Net(nn.Module):
         return self.head(self.experts(self.inner(x), chosen))
 
 
+def test_experts_that_a_batch_leaves_out_are_not_called_dead():
+    model = fogzo.quantize_(Net(), fogzo.lsq(2))
+    model(X).square().sum().backward()
+    assert not model.experts.up.grad[-1].any()
+    found = fogzo.inspect(model)
+    assert [layer.name for layer in found.layers] == ["inner", "experts.up", "experts.down"]
+    assert [layer.dead for layer in found.layers] == [0, 0, 0]
+
+
 def separate(model: Net, quantizer: fogzo.Quantizer) -> list[nn.Linear]:
     """The experts' first matrices as linear layers, quantized one by one."""
     layers = []

@@ -55,7 +55,14 @@ def _prepared_by_torch() -> nn.Module:
         return prepare_qat(model.train())[0]
 
 
+def _expanded() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
+    return layer
+
+
 REFUSED = {
+    "expanded": (_expanded, r"'1\.weight' is expanded.*detach\(\)\.clone\(\)\) first"),
     "NaN": (lambda: _with_value(math.nan), r"'1\.weight' has values that are NaN or infinite"),
     "inf": (lambda: _with_value(-math.inf), r"'1\.weight' has values that are NaN or infinite"),
     "torch.ao QAT": (_prepared_by_torch, r"'1' is quantized already, by torch\.ao\.nn\.qat"),

@@ -105,6 +105,14 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
             f"{name!r} is sharded already, and FSDP would not know of its step sizes: "
             "fogzo.quantize_(model, quantizer) first, then fully_shard(model)"
         )
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        raise ValueError(
+            f"'{name}.weight' is expanded, several of its entries are one number in memory, so no "
+            "optimizer can train it and nothing can be baked into it: "
+            "layer.weight = nn.Parameter(layer.weight.detach().clone()) first"
+        )
     if getattr(layer, "sparse", False):
         raise ValueError(
             f"{name!r} has sparse gradients, which no rounding passes on: build it with "

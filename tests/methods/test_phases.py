@@ -143,6 +143,26 @@ def test_an_average_begun_in_float_is_quantized_with_its_model():
     assert len(average.module[0].quantized_weight().unique()) <= 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_made_in_float_is_quantized_with_step_sizes_of_its_own_weights(kind):
+    model = network(kind)
+    switch = quantize_from(model, 0.5, total_steps=2)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    best = copy.deepcopy(copy.deepcopy(model))
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    plain = network()
+    plain.load_state_dict(best.state_dict(), strict=False)
+    assert torch.equal(best(batch(0)[0]), plain(batch(0)[0]))
+    switch.advance_()
+    fogzo.quantize_(plain, KINDS[kind]["quantizer"], EVERYTHING, KINDS[kind].get("activations"))
+    assert same(best, plain)
+    fogzo.dequantize_(best, activations="drop")
+    assert torch.equal(best[0].weight, plain[0].quantized_weight())
+    assert not torch.equal(best[0].weight, model[0].quantized_weight())
+
+
 def test_a_pickled_model_stays_in_its_phase():
     model = network("fixed")
     quantize_from(model, 0.5, total_steps=STEPS)

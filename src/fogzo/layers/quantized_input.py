@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,18 +26,26 @@ from fogzo.wording import caveat
 UNMEASURED, AS_GIVEN, UNSIGNED = 0, 1, 2
 
 
-@dataclass
 class FloatPhase:
     """Whether layers compute in float for now; see `fogzo.methods.quantize_from`.
 
     Copies of a layer share it, so that an average of models that was begun in float is quantized
-    when its model is.
+    when its model is. They are known, as each then needs step sizes of its own weights.
+
+    Attributes:
+        active: Whether it lasts.
+        copies: The layers that were copied from others in it, as long as something holds them.
     """
 
-    active: bool = True
+    def __init__(self, active: bool) -> None:
+        self.active = active
+        self.copies: WeakSet[Any] = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FloatPhase":
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FloatPhase, (self.active,)  # copies stay in this process
 
 
 @dataclass

@@ -324,6 +324,11 @@ class QuantizedLayer(QuantizedInput):
         state.pop("observe_quantized_weight", None)
         return _new_layer, (plain_class(self),), state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._float_phase is not None:
+            self._float_phase.copies.add(self)
+
 
 def require_quantized(model: nn.Module, call: str) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by name, in the order of its modules.

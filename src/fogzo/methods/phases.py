@@ -42,7 +42,7 @@ class Switch:
         self.step += 1
         if self._phase.active and self.step >= self.switch_step:
             self._phase.active = False
-            for layer in self._layers:
+            for layer in (*self._layers, *self._phase.copies):
                 _measure_again_(layer)
 
     def state_dict(self) -> dict[str, int]:
@@ -65,7 +65,8 @@ def quantize_from(model: nn.Module, start: float, *, total_steps: int) -> Switch
     ``start=0`` is training that is quantized throughout; ``start=1`` trains in float and quantizes
     after the last step, which is quantization after training. At the switch step sizes are
     measured again, of weights at once and of inputs in the next training forward pass (or by
-    `fogzo.calibrate_`).
+    `fogzo.calibrate_`). Copies of the model that were made in float and still exist (averages, the
+    best so far) are quantized then too, each with step sizes of its own weights.
 
     The model is quantized from the start, so learned step sizes exist before the optimizer is
     made. In float they have no gradient, so that optimizers leave them alone. Call it after

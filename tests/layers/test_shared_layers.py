@@ -508,9 +508,12 @@ class Tied(nn.Module):
 
 
 @EVERY_MEASURED
+@pytest.mark.parametrize("moves", [False, True], ids=["stays", "moves"])
 @pytest.mark.parametrize("how", ["measured", "loaded", "initialised"])
-def test_layers_that_share_a_weight_share_the_step_size_in_use(quantizer, how):
+def test_layers_that_share_a_weight_share_the_step_size_in_use(quantizer, how, moves):
     model = fogzo.quantize_(fill(Tied()), quantizer, everything)
+    if moves:
+        model.double().bfloat16().float()
     if how == "loaded":
         own = torch.full_like(model.a.weight_step, 1e-3)
         model.a.load_state_dict({"weight_step": own}, strict=False)

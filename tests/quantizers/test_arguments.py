@@ -73,7 +73,7 @@ CALLS = {
     "rotation": (lambda v: quantizer(rotation=v), [128, "hadamard", Hadamard, True]),
     "Quantizer(weight)": (
         lambda v: fogzo.sign()(v),
-        [1.0, [[0.1]], torch.randn(8), torch.tensor([[1, 2]]), torch.ones(0, 8), torch.ones(8, 0)],
+        [1.0, [[0.1]], torch.ones(8), torch.tensor([[1, 2]]), torch.ones(0, 8), torch.ones(8, 0)],
     ),
     "Quantizer(step)": (
         lambda v: fogzo.lsq(2)(torch.randn(4, 8), v),

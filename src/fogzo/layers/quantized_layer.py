@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers.experts import layer_name
@@ -19,6 +20,9 @@ from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import caveat, listed
+
+# What became of a buffer that a layer had, as long as another layer has it.
+_MOVED: Any = WeakIdKeyDictionary()
 
 
 class QuantizedLayer(QuantizedInput):
@@ -293,6 +297,18 @@ class QuantizedLayer(QuantizedInput):
         finally:
             del self._loading
         self._measured_on = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """nn.Module's own, of ``.to(...)``; layers that share a weight go on sharing its steps."""
+        held = {name: self._buffers.get(name) for name in ("weight_step", "weight_step_knee")}
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new is not old:
+                shared = _MOVED.setdefault(old, new)
+                if (shared.dtype, shared.device) == (new.dtype, new.device):
+                    self._buffers[name] = shared
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         self.__dict__["_forward_dtype"] = self.weight.dtype  # a replica's forward runs for it

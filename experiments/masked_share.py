@@ -28,6 +28,7 @@ EXPERIMENTS = Path(__file__).parent
 FOLDER = EXPERIMENTS / "masked-share"
 NETWORKS = {
     "LLaMA": ("long-llama-identity", "o"),
+    "LLaMA, tanh": ("long-llama-tanh", "D"),
     "DeiT": ("long-deit-identity", "s"),
     "ResNet-18": ("long-resnet-identity", "^"),
 }

@@ -37,6 +37,7 @@ PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-pub
 LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-published")
 
 FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
+TANH = replace(FIXED, surrogate="tanh")
 LSQ = QuantizerConfig(preset="lsq", bits=2)
 LITERAL: dict[str, Any] = {"agreement": "measured"}
 """The paper's estimator takes the measured agreement as it is."""
@@ -208,6 +209,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     return {
         # Equal time says the same of the others, as a step costs about the same.
         "long-llama-identity": replace(identity, num_seeds=5, equal_time=True, time_of="ste"),
+        "long-llama-tanh": long(
+            replace(text, quantizer=TANH), 3000, (3.16e-4, *rates, 3.16e-2)
+        ),
         "long-llama-lsq-w2": long(replace(text, quantizer=LSQ), 3000, rates, LONG_ROWS),
         "long-deit-identity": long(replace(deit, quantizer=FIXED), 4000, (3e-4, 9.49e-4, 3e-3)),
         "long-resnet-identity": long(replace(resnet, quantizer=FIXED), 4000, (*rates, 3.16e-2)),

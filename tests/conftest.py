@@ -33,9 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make that device the default one, and let Ctrl-C mean what tests of signals expect."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Make that device the default one, and let signals mean what tests of them expect."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number, handler in defaults.items():
+        if signal.getsignal(number) is signal.SIG_IGN:  # as in a job in the background
+            signal.signal(number, handler)
     device = config.getoption("--device")
     if device != "cpu":
         torch.set_default_device(device)

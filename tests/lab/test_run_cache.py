@@ -2,10 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 import fogzo_lab
 from fogzo_lab.comparison import run_cache
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.checkpoint import save_checkpoint
 
 SOURCE = Path(fogzo_lab.__file__).parents[1]
 # They choose devices' names, read options and write files; what they hand on is in the config.
@@ -58,3 +63,23 @@ def test_reports_commands_and_benchmarks_are_not(monkeypatch):
     rooms = {".".join(name.split(".")[:2]) for name in names}
     assert not rooms & {"fogzo_lab.bench", "fogzo_lab.cli"}
     assert "fogzo_lab.comparison.report" not in names
+
+
+def test_a_run_is_another_one_when_its_initial_weights_are(tmp_path):
+    folder = tmp_path / "run"
+    checkpoints = {
+        step: save_checkpoint(folder, step, {"weight": step}, keep=9) for step in (2, 999999, 10**6)
+    }
+
+    def key(weights):
+        run_cache.RunCache(tmp_path, "code")  # a comparison reads them once
+        return run_cache.config_hash(replace(RECIPES["digits-mlp"](), initial_weights=weights))
+
+    keys = {step: key(path) for step, path in checkpoints.items()}
+    assert len({*keys.values(), key(None)}) == 4
+    assert key(folder) == keys[10**6]
+    checkpoints[10**6].rename(checkpoints[10**6].with_suffix(".diverged"))
+    assert key(folder) == keys[999999]
+    for nowhere in (tmp_path / "nowhere", folder / "checkpoints" / "step-000003"):
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            key(nowhere)

@@ -27,6 +27,7 @@ from fogzo_lab.system.folder_lock import locked
 from fogzo_lab.system.json_files import dumps, read_json, write_text
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.run_folder import Metrics, read_metrics
+from fogzo_lab.training.state import find_weights
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
         del values[name]
     if config.initial_weights is not None:
         # The weights themselves, wherever they lie and whatever will lie there later.
-        manifests = sorted(config.initial_weights.glob("checkpoints/step-*/manifest.json"))
-        values["initial_weights"] = [path.read_text(encoding="utf-8") for path in manifests[-1:]]
+        values["initial_weights"] = [_manifest(config.initial_weights)]
     if files := _data_digests(config.data):
         values["data_files"] = files
     text = json.dumps(values, sort_keys=True, default=str) + then
@@ -88,6 +88,12 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
 @cache
 def _data_digests(data: DataConfig) -> Digests:
     return digest_data(data)
+
+
+@cache
+def _manifest(run: Path) -> str:
+    """Sizes and digests of the files whose weights a training would load."""
+    return (find_weights(run) / "manifest.json").read_text(encoding="utf-8")
 
 
 class RunCache:
@@ -103,7 +109,8 @@ class RunCache:
         self.folder = folder
         self.code = code
         self.mix_versions = mix_versions
-        _data_digests.cache_clear()  # a comparison reads its data once, the next one anew
+        for read in (_data_digests, _manifest):
+            read.cache_clear()  # a comparison reads its data once, the next one anew
 
     def path(self, label: str, key: str) -> Path:
         """Where a run is, or will be."""

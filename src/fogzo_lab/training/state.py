@@ -351,7 +351,7 @@ def find_weights(run: Path) -> Path:
         ValueError: If there is none.
     """
     checkpoint = run if step_of(run) is not None else newest_checkpoint(run)
-    if checkpoint is None:
+    if checkpoint is None or not (checkpoint / "manifest.json").is_file():
         raise ValueError(
             f"there is no whole checkpoint in {run}: give the --output-dir of a run that has one"
         )

@@ -332,6 +332,41 @@ def test_weights_of_a_float_run_can_be_where_training_begins(config, tmp_path):
         Training(replace(config, initial_weights=tmp_path / "nowhere"), CPU)
 
 
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({}, True),
+        ({"bits": 2}, True),  # its default
+        ({"bits": 4}, False),
+        ({"init": "max"}, False),
+    ],
+)
+def test_step_sizes_of_another_quantizer_are_measured_anew(config, tmp_path, changes, keeps):
+    lsq = QuantizerConfig(preset="lsq")
+    before = replace(config, quantizer=lsq, output_dir=tmp_path / "before", checkpoint_every=0)
+    train(before)
+    quantizer = replace(lsq, **changes)
+    after = replace(config, quantizer=quantizer, initial_weights=before.output_dir)
+    model = Training(after, CPU).model
+    found = [weight.step_size().clone() for weight in fogzo.quantized_weights(model)]
+    fogzo.measure_step_sizes_(model)
+    measured = [weight.step_size() for weight in fogzo.quantized_weights(model)]
+    assert [torch.equal(*pair) for pair in zip(found, measured, strict=True)] == [not keeps] * 2
+
+
+def test_step_sizes_of_a_float_phase_are_measured_anew(config, tmp_path):
+    lsq = {"quantizer": QuantizerConfig(preset="lsq"), "estimator": "ste"}
+    phases = {"quantize_from": 0.5, "checkpoint_every": 14, "keep_checkpoints": 9}
+    before = replace(config, output_dir=tmp_path / "before", **lsq, **phases)
+    train(before)
+    early = before.output_dir / "checkpoints" / "step-000014"
+    model = Training(replace(config, initial_weights=early, **lsq), CPU).model
+    for weight in fogzo.quantized_weights(model):
+        found = weight.step_size().clone()
+        fogzo.measure_step_sizes_(model)
+        assert torch.equal(weight.step_size(), found)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def export_run(config: ExportConfig) -> ExportReport:
     task = load_task(settings)
     model = build_model(settings, task.shapes)
     step = load_weights(model, config.run)
-    if step < round(settings.quantize_from * settings.max_steps):
+    if settings.in_float_at(step):
         raise ValueError(
             f"{config.run} is still in float at step {step}, before its quantization begins: "
             f"go on, fogzo train {settings.recipe} --output-dir {folder} --resume"

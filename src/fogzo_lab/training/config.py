@@ -51,7 +51,8 @@ class TrainConfig(Options):
     overwrite: bool = False
     """Replace a run that is already in the folder."""
     initial_weights: Annotated[Path | None, Example("runs/float")] = None
-    """Run folder, of a float run for instance, whose weights replace the random initial ones."""
+    """Run folder, of a float run for instance, whose weights replace the random initial ones. Step
+    sizes come with them from a run of the same quantizer; otherwise they are measured anew."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the directions."""
     max_steps: PositiveInt = 500
@@ -181,6 +182,10 @@ class TrainConfig(Options):
         check_quantizers(self.quantizer, self.activations)
         self._check_linear()
         self._check_method()
+
+    def in_float_at(self, step: int) -> bool:
+        """Whether the network still computes in float after so many steps."""
+        return step < round(self.quantize_from * self.max_steps)
 
     def _check_linear(self) -> None:
         """Raise a `ValueError` if the linearized loss cannot be had with the rest."""

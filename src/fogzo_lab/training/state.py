@@ -22,6 +22,7 @@ from fogzo import (
     Watch,
     every,
     linear_noise_share,
+    measure_step_sizes_,
     quantized_weights,
 )
 from fogzo.collectives import local
@@ -46,7 +47,7 @@ from fogzo_lab.training.methods import Methods
 from fogzo_lab.training.models import build_model, calibrate, checkpoint_blocks_, logits
 from fogzo_lab.training.optimizers import OptimizerState, build_optimizer, load_optimizer
 from fogzo_lab.training.parallel import Ranks, parallelize, share_buffers
-from fogzo_lab.training.run_folder import LogPosition, Metrics
+from fogzo_lab.training.run_folder import LogPosition, Metrics, read_config
 from fogzo_lab.training.tasks import Batch, Task, load_task
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +123,7 @@ class Training:
         self.model = build_model(config, self.task.shapes).to(ranks.device)
         if checkpoint is None:
             if config.initial_weights is not None:
-                load_weights(self.model, config.initial_weights)
+                _begin_from(config.initial_weights, self.model, config)
             calibrate_activations(self.model, config, self.task, ranks.device)
         if config.gradient_checkpointing:
             checkpoint_blocks_(self.model)
@@ -383,6 +384,17 @@ def load_weights(model: nn.Module, run: Path) -> int:
             f"options of {run}/config.json"
         ) from error
     return found["step"]
+
+
+def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> None:
+    """Load initial weights, with their step sizes where those fit the quantizer."""
+    step = load_weights(model, run)
+    folder = run if step_of(run) is None else run.parent.parent
+    # Weights that came without their config may be of any quantizer.
+    other = read_config(folder) if (folder / "config.json").exists() else None
+    same = other is not None and other.quantizer.build() == config.quantizer.build()
+    if other is None or not same or other.in_float_at(step):
+        measure_step_sizes_(model)
 
 
 def check_same_tensors(

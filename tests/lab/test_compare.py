@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from in_this_process import compare_in_this_process
 from shrunk import shrunk
 
 from fogzo_lab.comparison import compare as module
-from fogzo_lab.comparison import run_cache
+from fogzo_lab.comparison import run_cache, timing
 from fogzo_lab.comparison import tables as words
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
 from fogzo_lab.comparison.intervals import Interval
@@ -33,6 +34,7 @@ from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table
 from fogzo_lab.training.config import from_dict
 from fogzo_lab.training.model_config import QuantizerConfig
+from fogzo_lab.training.tasks import ImageTask
 
 SOME = ("float", "ptq", "ste", "ste-stochastic", "placebo", "fogzo", "ste-then-fogzo")
 STEPS = 20
@@ -387,6 +389,24 @@ def test_a_run_that_begins_with_plain_ste_takes_the_time_of_its_parts(tmp_path):
     }
     seconds = run_seconds(configs, rounds=5, steps=10)
     assert seconds["ste"] < seconds["half"] < seconds["fogzo"]
+
+
+@pytest.mark.parametrize("limit", [1e9, 1e-9], ids=["fast", "slow"])
+def test_every_turn_has_its_share_of_probes_and_a_float_phase_stays_in_float(limit, monkeypatch):
+    clock, loss = [0.0], ImageTask.loss
+
+    def counted(task, model, batch):
+        in_float = any(getattr(layer, "is_in_float", False) for layer in model.modules())
+        clock[0] += (3 if torch.is_grad_enabled() else 1) * (0.5 if in_float else 1)
+        return loss(task, model, batch)
+
+    monkeypatch.setattr(ImageTask, "loss", counted)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    base = digits("unused", max_steps=12)
+    rows = ("ste", "fogzo", "fogzo-every-4", "float-then-ste")
+    configs = {name: ROWS[name].config(base, None) for name in rows}
+    found = run_seconds(configs, rounds=4, steps=6, limit=limit)
+    assert found == {"ste": 36, "fogzo": 60, "fogzo-every-4": 42, "float-then-ste": 27}
 
 
 def test_a_learning_rate_at_which_a_run_diverges_is_never_chosen(tmp_path):

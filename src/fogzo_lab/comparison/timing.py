@@ -1,6 +1,7 @@
 """What a training step of each row takes, by interleaved timing."""
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ def run_seconds(
     Args:
         configs: Runs by name, of the same number of steps.
         rounds: How often each has its turn; the median turn counts.
-        steps: Steps per turn.
+        steps: Steps per turn, about: a turn holds as many probes as any other of its row.
         limit: Seconds to measure for, about: slow steps get shorter turns, and fewer of them.
     """
     phases = {name: phases_of(config) for name, config in configs.items()}
@@ -35,7 +36,9 @@ def run_seconds(
         for turn in turns.values():
             turn(1)  # warm up
         each = sum(turn(1) for turn in turns.values())
-        steps = max(1, min(steps, int(limit / (_FEWEST_ROUNDS * each))))
+        period = math.lcm(*(part.probe_every for part in alike))
+        steps = min(steps, int(limit / (_FEWEST_ROUNDS * each)))
+        steps = max(1, steps // period) * period
         rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
         step = take_turns(turns, dict.fromkeys(turns, steps), rounds).seconds()
     return {
@@ -72,6 +75,8 @@ def phases_of(config: TrainConfig) -> list[tuple[TrainConfig, float]]:
 def _turn(config: TrainConfig, ranks: Ranks) -> Timed:
     """A function that trains on for some steps and returns the seconds they took."""
     training = Training(config, ranks)
+    if config.quantize_from == 1:
+        training.methods.switch = None  # turns may go on past the run's end, still in float
 
     def turn(steps: int) -> float:
         seconds = 0.0

@@ -1,5 +1,6 @@
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -109,6 +110,20 @@ def test_a_folder_of_image_files_has_a_class_for_each_folder(tmp_path, kind, mod
     assert (data.num_classes, data.channels) == (3, len(mode))
     assert everything(data.test)[0].shape == (6, len(mode), 6, 6)
     assert everything(data.test)[1].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_part_of_a_test_split_in_the_order_of_its_classes_is_of_all_classes(folder):
+    for name in ("train", "test"):
+        write(folder, name, pictures(30), sorted([0, 1, 2] * 10))
+    config = ImagesConfig(dataset=str(folder))
+    whole = everything(load_images(config).test)[1]
+    assert whole.tolist() == sorted([0, 1, 2] * 10)
+    part = everything(load_images(replace(config, max_eval_images=12)).test)[1]
+    assert len(part) == 30 and part[:12].bincount().min() >= 2
+    write(folder, "test", pictures(30), [0, 1, 2] * 10)
+    module._load.cache_clear()
+    mixed = everything(load_images(replace(config, max_eval_images=12)).test)[1]
+    assert mixed.tolist() == [0, 1, 2] * 10
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA"])

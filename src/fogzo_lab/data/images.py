@@ -105,13 +105,23 @@ def _load(config: ImagesConfig, stamp: object) -> Images:
     return Images(
         train=ImageSplit(pixels, labels, order[held_out:]),
         validation=ImageSplit(pixels, labels, order[:held_out]),
-        test=ImageSplit(test_pixels, test_labels),
+        test=ImageSplit(test_pixels, test_labels, _test_order(test_labels, config)),
         num_classes=num_classes,
         channels=pixels.shape[1],
         image_size=config.image_size or pixels.shape[-1],
         mean=mean,
         std=std,
     )
+
+
+def _test_order(labels: Tensor, config: ImagesConfig) -> Tensor | None:
+    """None for the order of the files, unless the evaluated part would be of some classes only.
+
+    Folders list one class after the other.
+    """
+    if len(labels) <= config.max_eval_images or bool((labels.diff() < 0).any()):
+        return None
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 
 
 def _digits(config: ImagesConfig) -> Read:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fogzo
+from fogzo_lab.cli.commands import _parse
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig, TextConfig
 from fogzo_lab.recipes import RECIPES
@@ -18,6 +19,7 @@ from fogzo_lab.training.model_config import (
     ResNetConfig,
     check_quantizers,
 )
+from fogzo_lab.training.run_folder import read_config
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -87,6 +89,13 @@ def test_options_that_cannot_work_name_the_option(changes, message):
         (QuantizerConfig, {"preset": "quest", "init": "mse"}, "--quantizer.init None"),
         (QuantizerConfig, {"preset": "ternary", "bits": 2}, "--quantizer.bits None"),
         (QuantizerConfig, {"preset": "sign", "levels": "half"}, "--quantizer.levels None"),
+        (
+            QuantizerConfig,
+            {"bits": 4},
+            "without a preset: --quantizer.preset fixed --quantizer.bits 4",
+        ),
+        (QuantizerConfig, {"block": 8}, "--quantizer.preset quest --quantizer.block 8"),
+        (QuantizerConfig, {"stochastic": True}, "fixed --quantizer.stochastic$"),
         (QuantizerConfig, {"levels": "whole"}, "--quantizer.levels"),
         (QuantizerConfig, {"scale_dtype": "float8"}, "--quantizer.scale-dtype"),
         (QuantizerConfig, {"surrogate": "identiy"}, "--quantizer.surrogate identity"),
@@ -121,6 +130,32 @@ def test_every_preset_can_be_asked_for(preset):
     assert QuantizerConfig(preset=preset).build() is not None
     assert QuantizerConfig(preset=preset, granularity="channel").build().granularity == "channel"
     assert QuantizerConfig(preset="none").build() is None
+
+
+def test_another_preset_begins_from_its_own_defaults_and_keeps_what_is_given():
+    def parsed(*arguments):
+        return _parse("train", ["digits-mlp", *arguments], RECIPES)
+
+    recipe = RECIPES["digits-mlp"]().quantizer
+    assert parsed("--quantizer.preset", "fixed", "--quantizer.bits", "4").quantizer == replace(
+        recipe, bits=4
+    )
+    quest = parsed("--quantizer.preset=quest", "--quantizer.granularity", "channel").quantizer
+    assert quest == QuantizerConfig(preset="quest", bits=2, granularity="channel")
+    given = ("--quantizer.surrogate", "identity")
+    quest = parsed("--quantizer.preset", "quest", *given).quantizer
+    assert quest == QuantizerConfig(preset="quest", bits=2, surrogate="identity")
+    assert parsed("--quantizer.preset", "none").quantizer == QuantizerConfig()
+    assert parsed("--quantizer.preset", "sign").quantizer == QuantizerConfig(preset="sign")
+    with pytest.raises(ValueError, match=r"--quantizer.preset fixed --quantizer.bits 4"):
+        parsed("--quantizer.preset", "none", "--quantizer.bits", "4")
+
+
+def test_a_float_run_of_an_earlier_version_has_no_quantizer(tmp_path):
+    values = json.loads(to_json(RECIPES["digits-mlp"]()))
+    values["quantizer"]["preset"] = "none"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).quantizer == QuantizerConfig()
 
 
 def test_levels_and_the_dtype_of_steps_are_those_of_the_file_to_come():

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from fogzo.export import load_
 from fogzo_lab.cli.main import main
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
+from fogzo_lab.training.model_config import QuantizerConfig
 from fogzo_lab.training.models import build_model
 from fogzo_lab.training.run_folder import read_config
 from fogzo_lab.training.tasks import load_task
@@ -43,8 +44,8 @@ def served(run, folder):
     """The network in float, with what was exported in its layers."""
     config = read_config(run)
     task = load_task(config)
-    none = replace(config.quantizer, preset="none", levels=None, scale_dtype=None)
-    plain = build_model(replace(config, quantizer=none, activations=none), task.shapes)
+    in_float = replace(config, quantizer=QuantizerConfig(), activations=QuantizerConfig())
+    plain = build_model(in_float, task.shapes)
     return task, load_(plain, folder).eval()
 
 

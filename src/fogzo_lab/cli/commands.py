@@ -132,7 +132,7 @@ def _parse(
 
 
 def _for_presets(default: ConfigT, arguments: Sequence[str]) -> ConfigT:
-    """The recipe's options without those that the presets in the arguments do not take."""
+    """The recipe, with the presets in the arguments and their own options."""
     if isinstance(default, CompareConfig):
         return replace(default, base=_for_presets(default.base, arguments))
     named = dict(pairwise(arguments))

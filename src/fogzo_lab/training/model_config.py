@@ -2,7 +2,7 @@
 
 import math
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from fogzo_lab.options import (
 
 _Bits = Annotated[int, Rule(lambda bits: 1 <= bits <= 8, "from 1 to 8")]
 _OF_FEW = {"detach_scale": ("quest",), "learned": ("bbq",), "block": ("quest", "bbq")}
+_Preset = Literal["none", "fixed", "lsq", "quest", "bbq", "ternary", "sign", "abs_max"]
 _Surrogate = Annotated[str, OneOf((*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES))]
 
 
@@ -33,8 +34,9 @@ class QuantizerConfig(Options):
 
     PREFIX: ClassVar[str] = "quantizer."
 
-    preset: Literal["none", "fixed", "lsq", "quest", "bbq", "ternary", "sign", "abs_max"] = "none"
-    """none keeps floating point."""
+    preset: _Preset = "none"
+    """none keeps floating point; another than the recipe's begins from its own defaults, but for
+    the bits."""
     bits: Annotated[_Bits | None, Example(2)] = None
     """Bits of fixed, lsq, quest, bbq (by default 2) and abs_max (8)."""
     surrogate: Annotated[_Surrogate | None, Example("identity")] = None
@@ -71,6 +73,8 @@ class QuantizerConfig(Options):
 
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` if the preset does not take an option that is given."""
+        if self.preset == "none":
+            self._check_nothing_given(prefix)
         if self.surrogate in DRAWN_SURROGATE_NAMES and not self.stochastic:
             raise ValueError(
                 f"the slope {self.surrogate} is that of a level that was drawn: "
@@ -81,28 +85,42 @@ class QuantizerConfig(Options):
                 f"{self.preset} has levels of its own and takes no bits, got {self.bits}: "
                 f"--{prefix}bits None, or --{prefix}preset lsq"
             )
-        if self.preset not in ("none", "fixed", "lsq", "bbq") and self.init is not None:
+        if self.preset not in ("fixed", "lsq", "bbq") and self.init is not None:
             raise ValueError(
                 f"{self.preset} measures its step size in every forward pass and takes no init, "
                 f"got {self.init}: --{prefix}init None, or --{prefix}preset fixed"
             )
         for name, owners in _OF_FEW.items():
-            if getattr(self, name) is not None and self.preset not in ("none", *owners):
+            if getattr(self, name) is not None and self.preset not in owners:
                 option = f"{prefix}{name.replace('_', '-')}"
                 raise ValueError(
                     f"{self.preset} has no {name.replace('_', ' ')} to choose, which "
                     f"{' and '.join(owners)} have: --{option} None, or --{prefix}preset {owners[0]}"
                 )
-        if self.preset not in ("none", "fixed", "lsq", "bbq") and self.levels is not None:
+        if self.preset not in ("fixed", "lsq", "bbq") and self.levels is not None:
             raise ValueError(
                 f"{self.preset} has levels of its own and takes none, got {self.levels}: "
                 f"--{prefix}levels None, or --{prefix}preset lsq"
             )
 
+    def _check_nothing_given(self, prefix: str) -> None:
+        """Raise a `ValueError` if an option says how to quantize what stays in float."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                owner = "abs_max" if value == "token" else _OF_FEW.get(field.name, ("fixed",))[0]
+                option = f"--{prefix}{field.name.replace('_', '-')}"
+                raise ValueError(
+                    f"{field.name} says nothing without a preset: --{prefix}preset {owner} "
+                    f"{option}" + ("" if field.type is bool else f" {value}")
+                )
+
     def for_preset(self, preset: str) -> "QuantizerConfig":
-        """The options for another preset, without those that it does not take."""
-        dropped: dict[str, Any] = dict.fromkeys(_NOT_TAKEN.get(preset, ()))
-        return replace(self, **dropped)
+        """The preset's own options, with as many bits where it takes any."""
+        if preset == self.preset or preset not in typing.get_args(_Preset):
+            return self  # the parser refuses what is no preset
+        bits = None if preset in ("none", "ternary", "sign") else self.bits
+        return QuantizerConfig(preset=typing.cast(_Preset, preset), bits=bits)
 
     def build(self) -> Quantizer | None:
         """The quantizer, or None for float."""
@@ -136,13 +154,6 @@ class QuantizerConfig(Options):
         masks = self.preset == "fixed" and self.surrogate is None
         own = replace(self, granularity="tensor") if kept else self
         return (replace(own, surrogate="identity") if masks else own).build()
-
-
-_NOT_TAKEN = {
-    **dict.fromkeys(("ternary", "sign"), ("bits", "init", "levels")),
-    **dict.fromkeys(("quest", "abs_max"), ("init", "levels")),
-}
-"""Options by the presets that do not take them."""
 
 
 def check_quantizers(weights: QuantizerConfig, activations: QuantizerConfig) -> None:

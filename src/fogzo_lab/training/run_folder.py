@@ -21,6 +21,7 @@ from fogzo_lab.training.checkpoint import (
 )
 from fogzo_lab.training.checkpoint_format import DamagedCheckpoint, step_of
 from fogzo_lab.training.config import TrainConfig, from_dict, to_json
+from fogzo_lab.training.model_config import QuantizerConfig
 
 Metrics = dict[str, Any]
 T = TypeVar("T")
@@ -236,6 +237,9 @@ def read_config(folder: Path) -> TrainConfig:
         )
     way_out = "restore it, or train again"
     values = read_json(path, dict[str, Any], way_out)
+    for name in ("quantizer", "activations"):
+        if isinstance(values.get(name), dict) and values[name].get("preset") == "none":
+            values[name] = dataclasses.asdict(QuantizerConfig())  # earlier versions kept the rest
     try:
         config: TrainConfig = from_dict(TrainConfig, values)
     except ValueError as error:

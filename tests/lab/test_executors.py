@@ -15,6 +15,7 @@ from fogzo_lab.comparison.compare import CompareConfig, compare
 from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
 from fogzo_lab.comparison.run_cache import code_version
 from fogzo_lab.comparison.runs import Run
+from fogzo_lab.executors.calls import Call, Died, Executor
 from fogzo_lab.recipes import RECIPES
 
 
@@ -40,6 +41,41 @@ def numbers(folder):
         for part in (*row["seeds"], *row["curve"]):
             del part["seconds"]
     return {name: results[name] for name in ("code", "grid", "rows", "differences")}
+
+
+class _Dying(Executor):
+    """Computes two calls at a time; the process of every one dies in its first try."""
+
+    def __init__(self):
+        super().__init__(at_once=2)
+        self.tries = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def _start(self, call):
+        self.tries.append(call.name)
+        return call.name
+
+    def _wait(self, computing):
+        return list(computing)[:1]
+
+    def _answer(self, name):
+        if self.tries.count(name) == 1:
+            raise Died("exit code 1")
+        return name
+
+
+def test_every_call_may_die_once_whichever_memory_it_lies_in():
+    names = [f"run {number}" for number in range(20)]
+    with _Dying() as executor:  # each call is freed before the next one is made
+        assert set(executor.results(Call(name, print, ()) for name in names)) == set(names)
+    with _Dying() as executor, pytest.raises(ChildProcessError, match="run 1: its process died tw"):
+        executor._answer = lambda name: (_ for _ in ()).throw(Died("exit code 1"))
+        list(executor.results([Call("run 1", print, ())]))
 
 
 @pytest.fixture(scope="module")

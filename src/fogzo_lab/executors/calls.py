@@ -3,7 +3,6 @@
 import logging
 import traceback
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -51,7 +50,8 @@ class Executor(ABC, Generic[HandleT]):
 
     def __init__(self, at_once: int) -> None:
         self._at_once = at_once
-        self._computing: dict[HandleT, Call] = {}
+        # With each call, whether its process died before: it may die once.
+        self._computing: dict[HandleT, tuple[Call, bool]] = {}
 
     @abstractmethod
     def __enter__(self) -> "Executor[HandleT]": ...
@@ -88,29 +88,27 @@ class Executor(ABC, Generic[HandleT]):
         """
         computing = self._computing
         assert not computing, "its results were not taken, or it has raised an exception"
-        waiting = iter(calls)
-        again: list[Call] = []
-        deaths: Counter[int] = Counter()
+        waiting = ((call, False) for call in calls)
+        again: list[tuple[Call, bool]] = []
         while True:
             while len(computing) < self._at_once:
-                call = again.pop() if again else next(waiting, None)
-                if call is None:
+                one = again.pop() if again else next(waiting, None)
+                if one is None:
                     break
-                computing[self._start(call)] = call
+                computing[self._start(one[0])] = one
             if not computing:
                 return
             for ended in self._wait(computing.keys()):
-                call = computing.pop(ended)
+                call, died_before = computing.pop(ended)
                 try:
                     value = self._answer(ended)
                 except Died as death:
-                    deaths[id(call)] += 1
-                    if deaths[id(call)] > 1:
+                    if died_before:
                         raise ChildProcessError(
                             f"{call.name}: its process died twice, now {death}. {self.advice}"
                         ) from None
                     _LOG.warning("%s: its process died (%s); it runs again", call.name, death)
-                    again.append(call)
+                    again.append((call, True))
                     continue
                 yield value
 

@@ -33,7 +33,9 @@ from fogzo_lab.recipes import RECIPES
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table
 from fogzo_lab.training.config import from_dict
+from fogzo_lab.training.loop import train
 from fogzo_lab.training.model_config import QuantizerConfig
+from fogzo_lab.training.run_folder import read_config
 from fogzo_lab.training.tasks import ImageTask
 
 SOME = ("float", "ptq", "ste", "ste-stochastic", "placebo", "fogzo", "ste-then-fogzo")
@@ -511,6 +513,14 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
     with cache.lock():  # given back
         pass
     plan(config)  # and a plan disturbs nobody
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path):
+    train(digits(tmp_path, max_steps=2, estimator="ste", checkpoint_every=-1))
+    for refused in (compare, plan):
+        with pytest.raises(ValueError, match=r"has metrics.jsonl.*--output-dir .*-compare$"):
+            refused(small(tmp_path))
+    assert read_config(tmp_path).max_steps == 2
 
 
 def test_a_run_is_another_one_when_its_data_files_change(tmp_path):

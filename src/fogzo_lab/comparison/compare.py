@@ -275,9 +275,16 @@ def _check_possible(recipe: TrainConfig) -> None:
 
 def _open(config: CompareConfig) -> RunCache:
     _check_possible(config.base)
+    folder = config.base.output_dir
+    for name in ("metrics.jsonl", "result.json", "checkpoints"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} is the folder of one run, as it has {name}, and a comparison would "
+                f"replace its config.json and its report: --output-dir {folder}-compare"
+            )
     if "parq" in config.rows:
         check_installed()
-    cache = RunCache(config.base.output_dir, code_version(), config.mix_versions)
+    cache = RunCache(folder, code_version(), config.mix_versions)
     cells = [_Cell(name, "steps", config.base.max_steps) for name in config.rows]
     cache.check_versions((run.label, run.key) for cell in cells for run in cell.tuning(config))
     return cache

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -500,6 +501,35 @@ def test_runs_of_other_code_are_refused_before_anything_runs(tmp_path, monkeypat
     assert sorted((tmp_path / "runs").iterdir()) == before
     assert mixed.code["versions_of_runs"] == [results.code["version"]]
     assert mixed.rows == results.rows
+
+
+def test_runs_of_other_code_that_were_killed_are_not_gone_on_with(tmp_path):
+    config = small(
+        tmp_path, rows=("ptq",), equal_time=False, learning_rates=(1e-2,), num_seeds=1,
+        mix_versions=True,
+    )  # fmt: skip
+    compare(config)
+    quantized, trained = (next((tmp_path / "runs").glob(f"{row}-*")) for row in ("ptq", "float"))
+    shutil.rmtree(quantized)
+    shutil.rmtree(trained / "checkpoints")
+    # Another version finished the float network, and was killed while it quantized that.
+    others = [
+        path.with_name(path.name.rpartition("-")[0] + "-0123456789ab")
+        for path in (trained, quantized)
+    ]
+    trained.rename(others[0])
+    result = json.loads((others[0] / "result.json").read_text())
+    result["run"] = "-".join(others[0].name.rsplit("-", 2)[1:])
+    (others[0] / "result.json").write_text(json.dumps(result))
+    others[1].mkdir()
+    (others[1] / "result.json").write_text('{"steps": 10, "seconds": 1.0}')
+    before = {path: path.read_bytes() for other in others for path in other.rglob("*.json*")}
+    found = compare(config)
+    assert found.code["versions_of_runs"] == [run_cache.code_version()]
+    assert before == {path: path.read_bytes() for other in others for path in other.rglob("*.json*")}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        path.name for path in (trained, quantized, *others)
+    }
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):

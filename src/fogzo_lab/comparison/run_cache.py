@@ -115,7 +115,7 @@ class RunCache:
     def path(self, label: str, key: str) -> Path:
         """Where a run is, or will be."""
         own = self.folder / "runs" / f"{label}-{key}-{self.code}"
-        if self.mix_versions and not (own / "result.json").exists():
+        if self.mix_versions and not _is_finished(own):
             return next(iter(self._others(key)), own)
         return own
 
@@ -166,8 +166,9 @@ class RunCache:
         return Timing(self)
 
     def _others(self, key: str) -> list[Path]:
-        found = sorted((self.folder / "runs").glob(f"*-{key}-*/result.json"))
-        return [path.parent for path in found if not path.parent.name.endswith(self.code)]
+        """The finished runs of other versions: nothing is ever trained into their folders."""
+        found = sorted((self.folder / "runs").glob(f"*-{key}-*"))
+        return [path for path in found if not path.name.endswith(self.code) and _is_finished(path)]
 
 
 class Timing:
@@ -248,6 +249,14 @@ def _read(path: Path) -> Metrics | None:
     if metrics and metrics[-1]["step"] != result["steps"]:
         raise ValueError(f"its metrics.jsonl ends at step {metrics[-1]['step']}")
     return result
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a run is there whole, and no damaged one or one that was killed."""
+    try:
+        return _read(path) is not None
+    except (ValueError, OSError):
+        return False
 
 
 def _identity(path: Path) -> str:

@@ -83,7 +83,7 @@ def run_in(run: Run, path: Path, trained: Path) -> None:
         trained: The folder of the run that trains the network, where that is another one.
     """
     config = dataclasses.replace(run.config, output_dir=path, resume=False, overwrite=True)
-    result = _quantize(run, trained) if ROWS[run.row].quantized_after else _train(config)
+    result = _quantize(run, path, trained) if ROWS[run.row].quantized_after else _train(config)
     finish(path, config, result)
 
 
@@ -95,12 +95,15 @@ def _train(config: TrainConfig) -> Metrics:
         return read_result(config.output_dir)
 
 
-def _quantize(run: Run, trained: Path) -> Metrics:
+def _quantize(run: Run, path: Path, trained: Path) -> Metrics:
     result = read_result(trained)
     training = {name: result[name] for name in ("steps", "seconds")}
     if result.get("diverged"):
         return training | {"diverged": True}
     if newest_checkpoint(trained) is None:  # somebody has deleted it, or it is damaged
+        # Beside the quantized one, of the same code, as the other may be of another version.
+        code = path.name.rpartition("-")[2]
+        trained = path.with_name(f"{run.trained.label}-{run.trained.key}-{code}")
         config = dataclasses.replace(run.config, output_dir=trained, overwrite=True)
         finish(trained, config, train(config))
     recipe = run.recipe

@@ -289,6 +289,55 @@ def test_the_story_names_wins_losses_and_what_is_not_significant():
     ]
 
 
+@pytest.mark.parametrize(
+    ("rows", "findings", "story"),
+    [
+        (
+            [row("float", (0.9, 0.91, 0.92)), FOGZO],
+            ["No other quantized row stands beside FOGZO to be compared with: --rows ste fogzo."],
+            ["FOGZO reached a test accuracy of 80.00 ± 1.00%."],
+        ),
+        (
+            [*RIVALS, row("fogzo", (0.8, None, 0.8))],
+            ["1 of 3 runs of FOGZO diverged, so no interval exists and no winner is called."],
+            [],
+        ),
+        (
+            [row("float", (0.9, 0.9, 0.9)), row("ste", (0.8, None, 0.8)), FOGZO],
+            [
+                "A run diverged in each of the other quantized rows, so no interval exists and no "
+                "winner is called."
+            ],
+            ["FOGZO reached a test accuracy of 80.00 ± 1.00%."],
+        ),
+        (
+            [row("ste", (0.8,)), row("fogzo", (0.9,))],
+            ["With one seed no interval exists, and no winner is called: --num-seeds 5."],
+            ["FOGZO reached a test accuracy of 90.00 ± –%."],
+        ),
+    ],
+)
+def test_where_nothing_is_called_the_true_reason_is_said(rows, findings, story):
+    assert words.findings(made(*rows)) == findings
+    assert words.story(made(*rows)) == [*story, *findings]
+
+
+def test_the_story_of_equal_time_says_that_equal_steps_diverged():
+    later = [row(name, (0.8, 0.8, 0.8), budget="time") for name in ("ste", "fogzo")]
+    story = words.story(made(RIVALS[0], row("fogzo", (None, 0.8, 0.8)), *later))
+    assert story[0] == "1 of 3 runs of FOGZO diverged."
+    assert story[1].startswith("With equal time")
+
+
+def test_a_page_shows_no_training_loss_where_none_was_measured():
+    where = {"processor": "P", "cores": 2, "torch": "2", "date": "today"}
+    table = words.page_table(replace(made(*RIVALS, FOGZO), environment=where))
+    assert table.heading[2:] == ["test accuracy %", "FOGZO − row"]
+    seeds = [{"test_accuracy": 0.8, "train_loss": 0.5}] * 3
+    both = words.page_table(replace(made(replace(FOGZO, seeds=seeds)), environment=where))
+    assert both.heading[4] == "train loss (nats)"
+
+
 def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
     both = made(*RIVALS, FOGZO, row("ste", (0.81, 0.82, 0.83), budget="time"))
     table = verdict_table({"a net": both, "another": made(*RIVALS, FOGZO)})
@@ -526,7 +575,9 @@ def test_runs_of_other_code_that_were_killed_are_not_gone_on_with(tmp_path):
     before = {path: path.read_bytes() for other in others for path in other.rglob("*.json*")}
     found = compare(config)
     assert found.code["versions_of_runs"] == [run_cache.code_version()]
-    assert before == {path: path.read_bytes() for other in others for path in other.rglob("*.json*")}
+    assert before == {
+        path: path.read_bytes() for other in others for path in other.rglob("*.json*")
+    }
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         path.name for path in (trained, quantized, *others)
     }

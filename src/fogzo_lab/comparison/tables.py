@@ -6,7 +6,7 @@ from typing import Any
 from fogzo_lab.comparison.compare import Plan
 from fogzo_lab.comparison.intervals import Interval, Verdict
 from fogzo_lab.comparison.metrics import TRAIN_LOSS, Metric
-from fogzo_lab.comparison.results import Comparison, Difference, row_title
+from fogzo_lab.comparison.results import Comparison, Difference, RowResult, row_title
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.table import Table
 
@@ -26,7 +26,8 @@ def quality(result: Mapping[str, Any]) -> str:
 def page_table(comparison: Comparison) -> Table:
     """What a page of results shows of a comparison, and where it was measured."""
     main = comparison.main_metric
-    shown = (main, TRAIN_LOSS)
+    # Streamed text has no training loss.
+    shown = [metric for metric in (main, TRAIN_LOSS) if metric in comparison.metrics]
     heading = ["gradient", "steps + extra forward passes"]
     for metric in shown:
         heading += [metric.heading, "FOGZO − row"]
@@ -173,7 +174,9 @@ def story(comparison: Comparison) -> list[str]:
         return ["FOGZO's loss did not stay finite: there is nothing to compare."]
     unit = "%" if main.unit == "points" else ""
     lines = [f"FOGZO reached a {main.name} of {main.spread(fogzo.summary(main.key))}{unit}."]
-    verdicts = _verdicts(comparison, main)
+    verdicts, diverged = _verdicts(comparison, main), _diverged(fogzo, main)
+    if diverged:
+        lines = [f"{diverged}."] if verdicts else []
     begins: dict[Verdict, str] = {
         "better": "significantly better than",
         "worse": "significantly worse than",
@@ -230,9 +233,22 @@ def _verdicts(
 
 
 def _no_interval(comparison: Comparison) -> str:
-    if any(len(row.seeds) > 1 for row in comparison.rows):
-        return "A run diverged in every row, so no interval exists and no winner is called."
-    return "With one seed no interval exists, and no winner is called: --num-seeds 5."
+    """Why there is no verdict."""
+    fogzo = comparison.find("fogzo")
+    if all(row.name in ("float", "fogzo") for row in comparison.rows):
+        return "No other quantized row stands beside FOGZO to be compared with: --rows ste fogzo."
+    if all(len(row.seeds) == 1 for row in comparison.rows):
+        return "With one seed no interval exists, and no winner is called: --num-seeds 5."
+    why = (
+        fogzo and _diverged(fogzo, comparison.main_metric)
+    ) or "A run diverged in each of the other quantized rows"
+    return f"{why}, so no interval exists and no winner is called."
+
+
+def _diverged(row: RowResult, metric: Metric) -> str:
+    """How many runs of a row have diverged, and no such number, in words; empty if none."""
+    count = row.values(metric.key).count(None)
+    return f"{count} of {len(row.seeds)} runs of {row.label} diverged" if count else ""
 
 
 def _range(metric: Metric, gap: Interval) -> str:

@@ -78,5 +78,9 @@ def test_workers_load_the_same_batches_and_leave_the_global_stream_alone():
 def test_more_than_there_is_or_cannot_be_shared_names_a_size_that_works():
     with pytest.raises(ValueError, match="--batch-size 18"):
         ShuffledBatches(Numbers(18), 19, 0)
+    with pytest.raises(ValueError, match="--batch-size 16"):
+        ShuffledBatches(Numbers(18), 20, 0, accumulation=4)
+    with pytest.raises(ValueError, match="--accumulation 1"):
+        ShuffledBatches(Numbers(3), 20, 0, accumulation=4)
     with pytest.raises(ValueError, match=r"2 rank.*3 micro-batch.*--batch-size 12"):
         ShuffledBatches(Numbers(18), 13, 0, ranks=2, accumulation=3)

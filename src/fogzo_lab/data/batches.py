@@ -56,9 +56,10 @@ class ShuffledBatches(Iterator[list[BatchT]]):
     ) -> None:
         check_divisible(batch_size, ranks, accumulation)
         if batch_size > len(split):
+            fitting = len(split) - len(split) % (ranks * accumulation)
             raise ValueError(
                 f"a batch of {batch_size} is more than the {len(split)} training examples: "
-                f"--batch-size {len(split)}"
+                + (f"--batch-size {fitting}" if fitting else "--accumulation 1")
             )
         self._split = split
         self._batch_size = batch_size

@@ -205,6 +205,7 @@ def test_probes_see_the_asked_share_of_the_batch_in_the_asked_precision(config, 
     monkeypatch.setattr(training.task, "loss", spy)
     training_step(training, training.next_window())
     assert seen == [(True, 12, 12, False)] * 2 + [(False, 2, 2, True)] * 4
+    assert training.extra_forwards == 2 * 4 / 24  # and not 2 * 0.125
 
 
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet", "digits-deit", "pydoc-llama"])
@@ -225,6 +226,12 @@ def test_probes_that_do_not_go_together_are_refused(config):
     for value in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"--probe-fraction 0\.125"):
             replace(config, probe_fraction=value)
+    with pytest.raises(ValueError, match=r"0\.1 of a micro-batch of 3 .*--probe-fraction 0\.3334,"):
+        replace(config, batch_size=6, accumulation=2, probe_fraction=0.1)
+    replace(config, batch_size=6, accumulation=2, probe_fraction=0.3334)
+    for estimator in ("spsa", "control-variate"):
+        with pytest.raises(ValueError, match=f"{estimator} has no steps of STE.*--probe-every out"):
+            replace(config, estimator=estimator, probe_every=4)
     with pytest.raises(ValueError, match="--probe-every 4"):
         replace(config, probe_every=0)
 

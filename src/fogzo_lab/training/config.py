@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,11 +165,15 @@ class TrainConfig(Options):
                 "one-sided differences start from the step's own loss, of the whole batch in its "
                 "own precision: leave --probe-fraction and --probe-precision out, or --one-sided"
             )
-        if self.estimator in ("spsa", "control-variate") and (self.start or self.quantize_from):
-            option = "--start" if self.start else "--quantize-from"
+        micro_batch = max(1, self.batch_size // self.accumulation)
+        if round(self.probe_fraction * micro_batch, 6) < 1:
+            smallest = math.ceil(10_000 / micro_batch) / 10_000  # rounded up, so that it is enough
             raise ValueError(
-                f"{self.estimator} has no STE phase before it: leave {option} out, or this row"
+                f"{self.probe_fraction:g} of a micro-batch of {micro_batch} is less than one "
+                f"example to probe: --probe-fraction {smallest:g}, or a larger --batch-size"
             )
+        if self.estimator in ("spsa", "control-variate"):
+            self._check_alone()
         if (self.model.family == "llama") != (self.data.kind == "text"):
             raise ValueError(
                 f"a {self.model.family} cannot learn from {self.data.kind}: use a recipe whose "
@@ -183,9 +188,28 @@ class TrainConfig(Options):
         self._check_linear()
         self._check_method()
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether layers are quantized, if only in the end; those of parq never are."""
+        return self.quantizer.preset != "none" and self.method.name != "parq"
+
     def in_float_at(self, step: int) -> bool:
         """Whether the network still computes in float after so many steps."""
         return step < round(self.quantize_from * self.max_steps)
+
+    def _check_alone(self) -> None:
+        """Raise a `ValueError` if an estimator that never follows STE is to take turns with it."""
+        asks_for_ste = {
+            "--start": self.start,
+            "--quantize-from": self.quantize_from,
+            "--probe-every": self.probe_every > 1,
+        }
+        for option, given in asks_for_ste.items():
+            if given:
+                raise ValueError(
+                    f"{self.estimator} has no steps of STE before or between its own: leave "
+                    f"{option} out, or this row"
+                )
 
     def _check_linear(self) -> None:
         """Raise a `ValueError` if the linearized loss cannot be had with the rest."""
@@ -226,7 +250,8 @@ class TrainConfig(Options):
         if name in ("cage", "dampening") and self.method.options["start"] < begin:
             raise ValueError(
                 f"{name} would pull weights to the grid of a network that is in float: "
-                f"--method.start {begin:g}, or --quantize-from 0"
+                f"{f'--method.start {begin:g}' if begin < 1 else '--method.name none'}, or "
+                "--quantize-from 0"
             )
         if self.quantizer.preset == "bbq" and name in ("cage", "winq", "dampening"):
             raise ValueError(

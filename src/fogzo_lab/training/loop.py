@@ -218,7 +218,8 @@ def training_step(training: Training, window: list[Batch]) -> tuple[float, Refin
         else:
             linearized, scale = training.linearized, scaler.get_scale()
             stats = estimator.refine_grads_(lambda: linearized() / scale)
-        training.count(stats)
+        evaluated, all_of_it = (sum(len(part[0]) for part in parts) for parts in (probed, window))
+        training.count(stats, 1 if evaluated == all_of_it else evaluated / all_of_it)
     training.methods.before_step()
     if config.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)

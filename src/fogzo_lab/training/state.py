@@ -146,7 +146,7 @@ class Training:
         self.diverged_steps = 0
         self.flip_rate: float | None = None
         self.inspection: Inspection | None = None
-        every = config.inspect_every if config.quantizer.preset != "none" else 0
+        every = config.inspect_every if config.has_codes else 0
         self._watch = Watch(self.model, every) if every else None
         self.log_position: LogPosition | None = None
         if checkpoint is not None:
@@ -221,10 +221,15 @@ class Training:
         bad = torch.stack([(~param.isfinite()).sum().double() for param in params]).sum()
         return not self.ranks.sum(bad)
 
-    def count(self, stats: RefineStats) -> None:
-        """Count the forward passes, refinements and fallbacks of a step."""
+    def count(self, stats: RefineStats, share: float) -> None:
+        """Count the forward passes, refinements and fallbacks of a step.
+
+        Args:
+            stats: Of the step.
+            share: Of its examples, on which the probes were evaluated.
+        """
         if self.linearized is None:
-            self.extra_forwards += len(stats.probe_losses) * self.config.probe_fraction
+            self.extra_forwards += len(stats.probe_losses) * share
         if stats.probe_losses or stats.fallback is not None:
             self.refined_steps += 1
         if stats.fallback is not None:

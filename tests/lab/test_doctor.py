@@ -1,6 +1,7 @@
 """fogzo doctor: sick runs are named, healthy ones are not, and records survive a resume."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,23 @@ def test_a_damaged_record_is_named(runs, tmp_path):
     (tmp_path / "inspections.jsonl").write_text('{"layers": 3}\n')
     with pytest.raises(ValueError, match=r"inspections.jsonl, line 1: layers of Inspection is 3"):
         read_inspections(tmp_path)
+
+
+def test_an_agreement_needs_a_checkpoint(runs, tmp_path):
+    shutil.copytree(runs["healthy"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert examine(tmp_path / "run").step == 100
+    with pytest.raises(ValueError, match=r"no checkpoint, on which.*: --agreement 0, or"):
+        examine(tmp_path / "run", agreement=8)
+
+
+def test_inspections_of_nothing_are_refused(capsys, tmp_path):
+    options = ("--estimator", "ste", "--inspect-every", "2", "--output-dir", str(tmp_path / "run"))
+    for changes in (("--quantizer.preset", "none"), ("--method.name", "parq")):
+        with pytest.raises(SystemExit):
+            main(["train", "digits-mlp", *options, *changes])
+        assert "has none: --inspect-every 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_prints_layers_and_advice(runs, capsys):

@@ -176,4 +176,4 @@ def test_a_float_run_is_refused(tmp_path, capsys):
     )
     code, _, err = command(capsys, "export", tmp_path)
     assert code == 2
-    assert "was trained in float, and there are no integers to export" in err
+    assert "was trained in float, and there are no codes to export" in err

@@ -15,6 +15,7 @@ from fogzo_lab.comparison.timing import phases_of
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
+from fogzo_lab.training.examine import examine
 from fogzo_lab.training.loop import train
 from fogzo_lab.training.method_config import PUBLISHED, MethodConfig
 from fogzo_lab.training.model_config import QuantizerConfig
@@ -135,12 +136,15 @@ def test_cewt_has_a_learning_rate_of_its_own_and_keeps_norms(tmp_path):
 
 
 def test_parq_ends_on_as_many_levels_as_it_has_and_is_evaluated_so(tmp_path):
-    result = train(config(tmp_path, method=MethodConfig(name="parq")))
+    # It has no codes to inspect, as a row of a comparison where others have.
+    result = train(config(tmp_path, method=MethodConfig(name="parq"), inspect_every=2))
     model = trained(tmp_path)["model"]
     assert all(len(model[name].unique()) <= 4 for name in ("1.weight", "3.weight"))
     assert evaluate_run(EvalConfig(run=tmp_path))["test_loss"] == result["test_loss"]
     with pytest.raises(ValueError, match="trained by PARQ, which has no quantized layers"):
         export_run(ExportConfig(run=tmp_path))
+    with pytest.raises(ValueError, match="trained by PARQ, which has no quantized layers"):
+        examine(tmp_path)
 
 
 def test_parq_without_torchao_names_the_package_before_anything_runs(tmp_path, monkeypatch):
@@ -184,6 +188,8 @@ def test_a_run_that_is_in_float_yet_is_evaluated_so_and_not_exported(tmp_path):
     assert found[0]["test_loss"] == found[1]["test_loss"]
     with pytest.raises(ValueError, match="still in float at step 3, before its quantization"):
         export_run(ExportConfig(run=early))
+    with pytest.raises(ValueError, match="still in float at step 3, before its quantization"):
+        examine(tmp_path / "run")
 
 
 # What a step takes
@@ -250,6 +256,7 @@ def test_a_row_puts_its_own_parameter_where_it_belongs(tmp_path):
             {"quantize_from": 0.9, "method": MethodConfig(name="cage")},
             "in float: --method.start 0.9",
         ),
+        ({"quantize_from": 1.0, "method": MethodConfig(name="cage")}, ": --method.name none, or"),
         ({"quantize_from": 0.5, "method": MethodConfig(name="winq")}, "--quantize-from 0"),
         ({"parallel": "fsdp", "method": MethodConfig(name="cewt")}, "--parallel ddp"),
         ({"parallel": "fsdp", "method": MethodConfig(name="parq")}, "--parallel ddp"),

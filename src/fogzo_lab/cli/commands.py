@@ -67,6 +67,11 @@ def _train(arguments: Sequence[str]) -> None:
         for name, recipe in RECIPES.items()
     }
     config = _parse("train", arguments, defaults)
+    if config.inspect_every and not config.has_codes:  # which the rows of a comparison may be
+        raise ValueError(
+            "--inspect-every looks at the codes of quantized layers, of which this run has none: "
+            "--inspect-every 0"
+        )
     speaks = os.environ.get("RANK", "0") == "0"
     with display.progress(config.max_steps, "training", speaks) as advance:
         result = train(config, lambda m: advance(m["step"], config.max_steps, display.step_text(m)))

@@ -20,7 +20,7 @@ from fogzo_lab.table import Table
 from fogzo_lab.training.checkpoint_format import step_of
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import build_model
-from fogzo_lab.training.run_folder import read_config
+from fogzo_lab.training.run_folder import check_not_in_float, read_quantized_config
 from fogzo_lab.training.state import load_weights
 from fogzo_lab.training.tasks import Task, load_task
 
@@ -81,26 +81,11 @@ def export_run(config: ExportConfig) -> ExportReport:
         ValueError: If there is no such run, or the format cannot hold its network.
     """
     folder = config.run if step_of(config.run) is None else config.run.parent.parent
-    settings = read_config(folder)
-    if settings.quantizer.preset == "none":
-        raise ValueError(
-            f"{folder} was trained in float, and there are no integers to export: train it with "
-            f"--quantizer.preset lsq --initial-weights {folder}"
-        )
-    if settings.method.name == "parq":
-        raise ValueError(
-            f"{folder} was trained by PARQ, which has no quantized layers but weights on levels of "
-            "torchao's: train it with --method.name cage, or export with torchao_convert of its "
-            "QuantOptimizer"
-        )
+    settings = read_quantized_config(folder, "export")
     task = load_task(settings)
     model = build_model(settings, task.shapes)
     step = load_weights(model, config.run)
-    if settings.in_float_at(step):
-        raise ValueError(
-            f"{config.run} is still in float at step {step}, before its quantization begins: "
-            f"go on, fogzo train {settings.recipe} --output-dir {folder} --resume"
-        )
+    check_not_in_float(settings, folder, config.run, step)
     return export(
         model.eval(),
         config.output or folder / "export" / config.format,

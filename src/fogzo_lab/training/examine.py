@@ -20,9 +20,10 @@ from fogzo_lab.training.models import build_model, logits
 from fogzo_lab.training.parallel import Ranks
 from fogzo_lab.training.run_folder import (
     Metrics,
-    read_config,
+    check_not_in_float,
     read_inspections,
     read_metrics,
+    read_quantized_config,
     read_result,
 )
 from fogzo_lab.training.state import load_weights
@@ -88,24 +89,27 @@ def examine(run: Path, agreement: int = 0, device: Device = "cpu") -> Examinatio
         device: Where.
 
     Raises:
-        ValueError: If there is no such run, it was trained in float, or has neither a checkpoint
-            nor inspections.
+        ValueError: If there is no such run, it was trained in float or by PARQ, is in float yet,
+            has neither a checkpoint nor inspections, or no checkpoint to measure agreement on.
     """
-    config = read_config(run)
-    if config.quantizer.preset == "none":
-        raise ValueError(
-            f"{run} was trained in float, and there are no codes to look at: train it with "
-            f"--quantizer.preset lsq --initial-weights {run}"
-        )
+    config = read_quantized_config(run, "look at")
     history = read_inspections(run)
     if history and newest_checkpoint(run) is None:
+        if agreement:
+            raise ValueError(
+                f"{run} has inspections but no checkpoint, on which the agreement is measured: "
+                "--agreement 0, or train it with --checkpoint-every 0"
+            )
         inspection, step = history[-1], history[-1].step or 0
     else:
         inspection, step = _look(config, run, agreement, find_device(device))
         if history:
             inspection = _with_counts(inspection, history[-1])
+    diverged = _of_divergence(config, run)
+    if not diverged:
+        check_not_in_float(config, run, run, step)
     findings = [
-        *_of_divergence(config, run),
+        *diverged,
         *diagnose([*history, inspection]),
         *_of_metrics(read_metrics(run / "metrics.jsonl"), inspection),
     ]

@@ -254,6 +254,47 @@ def read_config(folder: Path) -> TrainConfig:
     return config
 
 
+def read_quantized_config(folder: Path, purpose: str) -> TrainConfig:
+    """The config of the run in a folder, whose layers are to be quantized.
+
+    Args:
+        folder: Of the run.
+        purpose: What is to be done with the codes, for messages.
+
+    Raises:
+        ValueError: If there is no such run, or it has no quantized layers.
+    """
+    config = read_config(folder)
+    if config.quantizer.preset == "none":
+        raise ValueError(
+            f"{folder} was trained in float, and there are no codes to {purpose}: train it with "
+            f"--quantizer.preset lsq --initial-weights {folder}"
+        )
+    if not config.has_codes:
+        raise ValueError(
+            f"{folder} was trained by PARQ, which has no quantized layers to {purpose} but weights "
+            "on levels of torchao's: train it with --method.name cage, or use torchao_convert of "
+            "its QuantOptimizer"
+        )
+    return config
+
+
+def check_not_in_float(config: TrainConfig, folder: Path, run: Path, step: int) -> None:
+    """Raise a `ValueError` if a run's network is still in float at that step.
+
+    Args:
+        config: Of the run.
+        folder: Its folder.
+        run: The same, or the checkpoint that was given.
+        step: Of the checkpoint.
+    """
+    if config.in_float_at(step):
+        raise ValueError(
+            f"{run} is still in float at step {step}, before its quantization begins: "
+            f"go on, fogzo train {config.recipe} --output-dir {folder} --resume"
+        )
+
+
 def read_result(folder: Path) -> Metrics:
     """The final numbers of the run in a folder, from result.json.
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
 
@@ -238,8 +238,12 @@ def read_config(folder: Path) -> TrainConfig:
     way_out = "restore it, or train again"
     values = read_json(path, dict[str, Any], way_out)
     for name in ("quantizer", "activations"):
-        if isinstance(values.get(name), dict) and values[name].get("preset") == "none":
-            values[name] = dataclasses.asdict(QuantizerConfig())  # earlier versions kept the rest
+        given = values.get(name)
+        if isinstance(given, dict) and given.get("preset") == "none":
+            # Earlier versions kept a recipe's options, which say nothing in float, if they are any.
+            with suppress(ValueError):
+                from_dict(QuantizerConfig, given | {"preset": "fixed"})
+                values[name] = dataclasses.asdict(QuantizerConfig())
     try:
         config: TrainConfig = from_dict(TrainConfig, values)
     except ValueError as error:

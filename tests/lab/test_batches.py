@@ -1,3 +1,5 @@
+import multiprocessing
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +75,11 @@ def test_workers_load_the_same_batches_and_leave_the_global_stream_alone():
     state = torch.get_rng_state()
     assert take(loaded, 7) == take(alone, 7)
     assert torch.equal(torch.get_rng_state(), state)
+    assert multiprocessing.active_children()
+    loaded.close()
+    assert not multiprocessing.active_children()
+    assert take(loaded, 2) == take(alone, 2)
+    loaded.close()
 
 
 def test_more_than_there_is_or_cannot_be_shared_names_a_size_that_works():

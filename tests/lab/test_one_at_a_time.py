@@ -1,5 +1,6 @@
 """One training in a folder at a time, and what a signal makes of it: real processes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,6 +55,7 @@ def test_a_training_keeps_others_out_and_sigterm_ends_it_where_it_can_go_on(tmp_
     # A scheduler signals whole groups, loaders among them.
     data = ImagesConfig(workers=1)
     expected = train(config(whole, data=data))
+    assert not multiprocessing.active_children()  # with one that ignores signals none would exit
     process = start(folder, "--data.workers", 1)
     wait_for(folder, 10, process)
     for changes in ({}, {"resume": True}, {"overwrite": True}):

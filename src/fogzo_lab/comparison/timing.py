@@ -5,8 +5,9 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
-from fogzo_lab.interleaved import Timed, take_turns
+from fogzo_lab.interleaved import take_turns
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.loop import training_step
 from fogzo_lab.training.method_config import MethodConfig
@@ -32,15 +33,20 @@ def run_seconds(
     names = {part: f"part {number}" for number, part in enumerate(alike)}
     some = next(iter(configs.values()))
     with join_ranks(some.device) as ranks, own_random_streams(some.seed):
-        turns = {name: _turn(part, ranks) for part, name in names.items()}
-        for turn in turns.values():
-            turn(1)  # warm up
-        each = sum(turn(1) for turn in turns.values())
-        period = math.lcm(*(part.probe_every for part in alike))
-        steps = min(steps, int(limit / (_FEWEST_ROUNDS * each)))
-        steps = max(1, steps // period) * period
-        rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
-        step = take_turns(turns, dict.fromkeys(turns, steps), rounds).seconds()
+        trainings = {name: _endless(part, ranks) for part, name in names.items()}
+        turns = {name: partial(_turn, training) for name, training in trainings.items()}
+        try:
+            for turn in turns.values():
+                turn(1)  # warm up
+            each = sum(turn(1) for turn in turns.values())
+            period = math.lcm(*(part.probe_every for part in alike))
+            steps = min(steps, int(limit / (_FEWEST_ROUNDS * each)))
+            steps = max(1, steps // period) * period
+            rounds = max(_FEWEST_ROUNDS, min(rounds, int(limit / (steps * each))))
+            step = take_turns(turns, dict.fromkeys(turns, steps), rounds).seconds()
+        finally:
+            for training in trainings.values():
+                training.windows.close()
     return {
         name: configs[name].max_steps * sum(share * step[names[part]] for part, share in parts)
         for name, parts in phases.items()
@@ -72,19 +78,20 @@ def phases_of(config: TrainConfig) -> list[tuple[TrainConfig, float]]:
     return found
 
 
-def _turn(config: TrainConfig, ranks: Ranks) -> Timed:
-    """A function that trains on for some steps and returns the seconds they took."""
+def _endless(config: TrainConfig, ranks: Ranks) -> Training:
+    """A training whose turns may go on past the run's end, in float if it is in float."""
     training = Training(config, ranks)
     if config.quantize_from == 1:
-        training.methods.switch = None  # turns may go on past the run's end, still in float
+        training.methods.switch = None
+    return training
 
-    def turn(steps: int) -> float:
-        seconds = 0.0
-        for _ in range(steps):
-            window = training.next_window()
-            began = time.perf_counter()
-            training_step(training, window)
-            seconds += time.perf_counter() - began
-        return seconds
 
-    return turn
+def _turn(training: Training, steps: int) -> float:
+    """Train on for some steps; the seconds they took."""
+    seconds = 0.0
+    for _ in range(steps):
+        window = training.next_window()
+        began = time.perf_counter()
+        training_step(training, window)
+        seconds += time.perf_counter() - began
+    return seconds

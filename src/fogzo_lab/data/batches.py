@@ -84,6 +84,13 @@ class ShuffledBatches(Iterator[list[BatchT]]):
         """Continue after the windows that had been taken when `state_dict` was called."""
         self._step, self._loaded = state["step"], None
 
+    def close(self) -> None:
+        """End the processes that load ahead; more batches would start others.
+
+        They ignore what asks processes to end, so that a program with some left never exits.
+        """
+        self._loaded = None
+
     def _load(self) -> Iterator[BatchT]:
         mine = _rank_indices(
             len(self._split),
@@ -168,6 +175,9 @@ class StreamedBatches(Iterator[list[Tensor]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the blocks that had been taken when `state_dict` was called."""
         self._stream.load_state_dict(cast(StreamState, state))
+
+    def close(self) -> None:
+        """Nothing is loaded ahead."""
 
 
 class _ByBatch(Dataset[Any]):

@@ -144,6 +144,8 @@ def _take_steps(
             else f"--resume goes on from the checkpoint of step {saved}"
         )
         raise
+    finally:
+        training.windows.close()
 
 
 def _is_due(config: TrainConfig, step: int, ending: bool) -> bool:

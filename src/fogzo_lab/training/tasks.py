@@ -35,6 +35,10 @@ class Windows(Protocol):
         """Go on from a position."""
         ...
 
+    def close(self) -> None:
+        """End the processes that load ahead, if there are any."""
+        ...
+
 
 class Task(ABC):
     """Data and loss of a run.

@@ -395,7 +395,7 @@ def test_what_is_said_of_networks_at_length_is_what_was_measured():
         for name in ("ste", "ste-unmasked")
     )
     assert f"in 4,000 steps from {before} to {after}" in words("README.md")
-    for name in ("llama-identity", "llama-lsq-w2", "deit-identity", "resnet-identity"):
+    for name in (folder.removeprefix("long-") for folder in tables.LONG.values()):
         assert not excludes_zero(minus_at_length(name, "fogzo", "placebo"))
         behind = excludes_zero(minus_at_length(name, "fogzo", "ste-unmasked"))
         assert behind == (name == "deit-identity")
@@ -454,11 +454,11 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
     unmasked, fogzo, placebo = (
         found["correlations"][row] for row in ("ste-unmasked", "fogzo", "placebo")
     )
-    assert "correlation {rank_correlation:.2f} (p = {p:.2f})".format(**unmasked) in page
-    noise = [found["rank_correlation"] for found in (fogzo, placebo)]
-    assert "For FOGZO, {:.2f}, and its placebo, {:.2f}, it is not".format(*noise) in page
-    assert unmasked["p"] < 0.05 < min(fogzo["p"], placebo["p"])
-    assert unmasked["points"] == 11 and "eleven lines of three networks" in page
+    assert "correlation {rank_correlation:.2f} (p = {p:.3f})".format(**unmasked) in page
+    assert "by FOGZO with {rank_correlation:.2f} (p = {p:.3f})".format(**fogzo) in page
+    assert "by its placebo with {rank_correlation:.2f} (p = {p:.3f})".format(**placebo) in page
+    assert max(row["p"] for row in (unmasked, fogzo, placebo)) < 0.05
+    assert unmasked["points"] == 16 and "sixteen lines of three networks" in page
     most = [point for point in found["points"] if point["masked"] > 0.7]
     gains, shares = {}, {}
     for point in most:
@@ -469,14 +469,27 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
     assert f"where {min(map(mean, shares.values())):.0%} and more are masked" in page
     means = {key: mean(gain) for key, gain in gains.items()}
     assert min(gain for key, gain in means.items() if key[0] == "ste-unmasked") >= 0.09
-    llama, deit, resnet = (
+    llama, tanh, deit, resnet = (
         sorted(gain for key, gain in means.items() if key[:2] == ("fogzo", network))
-        for network in ("LLaMA", "DeiT", "ResNet-18")
+        for network in ("LLaMA", "LLaMA, tanh", "DeiT", "ResNet-18")
     )
+    assert f"{tanh[0]:.2f} to {tanh[-1]:.2f} with tanh, most at the highest" in page
+    assert tanh[-1] == means["fogzo", "LLaMA, tanh", 3.16e-2]
     assert f"gains {llama[0]:.2f} to {llama[-1]:.2f} on LLaMA, least at the highest rate" in page
     assert llama[0] == means["fogzo", "LLaMA", 3.16e-2]
     assert f"{deit[0]:.3f} on DeiT and {resnet[-1]:.3f} or nothing on ResNet-18" in page
     assert len(deit) == 1 and resnet[0] < 0
+
+
+def test_what_is_said_of_tanh_at_length_is_what_was_measured():
+    page, long = words("docs/research.md"), Comparison.from_dict(committed("long-llama-tanh"))
+    for row in ("ste-unmasked", "placebo", "fogzo"):
+        for key in (None, "train_loss"):
+            assert not excludes_zero(minus_at_length("llama-tanh", row, "ste", key))
+    ste, unmasked = (long.find(name) for name in ("ste", "ste-unmasked"))
+    assert 10 * ste.learning_rate == unmasked.learning_rate
+    assert f"STE chooses a rate of {ste.learning_rate:g}, a tenth" in page
+    assert f"ends with {ste.curve[-1]['masked']:.0%} of the weights beyond the range" in page
 
 
 def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():

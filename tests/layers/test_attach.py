@@ -745,7 +745,7 @@ REFUSALS = {
         lambda m: torch.inference_mode()(fogzo.quantize_)(m, fogzo.lsq(2)),
         r"outside of it, or under torch\.no_grad\(\)",
     ),
-    "levels of inputs": (
+    "levels of inputs": (  # a grid of one's own without negative levels is one's own decision
         _mlp,
         lambda m: fogzo.quantize_(m, fogzo.lsq(2, levels="unsigned")),
         r"uniform2-unsigned are for inputs.*activations=fogzo\.lsq\(2, levels=\"unsigned\"\)",

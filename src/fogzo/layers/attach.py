@@ -36,6 +36,7 @@ from fogzo.layers.selection import (
 from fogzo.layers.weights import QuantizedWeight, inputs_of_an_output
 from fogzo.quantizers import Quantizer, Surrogate
 from fogzo.quantizers.experts import ExpertQuantizer
+from fogzo.quantizers.grids import uniform
 from fogzo.quantizers.step_sizes import knee_of
 from fogzo.wording import caveat, listed
 
@@ -262,7 +263,7 @@ def check_weight_quantizer(quantizer: object) -> None:
             'weights have no tokens, but the quantizer has granularity="token": use "channel", '
             'one per output channel, for example fogzo.lsq(bits=2, granularity="channel")'
         )
-    if quantizer.grid.low >= 0:
+    if any(quantizer.grid == uniform(bits, "unsigned") for bits in range(1, 9)):
         raise ValueError(
             f"the levels of {quantizer.grid.name} are for inputs that are never negative, and "
             "weights are: fogzo.quantize_(model, fogzo.lsq(2), "

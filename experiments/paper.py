@@ -211,7 +211,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
         "long-deit-identity": timed(long(deit, 4000, (3e-4, 9.49e-4, 3e-3))),
-        "long-resnet-identity": long(resnet, 4000, (*rates, 3.16e-2)),
+        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2))),
     }
 
 

@@ -431,15 +431,17 @@ def test_what_is_said_of_llama_at_length_is_what_was_measured():
     steps, ratio = long.find("fogzo", "time").steps, long.run_seconds["fogzo"]
     ratio /= long.run_seconds["ste"]
     assert f"in its {steps:,} steps" in page and f"takes {ratio:.1f} times one of STE" in page
-    steps = Comparison.from_dict(committed("long-deit-identity")).find("fogzo", "time").steps
-    assert f"On DeiT FOGZO has time for {steps:,} of 4,000 steps" in page
-    for row, said in (
-        ("ste", "{:.1f} points [{:.1f}, {:.1f}] behind the masked STE"),
-        ("ste-unmasked", "{:.1f} [{:.1f}, {:.1f}] behind the unmasked one"),
-    ):
-        gap = minus_at_length("deit-identity", row, "fogzo", budget="time")
-        assert said.format(*(100 * each for each in (gap.mean, gap.low, gap.high))) in page
-        assert gap.low > 0
+    for name, begin in (("deit", "On DeiT FOGZO"), ("resnet", "On ResNet-18 it")):
+        of_other = Comparison.from_dict(committed(f"long-{name}-identity"))
+        steps = of_other.find("fogzo", "time").steps
+        assert f"{begin} has time for {steps:,}" in page
+        for row, said in (
+            ("ste", "{:.1f} points [{:.1f}, {:.1f}] behind the masked STE"),
+            ("ste-unmasked", "{:.1f} [{:.1f}, {:.1f}] behind the unmasked one"),
+        ):
+            gap = minus_at_length(f"{name}-identity", row, "fogzo", budget="time")
+            assert said.format(*(100 * each for each in (gap.mean, gap.low, gap.high))) in page
+            assert gap.low > 0
     # Rates and masks.
     losses = long.find("ste").loss_by_rate
     assert f"at 0.001 and 0.01 are {losses[1e-3] - losses[1e-2]:.3f} nats apart" in page

@@ -552,3 +552,17 @@ def test_scripting_says_to_bake_in_first():
         pytest.raises(ValueError, match=r"torch\.jit\.script\(fogzo\.dequantize_\(model\)\)"),
     ):
         torch.jit.script(model)
+
+
+def test_a_buffer_that_changed_after_a_move_is_moved_as_it_is():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    fogzo.quantize_(model, fogzo.fixed(2), lambda *_: True)
+    kept = model[0].weight_step
+    model.double()
+    assert model[0].weight_step is model[1].weight_step
+    kept.mul_(3)
+    model[0].weight_step = model[1].weight_step = kept
+    model.double()
+    assert model[0].weight_step is model[1].weight_step
+    assert model[0].weight_step.item() == kept.item()

@@ -305,9 +305,12 @@ class QuantizedLayer(QuantizedInput):
         for name, old in held.items():
             new = self._buffers.get(name)
             if old is not None and new is not None and new is not old:
-                shared = _MOVED.setdefault(old, new)
-                if (shared.dtype, shared.device) == (new.dtype, new.device):
-                    self._buffers[name] = shared
+                shared = _MOVED.get(old, new)
+                alike = (shared.dtype, shared.device) == (new.dtype, new.device)
+                # Somebody may have kept the old one, and either may have changed since.
+                if not (alike and has_a_value(new) and torch.equal(shared, new)):
+                    shared = new
+                self._buffers[name] = _MOVED[old] = shared
         return self
 
     def _replicate_for_data_parallel(self) -> Any:

@@ -442,6 +442,21 @@ def test_weights_edited_by_way_of_data_warn_too(quantizer, edit):
 
 
 @EVERY_MEASURED
+def test_weights_lent_where_those_measured_lay_are_not_taken_for_them(quantizer):
+    # FSDP drops the parameter and lends gathered ones, of which one may get its address.
+    model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
+    layer = model[0]
+    address, values = id(layer.weight), 100 * layer.weight.detach()
+    kept = []
+    del layer._parameters["weight"]
+    while not kept or id(kept[-1]) != address:
+        kept.append(nn.Parameter(values))
+        assert len(kept) < 10_000
+    layer._parameters["weight"] = kept[-1]
+    model(x)
+
+
+@EVERY_MEASURED
 def test_a_loader_that_edits_data_brings_its_own_steps(quantizer):
     model, x = fogzo.quantize_(_net(), quantizer, everything), draw(2, 4, 8)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Which weights a step size was measured on, to tell by whether they are others later."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,12 @@ class Measured(NamedTuple):
     """A weight and its step size as they are at one time.
 
     Attributes:
-        weight: The weight's identity.
+        weight: The weight itself; by its identity it would be taken for one that came after it.
         versions: How often both were changed in place.
         samples: Some values of both; None where they cannot be read.
     """
 
-    weight: int
+    weight: "weakref.ref[Tensor]"
     versions: tuple[int, int]
     samples: tuple[list[float], list[float]] | None
 
@@ -27,11 +28,11 @@ class Measured(NamedTuple):
     def now(cls, weight: Tensor, step: Tensor) -> "Measured":
         """As they are at present."""
         samples = (_sample(weight), _sample(step)) if _can_be_sampled(weight, step) else None
-        return cls(id(weight), (weight._version, step._version), samples)
+        return cls(weakref.ref(weight), (weight._version, step._version), samples)
 
     def is_outdated(self, weight: Tensor, step: Tensor) -> bool:
         """Whether the weight has been changed since, and the step size has not."""
-        if id(weight) != self.weight or step._version != self.versions[1]:
+        if weight is not self.weight() or step._version != self.versions[1]:
             return False  # FSDP lends a gathered weight, or the step sizes were set since
         if weight._version != self.versions[0]:
             return True

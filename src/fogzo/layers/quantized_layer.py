@@ -340,7 +340,8 @@ class QuantizedLayer(QuantizedInput):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so pickle must be told how to make it again.
         state = self.__getstate__()
-        state.pop("observe_quantized_weight", None)
+        for name in ("observe_quantized_weight", "_measured_on"):
+            state.pop(name, None)
         return _new_layer, (plain_class(self),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

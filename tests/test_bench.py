@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -69,6 +69,17 @@ def hide_peers(patch):
         patch.setitem(sys.modules, name, None)
 
 
+def fork_ranks(patch):
+    """Fork the ranks from the server of the tests, which has imported what they need."""
+    start_server()
+    patch.setattr(ranks, "spawn", partial(start_processes, start_method="forkserver"))
+
+
+def generate_no_code(patch):
+    """Compile without generating and building code, of which a step takes many seconds."""
+    patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+
+
 @pytest.fixture(autouse=True)
 def without_peers(monkeypatch):
     hide_peers(monkeypatch)
@@ -79,8 +90,8 @@ def results():
     """The whole tiny suite, as results.json holds it."""
     with pytest.MonkeyPatch.context() as patch:
         hide_peers(patch)
-        start_server()
-        patch.setattr(ranks, "spawn", partial(start_processes, start_method="forkserver"))
+        generate_no_code(patch)
+        fork_ranks(patch)
         told = []
         found = run_suite(TINY, lambda *progress: told.append(progress))
     cases = sum(len(section["cases"]) for section in found["sections"].values())
@@ -263,6 +274,7 @@ def test_a_step_that_compiles_anew_is_a_row_that_says_so(monkeypatch):
     lengths = itertools.chain(itertools.repeat(4, 30), itertools.count(5))
     growing = replace(network, loss_of=lambda n: network.model(torch.ones(next(lengths), 8)).sum())
     monkeypatch.setitem(steps.NETWORKS["tiny"], "small MLP", lambda device: growing)
+    generate_no_code(monkeypatch)
     (case,) = compiled.run(TINY, CPU)
     assert "recompile" in case.skipped
 
@@ -416,7 +428,8 @@ def test_without_gloo_ranks_are_rows_that_say_so(monkeypatch):
     assert said == ["this build of torch has no gloo"] * 2
 
 
-def test_a_rank_that_fails_says_why():
+def test_a_rank_that_fails_says_why(monkeypatch):
+    fork_ranks(monkeypatch)
     settings = RankSettings(ranks=1, widths=(4, 3), batch=-1, threads=1, rounds=1, calls=1)
     with pytest.raises(NotHereError, match=r"rank 0 failed: .*negative dimension"):
         time_on_ranks(settings)

@@ -79,12 +79,10 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, here, tmp_pat
 
 
 def test_a_mistake_ends_the_process_with_code_2():
-    command = [sys.executable, "-m", "fogzo_lab.cli.main", "train", "digit-mlp"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "fogzo: no recipe 'digit-mlp': did you mean digits-mlp?\n",
-    )
+    done = Python("-m", "fogzo_lab.cli.main", "train", "digit-mlp")
+    _, told = done.communicate()
+    assert told == "fogzo: no recipe 'digit-mlp': did you mean digits-mlp?\n"
+    assert done.returncode == 2
 
 
 def test_a_diverging_run_ends_without_a_traceback(here, tmp_path):

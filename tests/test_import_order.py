@@ -1,6 +1,7 @@
 """The floors of the two packages, read from their imports: data flows one way."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -153,42 +154,45 @@ def test_there_are_no_cycles():
         visit(name)
 
 
-def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight():
-    program = (
-        "import sys, fogzo, fogzo_lab.cli.main, fogzo_lab.executors.local;"
-        "assert 'torch' not in sys.modules; fogzo.lsq;"
-        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
-    )
-    loaded = set(result.stdout.split())
-    assert {"fogzo", "torch"} <= loaded
-    assert not loaded & HEAVY
+STAGES = {
+    "imported": "import fogzo, fogzo_lab.cli.main, fogzo_lab.executors.local",
+    "torch": "import torch",
+    "used": "fogzo.layers.attach, fogzo.probing.directions, fogzo.lsq",
+    "export": "import fogzo.export",
+}
+"""What a program does one after another."""
 
 
-def test_export_loads_torch_alone():
-    program = (
-        "import sys, torch; before = set(sys.modules); import fogzo.export;"
-        "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that each stage has loaded besides those of the stages before."""
+    program = "import sys, json\nloaded, before = {}, set(sys.modules)\n"
+    for name, statement in STAGES.items():
+        program += f"{statement}\nloaded[{name!r}] = list(set(sys.modules) - before)\n"
+        program += "before = set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{program}print(json.dumps(loaded))"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert set(result.stdout.split()) - set(sys.stdlib_module_names) <= {"fogzo", "torch"}
+    return json.loads(done.stdout)
 
 
-def test_using_the_package_adds_only_its_own_modules_to_torchs():
-    program = (
-        "import sys, torch; before = set(sys.modules); import fogzo; fogzo.lsq;"
-        "print(*sorted(set(sys.modules) - before))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    added = {module.partition(".")[0] for module in result.stdout.split()}
-    assert added - set(sys.stdlib_module_names) <= {"fogzo", "torch"}
-    own = [module for module in result.stdout.split() if module.startswith("fogzo.")]
+def packages(modules):
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_the_package_loads_torch_when_it_is_used_and_nothing_else_of_weight(loaded):
+    assert "fogzo" in packages(loaded["imported"])
+    assert not packages(loaded["imported"]) & {"torch", *HEAVY}
+    assert not packages(loaded["torch"] + loaded["used"]) & HEAVY
+
+
+@pytest.mark.parametrize("stage", ["used", "export"])
+def test_the_library_adds_only_its_own_modules_to_torchs(loaded, stage):
+    assert packages(loaded[stage]) - sys.stdlib_module_names <= {"fogzo", "torch"}
+    own = [module for module in loaded[stage] if module.startswith("fogzo.")]
     assert own
     assert all(module in LIBRARY for module in own)
 
@@ -200,7 +204,6 @@ def test_all_that_is_public_exists_and_has_a_docstring():
         assert getattr(fogzo, name).__doc__
 
 
-def test_modules_of_the_library_are_found_as_if_the_package_had_imported_them():
-    program = "import fogzo; fogzo.layers.attach, fogzo.probing.directions; print(fogzo.nothing)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "AttributeError: module 'fogzo' has no attribute 'nothing'" in done.stderr
+def test_what_the_package_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fogzo' has no attribute 'nothing'"):
+        _ = fogzo.nothing

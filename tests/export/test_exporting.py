@@ -2,8 +2,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +13,7 @@ import fogzo
 from fogzo.export import check, export, exporting, formats, load_
 from fogzo.export.format_table import FORMATS
 from fogzo.export.verify import ReadBack, answer, difference
+from forked import Python, finish
 
 
 def state(folder):
@@ -121,7 +120,9 @@ def test_a_killed_export_leaves_the_old_folder_or_none(tmp_path):
         "    assert os.waitpid(child, 0)[1] == signal.SIGKILL\n"
     )
     folders = [str(tmp_path / name) for name in ("new", "old")]
-    subprocess.run([sys.executable, "-c", program, *folders], check=True)
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    finish(Python(tmp_path / "program.py", *folders))
+    (tmp_path / "program.py").unlink()
     assert state(tmp_path / "old") == before
     names = sorted(path.name for path in tmp_path.iterdir())
     prefixes = (".new.fogzo-export-", ".old.fogzo-export-", "old")

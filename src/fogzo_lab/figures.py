@@ -24,6 +24,7 @@ def drawing(
         font_size: In points.
     """
     import matplotlib  # here, as half of the commands draw nothing
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
@@ -33,10 +34,13 @@ def drawing(
         yield figure
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
-        # The layout's solver orders its terms by address, which moves axes by a last bit.
-        figure.draw_without_rendering()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
         figure.set_layout_engine("none")
+        # The layout's solver orders its terms by address, which moves axes by a last bit.
         for axes in figure.axes:
             left, bottom, width, height = (round(s, 5) for s in axes.get_position().bounds)
             axes.set_position((left, bottom, width, height))
-        figure.savefig(target, format="svg", metadata={"Date": None})
+        # `savefig` would draw everything once more before, for what this figure does not have.
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})

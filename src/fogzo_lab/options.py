@@ -88,10 +88,12 @@ class Options:
     `Path`, a NumPy number to Python's, ``~`` to the home folder.
     """
 
-    __slots__ = ()
+    __slots__ = ("_checked",)
 
     PREFIX: ClassVar[str] = ""
     """Prefix of these options on the command line."""
+
+    _checked: bool
 
     def __post_init__(self) -> None:
         if not _DEFERRED.get():
@@ -115,9 +117,11 @@ class Options:
                 ) from None
             if value is not given:
                 object.__setattr__(self, name, value)
-            if isinstance(value, Options):
+            # One that was checked is frozen since, and need not be with every config around it.
+            if isinstance(value, Options) and not hasattr(value, "_checked"):
                 value.check(value.PREFIX and f"{prefix}{name}.")
         self.check_together(prefix)
+        object.__setattr__(self, "_checked", True)
 
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` if options contradict each other."""
@@ -126,7 +130,8 @@ class Options:
     def _correction(cls, name: str, misfit: "_Misfit", prefix: str) -> str:
         """The option with an allowed value, as on the command line."""
         hint = _hints(typing.cast(Any, cls))[name]
-        value = misfit.nearest if misfit.nearest is not None else _example(cls, name)
+        meant = nearest(misfit.value, misfit.choices)
+        value = meant if meant is not None else _example(cls, name)
         marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
         if tyro.conf.Suppress in marks or isinstance(value, Options):
             return f"{name}={value!r}"
@@ -174,13 +179,13 @@ class _Misfit(Exception):
         words: The requirement.
         value: The value, or the bad item of it.
         right_type: Whether the type is right and only a rule is broken.
-        nearest: The value that was probably meant.
+        choices: The texts, of which one was perhaps meant.
     """
 
     def __init__(
-        self, words: str, value: object, right_type: bool = False, nearest: str | None = None
+        self, words: str, value: object, right_type: bool = False, choices: Sequence[str] = ()
     ) -> None:
-        self.words, self.value, self.right_type, self.nearest = words, value, right_type, nearest
+        self.words, self.value, self.right_type, self.choices = words, value, right_type, choices
 
 
 def _conform(hint: Any, value: Any) -> Any:
@@ -214,6 +219,8 @@ def _conform(hint: Any, value: Any) -> Any:
 
 
 def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
+    if value is None and types.NoneType in hints:
+        return None
     configs = [hint for hint in hints if dataclasses.is_dataclass(hint)]
     if configs and isinstance(value, dict):
         return _unchecked(_tagged_like(configs, value), value)
@@ -226,9 +233,8 @@ def _conform_to_any(hints: Sequence[Any], value: Any) -> Any:
     for found in misfits:
         if found.right_type:
             raise found
-    meant = next((found.nearest for found in misfits if found.nearest), None)
     words = " or ".join(found.words for found in misfits)
-    raise _Misfit(words, value, nearest=meant)
+    raise _Misfit(words, value, choices=[text for found in misfits for text in found.choices])
 
 
 def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options]:
@@ -244,7 +250,7 @@ def _tagged_like(configs: Sequence[Any], values: dict[str, Any]) -> type[Options
 def _one_of(choices: Sequence[str], value: Any) -> str:
     if isinstance(value, str) and value in choices:
         return value
-    raise _Misfit(f"one of {', '.join(map(str, choices))}", value, nearest=nearest(value, choices))
+    raise _Misfit(f"one of {', '.join(map(str, choices))}", value, choices=choices)
 
 
 def _bool(value: Any) -> bool:

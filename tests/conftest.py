@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+gc.set_threshold(10_000, 20, 20)  # by default, collecting garbage takes 5 to 10% of the time
+
 LONGEST = (
     "test_gpu.py",
     "test_executors.py",
@@ -34,9 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make that device the default one, and let signals mean what tests of them expect."""
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults = {signal.SIGINT: signal.default_int_handler}
+    defaults |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
     for number, handler in defaults.items():
-        if signal.getsignal(number) is signal.SIG_IGN:  # as in a job in the background
+        if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup
             signal.signal(number, handler)
     device = config.getoption("--device")
     if device != "cpu":

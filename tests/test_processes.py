@@ -1,5 +1,6 @@
 """Signals and worker processes: how they end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,20 +66,26 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def program(tmp_path):
-    """Run a program that has the functions above; returns the process."""
+    """Run a program that has the functions above; returns the process, which ends with the test."""
+    started = []
 
     def start(main):
         path = tmp_path / "program.py"
         path.write_text(PROGRAM.replace("{main}", main.strip().replace("\n", "\n    ")))
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, path],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

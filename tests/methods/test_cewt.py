@@ -120,6 +120,23 @@ def test_the_norm_alone():
         assert (gaussian - weight.param).abs().max() > 1e-3
 
 
+def test_gradients_that_come_in_a_closure_are_constrained_from_the_first_step_on():
+    found = []
+    for in_closure in (False, True):
+        model = network()
+        optimizer = adamw(model)
+        cewt(model, optimizer)
+        loss = model(sample(8, 16)).square().mean()
+        loss.backward(retain_graph=True)
+        if in_closure:
+            optimizer.zero_grad()
+            optimizer.step(lambda loss=loss: loss.backward())
+        else:
+            optimizer.step()
+        found.append([weight.param.detach() for weight in fogzo.quantized_weights(model)])
+    assert all(map(torch.equal, *found))
+
+
 def test_a_learning_rate_of_zero_and_no_gradient_leave_the_order():
     model = network()
     optimizer = adamw(model)

@@ -116,10 +116,11 @@ def test_it_sees_the_gradients_that_the_surrogate_masks():
     assert linear().item() == pytest.approx(model(x).item())
 
 
-def test_backward_passes_of_a_step_add_up_and_the_next_step_begins_anew():
+@pytest.mark.parametrize("fused", [False, True])  # which counts no version of what it changes
+def test_backward_passes_of_a_step_add_up_and_the_next_step_begins_anew(fused):
     model = quantized_net("lsq", dropout=0.0)
     linear = fogzo.LinearizedLoss(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
     x, y = batch()
 
     def loss_of(rows):
@@ -153,6 +154,9 @@ def test_a_probe_gives_everything_back_and_copies_know_nothing_of_it():
         fogzo.LinearizedLoss(other)
     linear.close()
     fogzo.LinearizedLoss(model)
+    fogzo.dequantize_(model)
+    assert not hasattr(model.first, "observe_quantized_weight")
+    fogzo.LinearizedLoss(fogzo.quantize_(model, fogzo.lsq(2), everything))
 
 
 def test_what_it_cannot_know_is_refused():

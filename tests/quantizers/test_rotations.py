@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import Generator
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fogzo
 from fogzo.quantizers import Hadamard
-from fogzo.quantizers.rotations import _cached_matrix
+from fogzo.quantizers.rotations import _cached_matrix, _multiplies_exactly
 
 
 def _draw(*shape, dtype=torch.float64, seed=0):
@@ -60,6 +61,30 @@ def test_autocast_does_not_round_it():
     with torch.autocast("cpu", torch.bfloat16):
         inside = Hadamard()(x)
     assert inside.dtype == torch.float32 and torch.equal(inside, Hadamard()(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_lower_precision_are_not_taken(compiled):
+    x, rotate = _draw(4, 256, dtype=torch.float32), Hadamard()
+    exact = rotate(x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # TF32, or bfloat16 on some CPUs
+    try:
+        assert not _multiplies_exactly(x)
+        if compiled:
+            torch.compiler.reset()
+            rotate = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(rotate(x), exact, rtol=0, atol=1e-5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert _multiplies_exactly(x)
+
+
+def test_a_first_use_by_fake_tensors_does_not_spoil_real_ones():
+    _cached_matrix.cache_clear()
+    with FakeTensorMode():
+        Hadamard()(torch.empty(4, 64))
+    assert Hadamard()(_draw(4, 64, dtype=torch.float32)).isfinite().all()
 
 
 def test_a_first_use_in_inference_mode_does_not_spoil_training():

@@ -221,7 +221,8 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
-        for name in ("_forward_dtype", "_measured_on", "_float_phase"):
+        own = ("_forward_dtype", "_measured_on", "_float_phase", "observe_quantized_weight")
+        for name in own:
             layer.__dict__.pop(name, None)
         if keeps_input:
             cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))

@@ -81,9 +81,8 @@ class Cewt:
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_decay(optimizer)
         self._before = {
-            index: weight.param.detach().clone()
+            index: weight.param.detach().clone()  # one without a gradient may get it in a closure
             for index, weight in enumerate(self.weights)
-            if weight.param.grad is not None
         }
 
     @torch.no_grad()

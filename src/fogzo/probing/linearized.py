@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fogzo.collectives import is_sharded
 from fogzo.layers.quantized_layer import QuantizedLayer
 
+_SAMPLE = 64  # values of a weight, to tell whether an optimizer has moved it
+
 
 class LinearizedLoss:
     """``sum g . Q(w)``: backward's exact gradient g at the rounded weights, times their values.
@@ -50,8 +52,10 @@ class LinearizedLoss:
                 "gradients: use that one, or call its close() first"
             )
         self._grads: dict[QuantizedLayer, Tensor] = {}
-        self._versions: dict[QuantizedLayer, int] = {}
         self._probed = False
+        self._task = -1  # autograd's number of the backward pass that was seen last
+        self._versions: list[int] = []
+        self._sampled = torch.empty(0)
         for layer in self._layers:
             layer.observe_quantized_weight = partial(self._observe, layer)
 
@@ -72,7 +76,7 @@ class LinearizedLoss:
             torch.sum(grad.double() * layer.quantized_weight().double())
             for layer, grad in self._grads.items()
         ]
-        return torch.stack(terms).sum()
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def close(self) -> None:
         """Keep no gradients any more."""
@@ -91,12 +95,19 @@ class LinearizedLoss:
             weight.register_hook(partial(self._add, layer))
 
     def _add(self, layer: QuantizedLayer, grad: Tensor) -> None:
-        version = layer.weight._version
-        if self._probed or self._versions.get(layer, version) != version:
-            # Another step: what is left of the last one is of other weights.
-            self._grads.clear()
-            self._versions.clear()
-            self._probed = False
-        self._versions[layer] = version
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            versions, sampled = [each.weight._version for each in self._layers], self._sample()
+            # A fused optimizer counts no version, so that values are asked too.
+            if self._probed or versions != self._versions or not sampled.equal(self._sampled):
+                self._grads.clear()  # another step: what is left of the last one is of its weights
+                self._probed, self._versions, self._sampled = False, versions, sampled
         kept = self._grads.get(layer)
         self._grads[layer] = grad.detach().clone() if kept is None else kept + grad.detach()
+
+    def _sample(self) -> Tensor:
+        """A few values of every weight."""
+        flat = [layer.weight.detach().flatten() for layer in self._layers]
+        parts = [weight[:: max(1, len(weight) // _SAMPLE)].double() for weight in flat]
+        return torch.cat([part.to(parts[0].device) for part in parts])

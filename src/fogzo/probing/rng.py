@@ -69,12 +69,12 @@ class RngState:
     def from_state_dict(cls, state: dict[str, Any]) -> "RngState":
         """The streams of a `state_dict`, without accelerators that this machine lacks."""
         made = cls()
-        made._torch = torch.tensor(state["torch"], dtype=torch.uint8)
+        made._torch = _stream(state["torch"])
         for name, stream in state["accelerators"]:
             device = torch.device(name)
             module = torch.get_device_module(device)
             if (device.index or 0) < module.device_count():
-                made._accelerators.append((module, device, torch.tensor(stream, dtype=torch.uint8)))
+                made._accelerators.append((module, device, _stream(stream)))
         version, words, half_a_pair = state["python"]
         made._python = (version, tuple(words), half_a_pair)
         made._numpy = tuple(state["numpy"]) if isinstance(state["numpy"], list) else state["numpy"]
@@ -95,6 +95,10 @@ def _numpy_words() -> bytes:
     if generator is None or type(generator) is not numpy_random.MT19937:
         return b""
     return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+
+
+def _stream(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8, device="cpu")  # whatever device is the default
 
 
 def _accelerator_state(device: torch.device) -> torch.Tensor:

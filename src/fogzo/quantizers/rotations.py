@@ -52,10 +52,11 @@ class Hadamard:
                 [0.7071, 0.7071]])
         """
         block = self.block_for(x.shape[-1])
-        if torch.compiler.is_compiling():
-            matrix = hadamard_matrix(block, x.dtype, x.device)
-        else:
-            matrix = _cached_matrix(block, x.dtype, x.device)
+        if torch.compiler.is_compiling() or not _multiplies_exactly(x):
+            return _butterfly(x, block)
+        # A mode may make tensors of its own kind (fake ones), which no other call could use.
+        plain = torch._C._len_torch_dispatch_stack() == 0
+        matrix = (_cached_matrix if plain else hadamard_matrix)(block, x.dtype, x.device)
         # Autocast would round the latent weights to bfloat16 inside this product. It does not know
         # the meta device, where models are built before their weights are loaded.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
@@ -68,6 +69,29 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / size**0.5
+
+
+def _multiplies_exactly(x: Tensor) -> bool:
+    """Whether a product of float32 is one: in TF32 or bfloat16 it would move weights to other codes.
+
+    `torch.set_float32_matmul_precision` allows these, on GPUs and on some CPUs.
+    """
+    if x.dtype != torch.float32:
+        return True
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")
+
+
+def _butterfly(x: Tensor, block: int) -> Tensor:
+    """The rotation by sums and differences, which are slower than a product and never rounded."""
+    x, half = x.unflatten(-1, (-1, block)), 1
+    while half < block:
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x, half = torch.stack([first + second, first - second], -2).flatten(-3), 2 * half
+    return (x / block**0.5).flatten(-2)
 
 
 @lru_cache(maxsize=32)

@@ -303,7 +303,7 @@ def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Ten
     # stay in the cache.
     flat = out.view(-1)
     for part in flat.split(2**16) if len(flat) > 2**16 else (flat,):
-        words = torch.empty((part.numel() + 3) // 4, dtype=torch.int64)
+        words = torch.empty((part.numel() + 3) // 4, dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=generator).bitwise_or_(0x0001_0001_0001_0001)
         part.copy_(words.view(torch.int16)[: part.numel()]).mul_(edge / 2**15)
     return out

@@ -285,19 +285,26 @@ def test_a_function_that_reads_the_loops_variables_is_found_out():
 # Which micro-batches make up the window
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("how", ["none", "zero", "data"])
 @pytest.mark.parametrize("first", ["zero", "record"])
-def test_steps_that_are_not_refined_leave_no_trace(set_to_none, first):
+def test_steps_that_are_not_refined_leave_no_trace(how, first):
     model, estimator = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     references = []
+
+    def drop_gradients():
+        if how != "data":
+            optimizer.zero_grad(set_to_none=how == "none")
+        for grad in (p.grad for p in model.parameters() if p.grad is not None):
+            grad.data.zero_()  # which counts no version
+
     for step in range(5):
         for i, (x, y) in enumerate(micro_batches()):
             if first == "zero" and i == 0:
-                optimizer.zero_grad(set_to_none)
+                drop_gradients()
             loss = estimator.record(loss_of, model, x, y)
             if first == "record" and i == 0:
-                optimizer.zero_grad(set_to_none)
+                drop_gradients()
             loss.backward()
             references.append(weakref.ref(x))
             del x, y, loss
@@ -340,11 +347,49 @@ def test_an_exception_between_record_and_refine_is_forgotten_with_the_gradients(
     assert estimator.refine_grads_().fallback is None
 
 
-def test_gradients_that_hold_something_else_are_refused():
+def test_a_batch_is_let_go_when_it_is_refined_however_long_its_loss_lives():
     model, estimator = start()
     x, y = batch()
-    loss_of(model, x, y).backward()
-    estimator.record(loss_of, model, x, y).backward()
+    batch_is = weakref.ref(x)
+    loss = estimator.record(loss_of, model, x, y)
+    loss.backward()
+    del x, y
+    estimator.refine_grads_()
+    assert batch_is() is None
+    assert loss.isfinite()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_loss_that_is_added_to_a_recorded_one_is_no_other_backward_pass():
+    model, estimator = start()
+    for x, _ in micro_batches():
+        # What is computed last is differentiated first.
+        recorded = estimator.record(lambda x: model.first(x).square().mean(), x)
+        beside = model.second(torch.ones(1, model.second.in_features)).square().mean()
+        (recorded + 0 * beside).backward()
+    assert estimator.refine_grads_().fallback is None
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after", "failed", "failed at last"])
+def test_gradients_that_hold_something_else_are_refused(when):
+    model, estimator = start()
+    x, y = batch()
+
+    def other():
+        failing = when.startswith("failed")
+        loss = (estimator.record if failing else lambda f, *a: f(*a))(loss_of, model, x, y)
+        if not failing:
+            return loss.backward()
+        handle = model.first.weight.register_hook(lambda grad: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        handle.remove()
+
+    for place in ("before", "between", "after"):
+        if place == when or (place, when) in [("between", "failed"), ("after", "failed at last")]:
+            other()
+        if place != "after":
+            estimator.record(loss_of, model, x, y).backward()
     before = Snapshot(model)
     with pytest.raises(ValueError, match="record every loss"):
         estimator.refine_grads_()

@@ -1,6 +1,8 @@
 """Loops of accelerate, as its users write them."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -168,3 +170,40 @@ def test_micro_batches_refined_by_mistake_are_found_out():
         run.accelerator.backward(run.estimator.record(loss_of, run.model, x, y))
     with pytest.raises(ValueError, match="once per optimizer step"):
         run.accelerator.backward(run.estimator.record(loss_of, run.model, x, y))
+
+
+def test_one_accelerator_trains_one_model_after_another_and_two_at_once():
+    accelerator = fresh_accelerator(steps=1)
+    x, y = batch()
+
+    def prepared():
+        model = network()
+        return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step(estimator, model, optimizer):
+        accelerator.backward(estimator.record(loss_of, model, x, y))
+        if accelerator.backward.refined_by_fogzo is not estimator:
+            estimator.refine_grads_()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = prepared()
+    first = refine(accelerator, model)
+    other, of_other = prepared()
+    with pytest.raises(ValueError, match="refines gradients already"):
+        refine(accelerator, other)
+    second = fogzo.FogzoEstimator(fogzo.quantized_weights(other))  # as the message says
+    for _ in range(2):
+        step(first, model, optimizer)
+        step(second, other, of_other)
+    assert (first.step, second.step) == (2, 2)
+
+    freed = weakref.ref(first)
+    del model, optimizer, other, of_other, first, second
+    accelerator.free_memory()
+    model, optimizer = prepared()
+    third = refine(accelerator, model)
+    step(third, model, optimizer)
+    gc.collect()
+    assert third.step == 1 and freed() is None
+    assert accelerator._custom_objects == [third]

@@ -541,6 +541,18 @@ def test_the_compiled_model_agrees(preset):
         assert torch.allclose(param.grad, expected[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.parametrize("inputs", [None, fogzo.lsq(4)], ids=["float", "quantized"])
+def test_a_model_is_compiled_once_for_batches_of_any_size(inputs):
+    torch.compiler.reset()
+    model = fill(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))))
+    fogzo.quantize_(model, fogzo.fixed(2), everything, activations=inputs)
+    model(draw(4, 8))
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for rows in (4, 6):
+        with torch.compiler.set_stance("default" if rows == 4 else "fail_on_recompile"):
+            assert torch.equal(compiled(draw(rows, 8)), model(draw(rows, 8)))
+
+
 # --- dequantize_ and repr ----------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from toolbox import (
     assert_bits_equal,
     backward,
     batch,
+    draw,
     in_chunks_of,
     pairwise,
     quantized_net,
@@ -538,6 +539,51 @@ def test_parameters_that_are_not_quantized_come_back_or_the_closure_is_refused(a
     for name in ("average.head.weight", "average.head.bias"):
         before.values[name] = model.get_parameter(name).clone()
     before.assert_same()
+
+
+class Counting(nn.Module):
+    """A network that counts its forward passes in a buffer, in one of two ways."""
+
+    def __init__(self, assigns):
+        super().__init__()
+        self.own, self.assigns, self.seen = quantized_net(dropout=0.0), assigns, []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.assigns:
+            self.calls = self.calls + 1
+        else:
+            self.calls += 1
+        self.seen.append(self.calls.item())
+        return self.own(x) * (2 - torch.exp(-self.calls / 20))
+
+
+@pytest.mark.parametrize("evaluate", ["in_place", "lean"])
+@pytest.mark.parametrize("assigns", [True, False])
+def test_every_probe_begins_with_the_buffers_that_backward_left(assigns, evaluate):
+    model, (x, y) = Counting(assigns), batch()
+    weights = fogzo.quantized_weights(model)
+    estimator = fogzo.FogzoEstimator(weights, noise_share=0.3, num_samples=2, evaluate=evaluate)
+    estimator.record(lambda x, y: mse_loss(model(x), y), x, y).backward()
+    estimator.refine_grads_()
+    # The audit alone looks what one more forward pass makes of them.
+    assert sorted(set(model.seen)) == [1, 2, 3] and model.seen.count(3) == 1
+    assert len(model.seen) >= 7 and model.calls == 1
+
+
+@EVERY_WAY
+def test_an_embedding_that_shortens_its_rows_is_no_closure_that_changes_parameters(evaluate):
+    embedding, own = nn.Embedding(12, 8, max_norm=0.5), quantized_net(dropout=0.0)
+    model, tokens, y = nn.Sequential(embedding, own), torch.arange(12), draw(12, 3)
+    with torch.no_grad():
+        embedding.weight.copy_(draw(12, 8))
+    weights = fogzo.quantized_weights(model)
+    estimator = fogzo.FogzoEstimator(weights, noise_share=0.3, evaluate=evaluate)
+    loss = estimator.record(lambda t, y: mse_loss(model(t), y), tokens, y)
+    loss.backward()
+    before = Snapshot(model)
+    estimator.refine_grads_()
+    before.assert_same({f"1.{name}" for name in REWRITTEN})
 
 
 @EVERY_WAY

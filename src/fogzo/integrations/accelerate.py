@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fogzo.estimators import FogzoEstimator, GradientEstimator
 from fogzo.layers import quantized_weights
+from fogzo.probing.window import gradient_versions
 
 
 def refine(
@@ -44,6 +45,7 @@ def refine(
             f"{distributed} keeps the gradients to itself, and they cannot be refined: train with "
             "DDP or FSDP2, accelerate launch --multi_gpu"
         )
+    _forget_freed_models(accelerator)
     backward = accelerator.backward
     if hasattr(backward, "refined_by_fogzo"):
         raise ValueError(
@@ -56,11 +58,27 @@ def refine(
     accelerator.register_for_checkpointing(made)
 
     def backward_and_refine(loss: Tensor, **kwargs: Any) -> None:
+        before = gradient_versions(made.weights)
         backward(loss, **kwargs)
-        if accelerator.sync_gradients:
+        # Another model's leaves the gradients of this one alone.
+        if accelerator.sync_gradients and gradient_versions(made.weights) != before:
             scaler = accelerator.scaler
             made.refine_grads_(grad_scale=1.0 if scaler is None else scaler.get_scale())
 
-    backward_and_refine.refined_by_fogzo = made  # type: ignore[attr-defined]
-    accelerator.backward = backward_and_refine
+    wrapped: Any = backward_and_refine
+    wrapped.refined_by_fogzo, wrapped.own = made, backward
+    accelerator.backward = wrapped
     return made
+
+
+def _forget_freed_models(accelerator: Any) -> None:
+    """Take back what was refined of models that `accelerator.free_memory` has let go."""
+    wrapped = accelerator.backward
+    made: GradientEstimator | None = getattr(wrapped, "refined_by_fogzo", None)
+    if made is None:
+        return
+    prepared = [accelerator.unwrap_model(model) for model in accelerator._models]
+    if not any(weight.model is model for weight in made.weights for model in prepared):
+        accelerator.backward = wrapped.own
+        kept = [held for held in accelerator._custom_objects if held is not made]
+        accelerator._custom_objects[:] = kept

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fogzo.collectives import compute_device, local
+from fogzo.collectives import compute_device
 from fogzo.estimators import GradientEstimator
 from fogzo.integrations.counters import counters_put_back
 from fogzo.probing.rng import RngState
+from fogzo.probing.window import gradient_versions
 
 
 class _Skipped(BaseException):
@@ -114,18 +114,12 @@ class Recorder:
         call.backwards += 1
         if call.until is None:
             loss = self._estimator.record(self._manual_loss(loss), *call.args, **call.kwargs)
-            before = self._gradients()
+            before = gradient_versions(self._estimator.weights)
             self._own_backward(loss, *args, **kwargs)
             # A critic's leaves the gradients of its generator alone.
-            self.backwards += self._gradients() != before
+            self.backwards += gradient_versions(self._estimator.weights) != before
         elif call.backwards == call.until:
             raise _Reached(loss)
-
-    @torch.no_grad()
-    def _gradients(self) -> list[tuple[int, int] | None]:
-        """Which tensors the gradients are, and how often each was changed in place."""
-        grads = [weight.param.grad for weight in self._estimator.weights]
-        return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
 
     def _clip_gradients(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if not self._module.automatic_optimization:

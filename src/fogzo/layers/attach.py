@@ -1,5 +1,6 @@
 """Attaching quantizers to a model in place, listing what they quantize, and baking them in."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -308,7 +309,8 @@ def attach_(
     plain.__class__ = quantized_class(cls)
     layer = cast(QuantizedLayer, plain)
     layer.__dict__.pop("forward", None)  # its class's own, as `check_quantizable` made sure
-    layer.quantizer = quantizer_for(plain, quantizer)
+    # One of its own, as the compiler takes no float of an object that two layers share.
+    layer.quantizer = copy.deepcopy(quantizer_for(plain, quantizer))
     layer.output_dim = dim or 0
     layer._name, layer._stale = name or "model", stale
     layer._held_step_size = None

@@ -3,6 +3,7 @@
 Estimators never perturb an activation. Its quantizer runs in every forward pass, probes included.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ class QuantizedInput(nn.Module):
 
     def attach_input(self, quantizer: Quantizer | None) -> None:
         """Begin to quantize inputs; None leaves them alone."""
-        self._given = self._without_negatives = quantizer
+        self._given = self._without_negatives = copy.deepcopy(quantizer)
         self._was_measured, self._tally = False, None
         self.register_buffer("input_step_knee", None)
         if quantizer is None or not quantizer.scale.has_state:

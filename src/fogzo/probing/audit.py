@@ -113,17 +113,10 @@ def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) 
 
 def _scatter(lender: Lender, closure: Closure, loss: float, size: float) -> float:
     """How far the closure's loss may lie from backward's for reasons that are no mistake."""
-    buffers = [
-        (buffer, buffer.clone())
-        for model in lender.models
-        for module in model.modules()
-        if not isinstance(module, nn.modules.batchnorm._NormBase)  # not read in train mode
-        for buffer in module._buffers.values()
-        if buffer is not None
-    ]
     with _watched(lender.models) as seen:
-        again = float(lender.evaluate(closure))
-    moved = any(not torch.equal(buffer, saved) for buffer, saved in buffers)
+        again = float(lender.evaluate(closure, reset_buffers=False))  # as backward's own pass did
+    statistics = nn.modules.batchnorm._NormBase  # which are not read in train mode
+    moved = any(not isinstance(module, statistics) for module in lender.modules_moved())
     compiled = not seen and _something_is_compiled()  # such graphs call no hooks
     inexact = moved or compiled or any(dtype.itemsize < 4 for dtype in seen)
     return (_LOOSE if inexact else 0.0) * size + 4 * abs(again - loss)

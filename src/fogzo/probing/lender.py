@@ -19,8 +19,9 @@ class Lender:
 
     While a loan lasts, probes run without gradients, in the mode the model is in (train mode: the
     function that backward saw), with the step sizes of the unperturbed weights, and each from the
-    same random state. When it ends, also by an exception, the weights come back from a copy, and
-    gradients, buffers, modes, random streams and the autocast cache are as they were.
+    same random state and the same buffers. When it ends, also by an exception, the weights come
+    back from a copy, and gradients, buffers, modes, random streams and the autocast cache are as
+    they were.
 
     All of it belongs under `torch.no_grad`, as the weights are edited in place.
 
@@ -53,6 +54,7 @@ class Lender:
         self._weights = weights
         self._lent: list[Tensor] = []  # shards, in the weights' own memory
         self._saved: list[Tensor] = []
+        self._buffers = _Buffers([])
         self.recorded_rng: RngState | None = None
         self._replay: RngState | None = None
 
@@ -76,7 +78,9 @@ class Lender:
         with ExitStack() as loan:  # all of which is given back, whatever raises
             loan.callback(torch.clear_autocast_cache)
             loan.callback(before.restore)
-            loan.enter_context(_modules_kept(modules))
+            loan.enter_context(_modes_kept(modules))
+            self._buffers = _Buffers(modules)
+            loan.callback(self._buffers.give_back_)
             loan.enter_context(_parameters_kept(modules, [weight.param for weight in weights]))
             for weight in weights:
                 if weight.hold_step_size is not nullcontext:
@@ -124,13 +128,18 @@ class Lender:
         if self._lent:
             torch._foreach_lerp_(self._lent, self._saved, 2.0)
 
-    def evaluate(self, closure: Closure) -> Tensor:
+    def evaluate(self, closure: Closure, reset_buffers: bool = True) -> Tensor:
         """The closure's loss at the weights as they are, a scalar tensor.
+
+        Args:
+            closure: Computes the loss.
+            reset_buffers: Whether it begins with the buffers of the loan, or with those that the
+                closure before it has left.
 
         Raises:
             ValueError: If the closure returns anything but one number.
         """
-        self._replay_rng()
+        self._begin(reset_buffers)
         try:
             with torch.no_grad():  # again, as a closure may leave gradients switched on
                 return as_loss(closure())
@@ -155,7 +164,7 @@ class Lender:
         Raises:
             ValueError: If the closure returns anything but one number, or one without a history.
         """
-        self._replay_rng()
+        self._begin(reset_buffers=True)
         with torch.enable_grad():
             loss = closure()
         as_loss(loss)
@@ -168,10 +177,16 @@ class Lender:
         params = [weight.param for weight in weights]
         return list(torch.autograd.grad(loss, params, allow_unused=True))
 
-    def _replay_rng(self) -> None:
+    def modules_moved(self) -> list[nn.Module]:
+        """The modules whose buffers the last closure has changed."""
+        return self._buffers.moved()
+
+    def _begin(self, reset_buffers: bool) -> None:
         """Let a closure begin as every other one does."""
         assert self._replay is not None, "a closure outside of lend()"
         self.reshard()
+        if reset_buffers:
+            self._buffers.reset_()
         self._replay.restore()
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()
@@ -200,27 +215,69 @@ def as_loss(value: object, what: str = "the closure must return") -> Tensor:
     )
 
 
+class _Buffers:
+    """The buffers of modules as they are, to put back.
+
+    Args:
+        modules: Whose.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._kept = [
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._versions = self._versions_now()
+
+    def reset_(self) -> None:
+        """Put back those that a closure has changed, as far as they count their changes."""
+        now = self._versions_now()
+        for kept, version, known in zip(self._kept, now, self._versions, strict=True):
+            module, name, buffer, saved = kept
+            if version != known:
+                _write_(buffer, saved)
+            module._buffers[name] = buffer  # the closure may have assigned another tensor
+        if now != self._versions:
+            self._versions = self._versions_now()
+
+    def give_back_(self) -> None:
+        """Put all of them back."""
+        for module, name, buffer, saved in self._kept:
+            _write_(buffer, saved)
+            module._buffers[name] = buffer
+        self._kept, self._versions = [], []
+
+    def moved(self) -> list[nn.Module]:
+        """The modules of those that differ from what they were."""
+        return [
+            module
+            for module, name, _, saved in self._kept
+            if (now := module._buffers.get(name)) is None or not torch.equal(now, saved)
+        ]
+
+    def _versions_now(self) -> list[int]:
+        return [0 if b.is_inference() else b._version for _, _, b, _ in self._kept]
+
+
+def _write_(buffer: Tensor, saved: Tensor) -> None:
+    """Copy it back, unless it is expanded, so that nothing can have written into it."""
+    strides = zip(buffer.shape, buffer.stride(), strict=True)
+    if not any(size > 1 and stride == 0 for size, stride in strides):
+        buffer.copy_(saved)
+
+
 @contextmanager
-def _modules_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep modes and buffers, and put them back."""
+def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep the modes, and put them back."""
     modes = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     try:
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             if module.training is not mode:
                 module.training = mode
-        for module, name, buffer, saved in buffers:
-            strides = zip(buffer.shape, buffer.stride(), strict=True)
-            if not any(size > 1 and stride == 0 for size, stride in strides):
-                buffer.copy_(saved)  # into one that is expanded nothing can write
-            module._buffers[name] = buffer  # the closure may have assigned another tensor
 
 
 @contextmanager
@@ -237,8 +294,14 @@ def _parameters_kept(modules: Sequence[nn.Module], lent: Sequence[nn.Parameter])
         if param is not None
     ]
     moved = set(map(id, lent))
+    # Their modules shorten rows in place in every forward pass, not the same to the bit each time.
+    renormalised = {
+        id(param): param.detach().clone()
+        for module, _, param in named
+        if getattr(module, "max_norm", None) is not None and id(param) not in moved
+    }
     others = [
-        (module, name, param, param.detach(), param._version)
+        (module, name, param, renormalised.get(id(param), param.detach()), param._version)
         for module, name, param in named
         # The local part of a sharded one is FSDP's to move.
         if type(param) is nn.Parameter
@@ -251,7 +314,7 @@ def _parameters_kept(modules: Sequence[nn.Module], lent: Sequence[nn.Parameter])
     try:
         yield
         for module, name, param, _, version in others:
-            if param._version != version:
+            if param._version != version and id(param) not in renormalised:
                 raise ValueError(
                     f"the closure changes the parameter {name!r} of a {type(module).__name__}, of "
                     f"shape {tuple(param.shape)}, in place, so every probe would change it once "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fogzo.probing.rng import RngState
 
@@ -28,7 +29,10 @@ class MicroBatch:
     Attributes:
         value: The loss of the first call.
         weight: What backward() has multiplied it by so far, as a scalar tensor.
+        hook: What is to be removed from the loss when it counts no more.
     """
+
+    hook: RemovableHandle
 
     def __init__(
         self,

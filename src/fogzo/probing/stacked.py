@@ -89,8 +89,13 @@ def _evaluate(
                     lent.append((module._buffers, name, copies))
 
     def loss(*rows: Tensor) -> Tensor:
-        with _lent([(held, name, row) for (held, name, _), row in zip(lent, rows, strict=True)]):
-            return lender.evaluate(closure)
+        rows_of = [(held, name, row) for (held, name, _), row in zip(lent, rows, strict=True)]
+
+        def of_rows() -> Tensor | float:
+            with _lent(rows_of):
+                return closure()
+
+        return lender.evaluate(of_rows)
 
     try:
         return torch.vmap(loss, randomness="same")(*(stack for *_, stack in lent))

@@ -5,7 +5,9 @@ it or call backward later. What counts is what backward() multiplied each loss b
 weights, which a hook on the loss sees: the gradients are those of ``sum_i weight_i * loss_i``.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ Version = tuple[int, int] | None
 
 _SAMPLE = 64  # elements of each gradient, by which to tell what it was multiplied by
 _UNIFORM = 1e-2  # gradients in 16 bits are rounded when they are unscaled
+
+
+def gradient_versions(weights: Sequence[QuantizedWeight]) -> list[Version]:
+    """Which tensors the gradients are, and how often each was changed in place."""
+    grads = [weight.param.grad for weight in weights]
+    return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
 
 
 class Window:
@@ -44,6 +52,8 @@ class Window:
         self._task = -1  # autograd's number of the backward pass that goes on
         self._seen: list[tuple[MicroBatch, Tensor]] = []  # in it, and their incoming gradients
         self._at_start: list[Version] = []
+        self._micro_batches: list[MicroBatch] = []
+        self._hooks: list[Any] = []
         self.clear()
 
     def __len__(self) -> int:
@@ -51,10 +61,15 @@ class Window:
 
     def clear(self) -> None:
         """Begin a new window."""
-        self._micro_batches: list[MicroBatch] = []
+        for hook in (*self._hooks, *(micro_batch.hook for micro_batch in self._micro_batches)):
+            hook.remove()
+        self._hooks, self._micro_batches = [], []
+        self._others: set[int] = set()  # backward passes that have reached no recorded loss
         self._versions: list[Version] = []
         self._before: Tensor | None = None
         self._after: Tensor | None = None
+        # How many micro-batches there were when a later one began, and gradients before and then.
+        self._later: list[tuple[int, Tensor | None, Tensor | None]] = []
 
     def record(
         self, compute_loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -64,7 +79,7 @@ class Window:
         micro_batch = MicroBatch(compute_loss, args, kwargs, rng, models)
         output, loss = micro_batch.first(args, kwargs)
         if loss.requires_grad:
-            loss.register_hook(lambda grad: self._backward_begins(micro_batch, grad))
+            micro_batch.hook = loss.register_hook(partial(self._backward_begins, micro_batch))
         return output
 
     def loss(self, grad_scale: float) -> "RecordedLoss":
@@ -75,14 +90,23 @@ class Window:
         """
         for micro_batch in self._micro_batches:
             micro_batch.check_arguments()
-        if self._before is not None and self._before.any():
-            raise ValueError(
-                "the gradients were not zero when the first recorded loss was differentiated, so "
-                "they hold more than the recorded losses. Refine once per optimizer step, after "
-                "the last backward(), drop the gradients after it, optimizer.zero_grad(), and "
-                "record every loss that depends on the quantized weights"
-                + caveat("Gradient accumulation")
-            )
+        for count, before, then in reversed(self._later):
+            if before is not None and before.any() and then is not None and not then.any():
+                del self._micro_batches[:count]  # dropped by `.data`, which counts no version
+                break
+        else:
+            why = None
+            if self._before is not None and self._before.any():
+                why = "were not zero when the first recorded loss was differentiated"
+            if self._others or self._seen:
+                why = "were added to by a backward pass without a recorded loss, or one that failed"
+            if why is not None:
+                raise ValueError(
+                    f"the gradients {why}, so they hold more than the recorded losses. Refine once "
+                    "per optimizer step, after the last backward(), drop the gradients after it, "
+                    "optimizer.zero_grad(), and record every loss that depends on the quantized "
+                    f"weights{caveat('Gradient accumulation')}"
+                )
         weights = [micro_batch.weight for micro_batch in self._micro_batches]
         factors = torch.stack([weight.to(weights[0].device) for weight in weights])
         factors *= self._factor() / grad_scale
@@ -92,20 +116,27 @@ class Window:
         """The hook on a loss: a backward pass has reached it."""
         task = torch._C._current_graph_task_id()
         if task != self._task:
+            failed = bool(self._seen)  # the last one has not come to its end
             self._task, self._seen = task, []
             with torch.no_grad():
-                self._at_start = self._versions_now()
+                self._at_start = gradient_versions(self._weights)
                 if self._micro_batches and self._dropped():
                     self.clear()
-                if not self._micro_batches:
+                if self._micro_batches:
+                    self._later.append((len(self._micro_batches), self._after, self._sample()))
+                    self._others |= {-1} if failed else set()
+                else:
+                    self.clear()
                     self._before = self._sample()
+                    self._watch()
+            self._others.discard(task)  # what it reached before this loss is of it
             self._queue(lambda: self._queue(self._backward_ends))  # after those of DDP and FSDP
         self._seen.append((micro_batch, grad.detach()))
 
     @torch.no_grad()
     def _backward_ends(self) -> None:
         seen, self._task, self._seen = self._seen, -1, []
-        self._versions = self._versions_now()
+        self._versions = gradient_versions(self._weights)
         if self._versions == self._at_start and not self._is_sharded:
             return  # torch.autograd.grad, say, which leaves the gradients alone
         for micro_batch, grad in seen:
@@ -113,6 +144,18 @@ class Window:
                 self._micro_batches.append(micro_batch)
             micro_batch.weight = micro_batch.weight.to(grad) + grad
         self._after = self._sample()
+
+    def _watch(self) -> None:
+        """Have each weight tell of the backward passes that reach it while the window lasts."""
+        tell = partial(_tell, weakref.ref(self))
+        for weight in self._weights:
+            if weight.param.requires_grad and not self._is_sharded:
+                self._hooks.append(weight.param.register_post_accumulate_grad_hook(tell))
+
+    def _reached(self) -> None:
+        """A backward pass has added to a gradient; those within another's are a part of it."""
+        if self._task == -1:
+            self._others.add(torch._C._current_graph_task_id())
 
     def _queue(self, callback: Callable[[], None]) -> None:
         """Have something called at the end of the backward pass that goes on."""
@@ -142,10 +185,6 @@ class Window:
         uniform = factor > 0 and bool(change <= _UNIFORM * (factor * before).abs().max())
         return factor if uniform else 1.0
 
-    def _versions_now(self) -> list[Version]:
-        grads = [weight.param.grad for weight in self._weights]
-        return [None if grad is None else (id(grad), local(grad)._version) for grad in grads]
-
     def _sample(self) -> Tensor | None:
         """A few elements of every gradient and its largest magnitude; None without gradients."""
         grads = [local(w.param.grad).flatten() for w in self._weights if w.param.grad is not None]
@@ -155,6 +194,12 @@ class Window:
             if len(grad):  # where most elements are zero, as an embedding's, a few may all be
                 parts.append(torch.linalg.vector_norm(grad, torch.inf).float().reshape(1))
         return torch.cat([part.to(parts[0].device) for part in parts]) if parts else None
+
+
+def _tell(window: "weakref.ref[Window]", param: Tensor) -> None:
+    found = window()
+    if found is not None:
+        found._reached()
 
 
 class RecordedLoss:

@@ -36,7 +36,9 @@ class Hadamard:
         Raises:
             ValueError: If ``size`` is odd, so that no block divides it.
         """
-        block = min(self.block, size & -size)
+        block = 1  # not by bits, which the compiler does not have of a size that may change
+        while 2 * block <= self.block and size % (2 * block) == 0:
+            block *= 2
         if block < 2:
             raise ValueError(
                 f"a Hadamard rotation needs an even input size, got {size}: leave this layer out "
@@ -72,7 +74,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def _multiplies_exactly(x: Tensor) -> bool:
-    """Whether a product of float32 is one: in TF32 or bfloat16 it would move weights to other codes.
+    """Whether products of float32 are: in TF32 or bfloat16 they would move weights to other codes.
 
     `torch.set_float32_matmul_precision` allows these, on GPUs and on some CPUs.
     """

@@ -75,7 +75,9 @@ def full(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.full_tensor()
+        reached: Any = tensor.to(compute_device(tensor))  # NCCL cannot reach offloaded shards
+        whole: Tensor = reached.full_tensor()
+        return whole.to(tensor.device)
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Lender:
         models = [model, *(weight.model for weight in weights)]
         self.models = list(dict.fromkeys(m for m in models if m is not None))
         self._sharded = [weight for weight in weights if is_sharded(weight.param)]
+        self._offloaded = any(compute_device(w.param) != w.param.device for w in self._sharded)
         if self._sharded and not self.models:
             raise ValueError(
                 f"{self._sharded[0].name!r} is sharded, and its model must be known, so that no "
@@ -142,7 +143,10 @@ class Lender:
         self._begin(reset_buffers)
         try:
             with torch.no_grad():  # again, as a closure may leave gradients switched on
-                return as_loss(closure())
+                loss = as_loss(closure())
+                if self._offloaded:  # the GPU may still be copying the shards, which move next
+                    torch.accelerator.synchronize()
+                return loss
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise

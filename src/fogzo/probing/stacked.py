@@ -31,7 +31,18 @@ def losses(
     closure: Closure,
     two_sided: bool,
 ) -> list[Tensor]:
-    """Losses at moved copies of the weights, as many at a time as the bound on memory allows."""
+    """Losses at moved copies of the weights, as many at a time as the bound on memory allows.
+
+    Raises:
+        ValueError: If one-sided probes would drop out other activations than the loss that they
+            are compared with.
+    """
+    if not two_sided and directions.weights[0].param.is_cuda and _drops_out(lender.models):
+        raise ValueError(
+            "on a GPU torch.vmap draws other dropout masks than the forward pass whose loss "
+            'one-sided probes are compared with: evaluate="in_place", or one_sided=False'
+            + caveat("Stacked and lean probes")
+        )
     found: list[Tensor] = []
     size = chunk_size(directions.weights)
     for start in range(0, len(plan), size):
@@ -43,6 +54,12 @@ def losses(
             sides.append(_evaluate(lender, closure, directions, stacks))
         found += torch.stack(sides, 1).flatten().unbind()
     return found
+
+
+def _drops_out(models: Sequence[nn.Module]) -> bool:
+    modules = (module for model in models for module in model.modules())
+    kind = nn.modules.dropout._DropoutNd
+    return any(isinstance(m, kind) and m.training and 0 < m.p < 1 for m in modules)
 
 
 def chunk_size(weights: Sequence[QuantizedWeight]) -> int:

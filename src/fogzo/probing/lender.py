@@ -80,8 +80,9 @@ class Lender:
             loan.callback(torch.clear_autocast_cache)
             loan.callback(before.restore)
             loan.enter_context(_modes_kept(modules))
+            loan.callback(setattr, self, "_buffers", _Buffers([]))  # keeps no copies
             self._buffers = _Buffers(modules)
-            loan.callback(self._buffers.give_back_)
+            loan.callback(self._buffers.reset_, every=True)
             loan.enter_context(_parameters_kept(modules, [weight.param for weight in weights]))
             for weight in weights:
                 if weight.hold_step_size is not nullcontext:
@@ -233,25 +234,17 @@ class _Buffers:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._versions = self._versions_now()
+        self._versions = [0 if b.is_inference() else b._version for _, _, b, _ in self._kept]
 
-    def reset_(self) -> None:
-        """Put back those that a closure has changed, as far as they count their changes."""
-        now = self._versions_now()
-        for kept, version, known in zip(self._kept, now, self._versions, strict=True):
-            module, name, buffer, saved = kept
-            if version != known:
-                _write_(buffer, saved)
+    def reset_(self, every: bool = False) -> None:
+        """Put back those that count a change since the last time, or every one."""
+        for index, (module, name, buffer, saved) in enumerate(self._kept):
+            if every or buffer.is_inference() or buffer._version != self._versions[index]:
+                strides = zip(buffer.shape, buffer.stride(), strict=True)
+                if not any(size > 1 and stride == 0 for size, stride in strides):
+                    buffer.copy_(saved)  # into one that is expanded nothing can write
+                self._versions[index] = 0 if buffer.is_inference() else buffer._version
             module._buffers[name] = buffer  # the closure may have assigned another tensor
-        if now != self._versions:
-            self._versions = self._versions_now()
-
-    def give_back_(self) -> None:
-        """Put all of them back."""
-        for module, name, buffer, saved in self._kept:
-            _write_(buffer, saved)
-            module._buffers[name] = buffer
-        self._kept, self._versions = [], []
 
     def moved(self) -> list[nn.Module]:
         """The modules of those that differ from what they were."""
@@ -260,16 +253,6 @@ class _Buffers:
             for module, name, _, saved in self._kept
             if (now := module._buffers.get(name)) is None or not torch.equal(now, saved)
         ]
-
-    def _versions_now(self) -> list[int]:
-        return [0 if b.is_inference() else b._version for _, _, b, _ in self._kept]
-
-
-def _write_(buffer: Tensor, saved: Tensor) -> None:
-    """Copy it back, unless it is expanded, so that nothing can have written into it."""
-    strides = zip(buffer.shape, buffer.stride(), strict=True)
-    if not any(size > 1 and stride == 0 for size, stride in strides):
-        buffer.copy_(saved)
 
 
 @contextmanager

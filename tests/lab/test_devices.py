@@ -1,9 +1,17 @@
 """A device by its name, or a refusal that says what there is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fogzo_lab.system.devices import available_devices, find_device
+from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.bench.networks import mlp
+from fogzo_lab.bench.sections import probes
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.devices import available_devices, drawing_gpus, find_device
+from fogzo_lab.training.loop import train
+from fogzo_lab.training.model_config import QuantizerConfig
 
 
 @pytest.fixture
@@ -16,6 +24,13 @@ def two_gpus(monkeypatch):
 @pytest.fixture
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+@pytest.fixture
+def old_driver(monkeypatch):
+    """Two GPUs that torch counts and cannot use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 def test_without_an_accelerator_there_is_the_cpu(no_gpu):
@@ -46,3 +61,26 @@ def test_gpus_by_name_number_and_rank(two_gpus, monkeypatch):
     for name in ("auto", "cuda", "cuda:7", "mps"):
         with pytest.raises(ValueError, match=r"here is cpu, cuda, cuda:0, cuda:1"):
             find_device(name)
+
+
+def test_the_cpu_computes_where_the_driver_of_the_gpus_is_too_old(old_driver, tmp_path):
+    assert drawing_gpus() == []
+    recipe = replace(
+        RECIPES["digits-mlp"](),
+        device="cpu",
+        activations=QuantizerConfig(preset="lsq", bits=4),
+        max_steps=1,
+        output_dir=tmp_path / "run",
+    )
+    assert train(recipe)["steps"] == 1
+
+
+def test_the_benchmark_of_probes_does_too(old_driver):
+    cpu = torch.device("cpu")
+    config = BenchConfig(suite="tiny", device="cpu")
+    assert list(probes.in_place(mlp((8, 4, 2), 4, cpu), 1, config, cpu))
+
+
+def test_the_streams_of_usable_gpus_are_kept(old_driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert drawing_gpus() == [torch.device("cuda", 0), torch.device("cuda", 1)]

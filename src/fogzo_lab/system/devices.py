@@ -33,6 +33,15 @@ def available_devices() -> list[str]:
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
+def drawing_gpus() -> list[torch.device]:
+    """The GPUs whose random streams can be read, which are none where the driver is too old.
+
+    torch then counts GPUs all the same, and fails when it is asked for their streams.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def find_device(name: str) -> torch.device:
     """The device of a name: for ``auto`` a GPU if there is one, for ``cuda`` that of this rank.
 

@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 
 from fogzo.probing.rng import RngState
+from fogzo_lab.system.devices import drawing_gpus
 from fogzo_lab.system.json_files import checked
 from fogzo_lab.training.checkpoint_format import (
     FORMAT,
@@ -236,8 +237,7 @@ class _RngState(TypedDict):
 
 
 def _streams() -> RngState:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return RngState(torch.device("cuda", index) for index in range(count))
+    return RngState(drawing_gpus())
 
 
 def clear_partial(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fogzo import calibrate_, quantize_
 from fogzo.layers.selection import output_dim
+from fogzo_lab.system.devices import drawing_gpus
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.model_config import (
     DeitConfig,
@@ -45,7 +46,7 @@ def build_model(config: TrainConfig, shapes: Shapes) -> nn.Module:
     Raises:
         ValueError: If the data do not fit the network, or there is nothing to quantize.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(drawing_gpus()):
         torch.manual_seed(config.seed)  # noqa: TID251 -- initial weights only, and given back
         try:
             model = float_model(config.model, shapes)
@@ -137,7 +138,7 @@ def _spare_buffers(block: nn.Module) -> Iterator[None]:
 def calibrate(model: nn.Module, inputs: Tensor, seed: int) -> None:
     """Measure the step sizes of quantized activations on one batch, the same on every rank."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with ExitStack() as spared, torch.random.fork_rng():
+    with ExitStack() as spared, torch.random.fork_rng(drawing_gpus()):
         torch.manual_seed(seed)  # noqa: TID251 -- one dropout mask for all ranks, and given back
         for norm in norms:
             spared.enter_context(_spare_buffers(norm))

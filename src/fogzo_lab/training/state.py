@@ -30,6 +30,7 @@ from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.estimators.schedules import NoiseShare
 from fogzo.probing.rng import RngState
 from fogzo.quantizers.smoothing import LAWS, with_radius
+from fogzo_lab.system.devices import drawing_gpus
 from fogzo_lab.system.json_files import checked
 from fogzo_lab.training.checkpoint import (
     STRANGE,
@@ -435,8 +436,7 @@ def own_random_streams(seed: int) -> Iterator[None]:
 
     The streams of the caller are restored afterwards.
     """
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    caller = RngState(devices)
+    caller = RngState(drawing_gpus())
     torch.manual_seed(seed)  # noqa: TID251 -- given back
     try:
         yield

@@ -15,6 +15,7 @@ from fogzo_lab.bench.comparing import compare
 from fogzo_lab.bench.config import BenchConfig, Suite
 from fogzo_lab.bench.networks import Network, mlp
 from fogzo_lab.bench.stepping import Steps
+from fogzo_lab.system.devices import drawing_gpus
 
 SAMPLES: dict[Suite, tuple[int, ...]] = {
     "tiny": (2,),
@@ -121,7 +122,7 @@ def in_place(network: Network, n: int, config: BenchConfig, device: torch.device
         "MeZO, normal noise": lambda: baseline(mezo.normal),
     }
     facts: Facts = {"kind": "MeZO", "num_samples": n}
-    with torch.random.fork_rng():  # which the baseline reseeds
+    with torch.random.fork_rng(drawing_gpus()):  # which the baseline reseeds
         title = f"{network.name}, n-SPSA, n = {n}"
         yield from compare(title, makers, "SpsaEstimator", facts, config.limits, device)
 

@@ -69,6 +69,7 @@ def images(tmp_path):
         (("train", "digits-mlp", "--device", "gpu"), "--device cpu"),
         (("train", "digits-mlp", "--device", "cuda:99"), "cannot compute on 'cuda:99'"),
         (("train", "digits-mlp", "--device", "meta"), "--device cpu"),
+        (("train", "digits-mlp", "--device", "mps"), "mps does not have, got 'mps': --device cpu"),
         (("train", "digits-mlp", "--model.hidden", "-5"), "got -5: --model.hidden 32"),
         (("train", "digits-mlp", "--model.hidden", "9" * 13), "cannot be built here"),
         (("train", "digits-mlp", "--data.image-size", "90000"), "--data.image-size 32"),

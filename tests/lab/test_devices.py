@@ -50,6 +50,19 @@ def test_a_torch_without_cuda_is_the_reason(no_gpu, monkeypatch):
         find_device("cuda")
 
 
+def test_a_gpu_without_float64_is_neither_taken_nor_offered(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert available_devices() == ["cpu"]
+    assert find_device("auto") == torch.device("cpu")
+    says = r"'mps' \(it has no float64, .*\), here is cpu: --device cpu"
+    with pytest.raises(ValueError, match=says):
+        find_device("mps")
+    with pytest.raises(ValueError, match=r"float64.*'mps:0': --device cpu"):
+        BenchConfig(device="mps:0")
+
+
 def test_gpus_by_name_number_and_rank(two_gpus, monkeypatch):
     assert available_devices() == ["cpu", "cuda", "cuda:0", "cuda:1"]
     monkeypatch.delenv("LOCAL_RANK", raising=False)

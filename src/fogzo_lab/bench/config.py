@@ -46,7 +46,7 @@ class BenchConfig(Options):
     threads: PositiveInt = 1
     """Threads of torch, in every process."""
     device: Device = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, mps, ..."""
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
     only: Annotated[tuple[_Section, ...], Example(("steps",))] = ()
     """Sections to run, of steps, memory, layers, compiled, probes, scaling and export; by default
     all."""

@@ -17,19 +17,32 @@ def _is_named(name: str) -> bool:
         return False
 
 
+# Apple's GPUs have no numbers in 64 bits, in which losses, step sizes and slopes are summed up.
+_WITHOUT_FLOAT64 = "mps"
+
+
+def _has_float64(name: str) -> bool:
+    return name == "auto" or torch.device(name).type != _WITHOUT_FLOAT64
+
+
 Device = Annotated[
-    str, Rule(_is_named, "auto, or a device such as cpu, cuda, cuda:0 or mps"), Example("cpu")
+    str,
+    Rule(_is_named, "auto, or a device such as cpu, cuda or cuda:0"),
+    Rule(_has_float64, "a device with float64, which sums of losses need and mps does not have"),
+    Example("cpu"),
 ]
 """The name of a device that torch knows, on this machine or another."""
 
 
 def available_devices() -> list[str]:
-    """The names of this machine's devices, the CPU first."""
+    """The names of this machine's devices that can train, the CPU first."""
     if not torch.accelerator.is_available():
         return ["cpu"]
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None, "an accelerator is available"
     kind = accelerator.type
+    if kind == _WITHOUT_FLOAT64:
+        return ["cpu"]
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
@@ -57,8 +70,11 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type not in available or (device.index and str(device) not in available):
-        without = device.type == "cuda" and not torch.backends.cuda.is_built()
-        reason = " (this torch is built without CUDA)" if without else ""
+        reason = ""
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            reason = " (this torch is built without CUDA)"
+        elif device.type == _WITHOUT_FLOAT64:
+            reason = " (it has no float64, which sums of losses need)"
         raise ValueError(
             f"cannot compute on {str(device)!r}{reason}, here is {', '.join(available)}: "
             f"--device {available[0]}"

@@ -136,7 +136,7 @@ class TrainConfig(Options):
     """The data set."""
 
     device: Device = "auto"
-    """auto takes a GPU if there is one; or cpu, cuda, mps, ..."""
+    """auto takes a GPU if there is one; or cpu, cuda, cuda:1, ..."""
     precision: Precision = "fp32"
     """bf16 and fp16 use autocast, fp16 with a gradient scaler."""
     compile: bool = False

@@ -15,6 +15,7 @@ from fogzo_lab.comparison.compare import CompareConfig, compare
 from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
 from fogzo_lab.comparison.run_cache import code_version
 from fogzo_lab.comparison.runs import Run
+from fogzo_lab.executors import ray_cluster
 from fogzo_lab.executors.calls import Call, Died, Executor
 from fogzo_lab.recipes import RECIPES
 
@@ -191,6 +192,32 @@ def test_other_code_or_other_data_are_refused(tmp_path, monkeypatch):
 def test_what_an_executor_cannot_do_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         ExecutionConfig(**options)
+
+
+class _Ray:
+    """As much of Ray as a block without calls needs; keeps the options of its tasks."""
+
+    exceptions = None
+
+    def init(self, **_):
+        pass
+
+    def shutdown(self):
+        pass
+
+    def remote(self, **options):
+        self.options = options
+        return lambda function: function
+
+
+@pytest.mark.parametrize(("gpus", "calls_of_a_worker"), [(0, 0), (1, 1), (0.5, 1)])
+def test_a_worker_of_ray_ends_with_the_gpu_it_was_given(monkeypatch, gpus, calls_of_a_worker):
+    ray = _Ray()
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: ray)
+    with ray_cluster.RayTasks(1, gpus=gpus):
+        pass
+    assert ray.options["num_gpus"] == gpus
+    assert ray.options["max_calls"] == calls_of_a_worker
 
 
 def test_without_slurm_the_message_says_how_to_try(tmp_path):

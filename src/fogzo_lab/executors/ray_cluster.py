@@ -67,7 +67,12 @@ class RayTasks(Executor[Any]):
                     "`ray start --head` and pass its address, or leave --ray-address out"
                 ) from error
         self._compute = self._ray.remote(
-            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0, max_calls=0
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            max_retries=0,
+            # A process stays on the GPU that it saw first, whichever Ray lends it later, and keeps
+            # memory there while it waits. On a CPU it is kept, as starting another takes seconds.
+            max_calls=1 if self._gpus else 0,
         )(outcome)
         return self
 

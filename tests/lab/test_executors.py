@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import torch
 from in_this_process import compare_in_this_process
 
-from fogzo_lab.comparison.compare import CompareConfig, compare
+from fogzo_lab.comparison.compare import CompareConfig, compare, plan
 from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
 from fogzo_lab.comparison.run_cache import code_version
 from fogzo_lab.comparison.runs import Run
@@ -192,6 +193,35 @@ def test_other_code_or_other_data_are_refused(tmp_path, monkeypatch):
 def test_what_an_executor_cannot_do_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         ExecutionConfig(**options)
+
+
+class _AtWorkError(Exception):
+    """The executor of a comparison was asked for."""
+
+
+@pytest.mark.parametrize(
+    ("execution", "expected", "says"),
+    [
+        ({"executor": "ray", "ray_address": "auto"}, _AtWorkError, None),
+        ({"executor": "slurm"}, _AtWorkError, None),
+        ({}, ValueError, "cannot compute on 'cuda"),
+        ({"executor": "ray"}, ValueError, "cannot compute on 'cuda"),
+        ({"executor": "slurm", "slurm_cluster": "local"}, ValueError, "cannot compute on 'cuda"),
+    ],
+)
+def test_only_a_machine_that_computes_needs_the_device(
+    tmp_path, monkeypatch, execution, expected, says
+):
+    def start_executor(*_):
+        raise _AtWorkError
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("fogzo_lab.comparison.compare.start_executor", start_executor)
+    config = config_in(tmp_path, **execution)
+    config = replace(config, base=replace(config.base, device="cuda"))
+    for call in (compare, plan):
+        with pytest.raises(expected, match=says):
+            call(config)
 
 
 class _Ray:

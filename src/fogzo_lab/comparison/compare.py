@@ -265,16 +265,18 @@ def _plain(base: TrainConfig) -> TrainConfig:
     return replace(base, resume=False, overwrite=True, checkpoint_every=-1, trackers=(), kappa=0.0)
 
 
-def _check_possible(recipe: TrainConfig) -> None:
+def _check_possible(config: CompareConfig) -> None:
     """Raise what every run would, before anything is written."""
-    find_device(recipe.device)
+    recipe = config.base
+    if config.execution.on_this_machine:  # others may have a GPU where this one has none
+        find_device(recipe.device)
     optimizer_class(recipe.optimizer)
     if recipe.initial_weights is not None:
         find_weights(recipe.initial_weights)
 
 
 def _open(config: CompareConfig) -> RunCache:
-    _check_possible(config.base)
+    _check_possible(config)
     folder = config.base.output_dir
     for name in ("metrics.jsonl", "result.json", "checkpoints"):
         if (folder / name).exists():

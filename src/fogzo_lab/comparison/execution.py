@@ -49,6 +49,12 @@ class ExecutionConfig(Options):
     slurm_cluster: Literal["slurm", "local"] = "slurm"
     """local tries the jobs on this machine, without Slurm."""
 
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether this machine computes all runs, in whichever way."""
+        tried_here = {"ray": self.ray_address, "slurm": self.slurm_cluster}
+        return tried_here.get(self.executor, "local") == "local"
+
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` where options, each of which can be meant, do not go together."""
         if self.executor == "local" and self.gpus_per_run:

@@ -181,6 +181,13 @@ def joined(rank: int, folder: Path, count: int = 2) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def cpu_mesh() -> Any:
+    """The ranks of `joined`, for `fully_shard`, which takes a GPU by itself where there is one."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, as it takes a second
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 # What a call may borrow
 
 

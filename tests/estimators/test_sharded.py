@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fogzo
 from fogzo import collectives
-from toolbox import joined, run_ranks
+from toolbox import cpu_mesh, joined, run_ranks
 
 RANKS = 2
 STEPS = 2
@@ -108,7 +108,9 @@ def sharded(model, mesh=None, **options):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    if mesh is not None:
+    if mesh is None:
+        options["mesh"] = cpu_mesh()
+    else:
         options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
     mixers = [block.mix.weight for block in model.blocks if block.mix is not None]
     for block in model.blocks:
@@ -307,6 +309,7 @@ def messages(rank):
     from torch.distributed.fsdp import fully_shard
 
     model, _, loss_fn, _ = after_backward(rank)
+    mesh = cpu_mesh()
     weights = fogzo.quantized_weights(model)
     stem = fogzo.quantized_weights(model.stem)
     early = Net()
@@ -316,13 +319,15 @@ def messages(rank):
     rotated = fogzo.quantize_(nn.ConvTranspose1d(4, 8, 4), fogzo.quest(2), lambda *_: True)
     mistakes = {
         "quantize": lambda: fogzo.quantize_(
-            fully_shard(nn.Linear(4, 4)), fogzo.lsq(2), lambda *_: True
+            fully_shard(nn.Linear(4, 4), mesh=mesh), fogzo.lsq(2), lambda *_: True
         ),
         "quantize after a forward": lambda: fogzo.quantize_(
-            used(fully_shard(nn.Sequential(nn.Linear(4, 4)))), fogzo.lsq(2), lambda *_: True
+            used(fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)),
+            fogzo.lsq(2),
+            lambda *_: True,
         ),
         "dequantize": lambda: fogzo.dequantize_(model),
-        "rotated": lambda: fogzo.quantized_weights(fully_shard(rotated)),
+        "rotated": lambda: fogzo.quantized_weights(fully_shard(rotated, mesh=mesh)),
         "no model": lambda: fogzo.FogzoEstimator(
             [("w", weights[0].param, lambda: model.stem.weight_step)]
         ),

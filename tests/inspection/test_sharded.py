@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import fogzo
-from toolbox import draw, fill, joined, run_ranks
+from toolbox import cpu_mesh, draw, fill, joined, run_ranks
 
 PRESETS = {
     "lsq per channel": lambda: fogzo.lsq(2, granularity="channel"),
@@ -33,7 +33,7 @@ def inspections(preset, rank=None):
     if rank is not None:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model)
+        fully_shard(model, mesh=cpu_mesh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     watch = fogzo.Watch(model, every=3)
     part = slice(rank, None, 2) if rank is not None else slice(None)

@@ -16,6 +16,7 @@ from fogzo_lab.training.model_config import MlpConfig
 from fogzo_lab.training.optimizers import build_optimizer
 from fogzo_lab.training.parallel import leave_ranks
 from forked import Python, finish
+from toolbox import cpu_mesh
 
 SGD = TrainConfig(
     recipe="test", model=MlpConfig(), data=ImagesConfig(), optimizer="sgd", learning_rate=0.1
@@ -196,8 +197,9 @@ def average_shards():
 
     def sharded():
         model = linear()
-        fully_shard(model[0])
-        fully_shard(model)
+        mesh = cpu_mesh()
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
         outputs(model)  # after which the outermost module shows gathered weights
         return model
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fogzo.collectives import full
 from fogzo_lab.cli.main import main
@@ -26,7 +28,7 @@ from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
 from fogzo_lab.training.loop import train, training_step
 from fogzo_lab.training.method_config import MethodConfig
 from fogzo_lab.training.model_config import LlamaConfig, ResNetConfig
-from fogzo_lab.training.parallel import join_ranks
+from fogzo_lab.training.parallel import Ranks, join_ranks, parallelize
 from fogzo_lab.training.run_folder import read_metrics
 from fogzo_lab.training.state import Training
 from forked import Python, finish
@@ -194,6 +196,24 @@ def test_the_command_runs_under_torchrun_and_one_rank_speaks(tmp_path):
     assert done.returncode == 0, errors[-3000:]
     assert told.count("report:") == 1
     assert math.isfinite(json.loads((tmp_path / "result.json").read_text())["test_loss"])
+
+
+def test_shards_lie_where_the_ranks_compute(monkeypatch):
+    """On a machine with a GPU, fully_shard would take that for ranks on the CPU."""
+    meshes = []
+
+    def fully_shard(module, mesh=None):
+        meshes.append(mesh)
+        return module
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", fully_shard)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        ranks = Ranks(torch.device("cpu"), 0, 2)
+        parallelize(nn.Linear(2, 2), "fsdp", ranks)
+        assert [(mesh.device_type, mesh.size()) for mesh in meshes] == [("cpu", 2)]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_message(folder):

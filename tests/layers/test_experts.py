@@ -16,7 +16,17 @@ from torch import Tensor, nn
 import fogzo
 import fogzo.export
 from fogzo.layers.experts import ExpertMatrices
-from toolbox import PRESETS, WAYS, Snapshot, draw, everything, fill, joined, run_ranks
+from toolbox import (
+    PRESETS,
+    WAYS,
+    Snapshot,
+    cpu_mesh,
+    draw,
+    everything,
+    fill,
+    joined,
+    run_ranks,
+)
 
 X, EXPERTS = draw(12, 8), 4
 
@@ -205,7 +215,7 @@ def refined(quantizer, sharded):
     if sharded:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model)
+        fully_shard(model, mesh=cpu_mesh())
     estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.1)
     loss = model(X).square().mean()
     loss.backward()

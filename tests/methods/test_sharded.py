@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fogzo
 from fogzo import collectives
 from fogzo.methods import cage, cewt, dampening, project_, quantize_from, winq
-from toolbox import draw, everything, fill, joined, run_ranks
+from toolbox import cpu_mesh, draw, everything, fill, joined, run_ranks
 
 STEPS = 6
 PRESETS = {
@@ -59,7 +59,7 @@ def train(method, preset, rank=None, fsdp=False):
     if fsdp:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model)
+        fully_shard(model, mesh=cpu_mesh())
     elif rank is not None:
         unused = method == "switch"  # learned steps, in the float phase
         parallel = DistributedDataParallel(model, find_unused_parameters=unused)
@@ -87,13 +87,13 @@ def refusals():
     from torch.distributed.fsdp import fully_shard
 
     said = []
-    model = fully_shard(network("fixed"))
+    model = fully_shard(network("fixed"), mesh=cpu_mesh())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     inputs = fill(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
     fogzo.quantize_(inputs, fogzo.lsq(2), activations=fogzo.lsq(4))
     with fogzo.calibrate_(inputs):
         inputs(draw(4, 8))
-    fully_shard(inputs)
+    fully_shard(inputs, mesh=cpu_mesh())
     for call in (
         lambda: cewt(model, optimizer),
         lambda: quantize_from(inputs, 0.5, total_steps=10),

@@ -115,11 +115,14 @@ def parallelize(
         return DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=some_unused
         )
-    from torch.distributed.fsdp import fully_shard  # here, as it takes a second
+    from torch.distributed.device_mesh import init_device_mesh  # here, as they take a second
+    from torch.distributed.fsdp import fully_shard
 
+    # By itself it takes a GPU wherever there is one, also for ranks that compute on the CPU.
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     for block in blocks(model):
-        fully_shard(block)
-    return cast(nn.Module, fully_shard(model))
+        fully_shard(block, mesh=mesh)
+    return cast(nn.Module, fully_shard(model, mesh=mesh))
 
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[Any]:

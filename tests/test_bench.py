@@ -118,6 +118,14 @@ def test_ratios_are_taken_within_a_round_and_not_between_medians():
     assert turns.spread(lambda s: s["a"] + s["b"]).median == 4.0
 
 
+def test_a_turn_ends_when_the_device_has_done_its_work(monkeypatch):
+    clock, waited = Clock(), []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in (CPU, torch.device("cuda", 1)):
+        stopwatch(clock.takes("a", 1.0, 1.0), device, 1, clock)(2)
+    assert waited == [torch.device("cuda", 1)] * 2
+
+
 def test_turns_change_their_direction():
     clock = Clock()
     timed = {name: stopwatch(clock.takes(name, 1.0), CPU, 1, clock) for name in "abc"}

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partialmethod
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import fogzo
+from fogzo_lab.comparison import timing
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training import loop
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
 from fogzo_lab.training.config import EstimatorName
 from fogzo_lab.training.loop import DivergedError, train, training_step
@@ -61,6 +64,30 @@ def test_every_recipe_trains_and_evaluates_on_shrunk_shapes(name, tmp_path):
     assert result["extra_forwards"] == 4
     if config.model.family == "llama":
         assert result["test_perplexity"] == pytest.approx(math.exp(result["test_loss"]))
+
+
+def test_seconds_hold_all_that_a_step_gave_to_the_device_and_nothing_else(config, monkeypatch):
+    clock, queued = [0.0], [0.0]
+
+    def synchronize(device):
+        clock[0] += queued[0]
+        queued[0] = 0.0
+
+    def step(training, window):
+        found = training_step(training, window)
+        queued[0] += 2.0  # the optimizer's part, for which nothing has waited
+        return found
+
+    def something_else(metrics):
+        queued[0] += 100.0
+
+    for module in (loop, timing):
+        monkeypatch.setattr(module, "synchronize", synchronize)
+        monkeypatch.setattr(module, "training_step", step)
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    config = replace(config, max_steps=3)
+    assert train(config, something_else)["seconds"] == 6
+    assert timing.run_seconds({"fogzo": config}) == {"fogzo": 6}
 
 
 DEEP = ("digits-resnet", "digits-deit", "pydoc-llama")

@@ -8,6 +8,7 @@ import torch
 
 from fogzo_lab.bench.config import Limits
 from fogzo_lab.interleaved import Timed, Turns, take_turns
+from fogzo_lab.system.devices import synchronize
 
 Clock = Callable[[], float]
 Alternatives = Mapping[str, Callable[[], object]]
@@ -75,17 +76,11 @@ def stopwatch(
     """
 
     def turn(calls: int) -> float:
-        _synchronize(device)
+        synchronize(device)
         began = clock()
         for _ in range(calls):
             function()
-        _synchronize(device)
+        synchronize(device)
         return (clock() - began) / steps_per_call
 
     return turn
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -46,6 +46,12 @@ def available_devices() -> list[str]:
     return ["cpu", kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given, so that a clock sees all of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def drawing_gpus() -> list[torch.device]:
     """The GPUs whose random streams can be read, which are none where the driver is too old.
 

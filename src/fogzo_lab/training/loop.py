@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fogzo.estimators import RefineStats
 from fogzo_lab.data.record import check_unchanged, digest_data, record_data
+from fogzo_lab.system.devices import synchronize
 from fogzo_lab.system.signals import held_back
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.methods import warn_of_little_to_measure
@@ -105,8 +106,10 @@ def _take_steps(
             ending = 0
             while training.step < config.max_steps and not ending:
                 window = training.next_window()
+                synchronize(ranks.device)
                 began = time.perf_counter()
                 loss, stats = training_step(training, window)
+                synchronize(ranks.device)  # which still computes what the optimizer does
                 training.seconds += time.perf_counter() - began
 
                 training.watch(loss)

@@ -1,6 +1,9 @@
 """The script for machines with a GPU, in miniature on this one."""
 
 import json
+import subprocess
+import sys
+import sysconfig
 
 import gpu
 import pytest
@@ -48,3 +51,38 @@ def test_finished_pieces_are_left_alone(done):
 def test_without_a_gpu_it_says_what_would_run(tmp_path):
     with pytest.raises(SystemExit, match="--miniature"):
         gpu.main(["--output-dir", str(tmp_path), "--device", "cpu"])
+
+
+# A machine with its own Python and torch, where fogzo is not installed
+
+
+def test_an_interpreter_without_packages_is_told_all_that_it_needs():
+    """Without site-packages there is not even torch."""
+    done = subprocess.run(
+        [sys.executable, "-S", gpu.__file__, "--only", "deit", "--only", "tests"],
+        capture_output=True,
+        text=True,
+        env={},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "deit, tests need packages" in line
+    for name in ("torch", "tyro", "transformers", "kornia", "datasets", "pillow", "pytest"):
+        assert f" '{name}>=" in line.partition("-m pip install")[2]
+
+
+def test_fogzo_need_not_be_installed(tmp_path):
+    # Folders of PYTHONPATH are searched, but what is installed by a path file in them is not.
+    bare = {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = [sys.executable, "-S", gpu.__file__, "--device", "cpu", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=bare)
+    assert "there is no GPU here" in done.stderr
+
+
+def test_what_it_starts_finds_fogzo_too(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    program = (
+        "import sys; assert 'elsewhere' in str(sys.path); from importlib.util import find_spec"
+    )
+    program += "; assert find_spec('fogzo_lab')"
+    assert gpu.start([sys.executable, "-S", "-c", program]).wait() == 0

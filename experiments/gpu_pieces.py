@@ -1,0 +1,181 @@
+"""The pieces of gpu.py, each in a process of its own: what needs the laboratory and its packages.
+
+Such as ``python experiments/gpu_pieces.py bench --device cuda:0 --output-dir experiments/gpu``.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.bench.suite import run_suite
+from fogzo_lab.comparison.compare import CompareConfig, compare
+from fogzo_lab.data.config import ImagesConfig, TextConfig
+from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.model_config import QuantizerConfig
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/estimators/test_contract.py", "tests/probing/test_giving_back.py")
+ROWS = ("ste", "ste-unmasked", "placebo", "fogzo")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the pieces run.
+
+    Attributes:
+        folder: Of the piece.
+        device: Such as cuda:0.
+        miniature: Whether to show only that it runs.
+        workers: Training runs at a time, all on the one device.
+    """
+
+    folder: Path
+    device: str
+    miniature: bool
+    workers: int
+
+
+def tests(setting: Setting) -> dict[str, Any]:
+    """The suites that say what an estimator promises, with all tensors on the device."""
+    report = setting.folder / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *TESTS]
+    command += ["--device", setting.device, "-p", "no:cacheprovider"]
+    if setting.miniature:
+        command += ["-k", "flip_rate_counts or stateless"]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    suite = ElementTree.parse(report).getroot()
+    suite = suite if suite.tag == "testsuite" else suite[0]
+    counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    if not counts["tests"]:
+        raise RuntimeError(f"pytest ran no test and ended with {code}")
+    return counts | {"failed": failed}
+
+
+def bench(setting: Setting) -> dict[str, Any]:
+    """What steps, layers and probes cost there."""
+    config = BenchConfig(
+        suite="tiny" if setting.miniature else "full",
+        only=("steps",) if setting.miniature else (),
+        device=setting.device,
+        output_dir=setting.folder,
+    )
+    results = run_suite(config, lambda *_: None)
+    write_text(setting.folder / "results.json", dumps(results, indent=1) + "\n")
+    return {"sections": sorted(results["sections"])}
+
+
+def llama(setting: Setting) -> dict[str, Any]:
+    """LLaMA-9M's four blocks of width 128, with bytes instead of its 32,000 tokens."""
+    recipe = RECIPES["llama-9m"]()
+    base = replace(
+        recipe,
+        model=replace(recipe.model, vocab_size=None),
+        data=TextConfig(dataset="data/shakespeare/input.txt", context=256, max_eval_blocks=512),
+        quantizer=QuantizerConfig(preset="fixed", bits=2, surrogate="identity"),
+        max_steps=3000,
+        batch_size=64,
+        accumulation=1,
+        learning_rate=3.16e-3,
+        kappa=0.01,
+        log_every=50,
+    )
+    return compared(base, setting)
+
+
+def deit(setting: Setting) -> dict[str, Any]:
+    """DeiT-Tiny in full, patches of 4 on 32 pixels."""
+    recipe = RECIPES["deit-tiny"]()
+    base = replace(
+        recipe,
+        model=replace(recipe.model, patch_size=4),
+        data=replace(
+            recipe.data,
+            dataset="data/cifar10",
+            image_size=32,
+            validation_fraction=0.1,
+            augmentation=replace(recipe.data.augmentation, crop="pad", rand_augment=0),
+            workers=2,
+        ),
+        quantizer=QuantizerConfig(preset="fixed", bits=2, surrogate="identity"),
+        max_steps=4000,
+        batch_size=256,
+        learning_rate=1e-3,
+        kappa=0.01,
+        log_every=50,
+    )
+    return compared(base, setting)
+
+
+def compared(base: TrainConfig, setting: Setting) -> dict[str, Any]:
+    """Tune and compare; finished runs are kept."""
+    base = replace(base, output_dir=setting.folder, device=setting.device)
+    if setting.miniature:
+        small = base.model
+        data = (
+            TextConfig(context=16, max_eval_blocks=4)
+            if base.data.kind == "text"
+            else ImagesConfig(max_eval_images=64)
+        )
+        if small.family == "deit":
+            small = replace(small, width=32, depth=1, heads=2, patch_size=2)
+        else:
+            small = replace(small, width=32, depth=1)
+        base = replace(
+            base, model=small, data=data, max_steps=3, batch_size=8, log_every=1, precision="fp32"
+        )
+    rates = (base.learning_rate, base.learning_rate * 10**0.5)
+    config = CompareConfig(
+        base=base,
+        rows=ROWS[-2:] if setting.miniature else ROWS,
+        learning_rates=rates[:1] if setting.miniature else rates,
+        num_seeds=1 if setting.miniature else 3,
+        tuning_seeds=1,
+        equal_time=False,
+        workers=setting.workers,
+    )
+    found = compare(config)
+    metric = found.main_metric
+    return {"metric": metric.key} | {
+        row.name: {"learning_rate": row.learning_rate, "seeds": row.values(metric.key)}
+        for row in found.rows
+    }
+
+
+PIECES: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "tests": tests,
+    "bench": bench,
+    "llama": llama,
+    "deit": deit,
+}
+
+
+def main() -> None:
+    """Run one piece, and write what it found into its folder."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("piece", choices=PIECES)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--miniature", action="store_true")
+    given = parser.parse_args()
+    folder = given.output_dir / given.piece
+    setting = Setting(folder, given.device, given.miniature, given.workers)
+    found = PIECES[given.piece](setting)
+    write_text(folder / "piece.json", dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,18 +3,18 @@
     make gpu
     python experiments/gpu.py --minutes 25 [--resume] [--only llama] [--miniature]
 
-Pieces, in this order: the contract and giving-back tests on the device; `fogzo bench`; LLaMA-9M at
-full width on the bytes of Shakespeare;
+Pieces, in this order: the contract and giving-back tests on the device; the sections of `fogzo
+bench` but for export, which is about CPUs; LLaMA-9M at full width on the bytes of Shakespeare;
 DeiT-Tiny on CIFAR-10 at 32 pixels. Networks are compared as `fogzo compare` does it: STE, the
 unmasked STE, the placebo and FOGZO, learning rates tuned on validation loss. Nothing is downloaded:
 data are expected in data/, tests and packages here. fogzo need not be installed, and packages that
 are missing are named at the start.
 
 Each piece is a process of its own, which is interrupted when its minutes are over. With --resume
-finished pieces are left alone and others go on: comparisons from their finished runs, the rest
-anew. --miniature runs all pieces in about a minute
+finished pieces are left alone and others go on: the benchmark from its finished sections,
+comparisons from their finished runs, the tests anew. --miniature runs all pieces in about a minute
 on any device, on embedded data, to show that they would run. Writes experiments/gpu/results.json,
-with the hardware, and one folder per piece.
+with the hardware, and one folder per piece; the benchmark's has a file for each section.
 """
 
 import argparse
@@ -81,8 +81,11 @@ def main(given: list[str] | None = None) -> None:
         sys.exit("there is no GPU here: --miniature shows on a CPU that the pieces run")
     deadline = time.monotonic() + 60 * arguments.minutes
     path = arguments.output_dir / "results.json"
-    kept = arguments.resume and path.exists()
-    pieces = json.loads(path.read_text(encoding="utf-8"))["pieces"] if kept else {}
+    pieces: dict[str, Any] = {}
+    if arguments.resume and path.exists():
+        earlier = json.loads(path.read_text("utf-8"))
+        if earlier["miniature"] == arguments.miniature:  # of the other kind, nothing is finished
+            pieces = earlier["pieces"]
     for name in wanted:
         limit = min(60 * MINUTES_PER_PIECE, deadline - time.monotonic())
         before = pieces.get(name, {})
@@ -115,7 +118,7 @@ def run_piece(
     program = str(Path(__file__).with_name("gpu_pieces.py"))
     command = [sys.executable, program, name, "--device", device]
     command += ["--output-dir", str(arguments.output_dir), "--workers", str(arguments.workers)]
-    command += ["--miniature"] * arguments.miniature
+    command += ["--miniature"] * arguments.miniature + ["--resume"] * arguments.resume
     began = time.monotonic()
     process = start(command)
     try:

@@ -4,6 +4,7 @@ Such as ``python experiments/gpu_pieces.py bench --device cuda:0 --output-dir ex
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fogzo_lab.bench.config import BenchConfig
+from fogzo_lab.bench.config import SECTION_NAMES, BenchConfig
 from fogzo_lab.bench.suite import run_suite
 from fogzo_lab.comparison.compare import CompareConfig, compare
 from fogzo_lab.data.config import ImagesConfig, TextConfig
@@ -35,12 +36,14 @@ class Setting:
         device: Such as cuda:0.
         miniature: Whether to show only that it runs.
         workers: Training runs at a time, all on the one device.
+        resume: Whether to go on from the sections of the benchmark that are finished.
     """
 
     folder: Path
     device: str
     miniature: bool
     workers: int
+    resume: bool
 
 
 def tests(setting: Setting) -> dict[str, Any]:
@@ -65,16 +68,27 @@ def tests(setting: Setting) -> dict[str, Any]:
 
 
 def bench(setting: Setting) -> dict[str, Any]:
-    """What steps, layers and probes cost there."""
-    config = BenchConfig(
-        suite="tiny" if setting.miniature else "full",
-        only=("steps",) if setting.miniature else (),
-        device=setting.device,
-        output_dir=setting.folder,
-    )
-    results = run_suite(config, lambda *_: None)
-    write_text(setting.folder / "results.json", dumps(results, indent=1) + "\n")
-    return {"sections": sorted(results["sections"])}
+    """What steps, layers and probes cost there: a file for each section, as soon as it is measured.
+
+    What exported networks cost is left out, as CPUs serve them.
+    """
+    suite = "tiny" if setting.miniature else "full"
+    names = [name for name in SECTION_NAMES if name != "export"]
+    paths = {name: setting.folder / f"{name}.json" for name in names}
+    if not setting.resume:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+    seconds = {}
+    for name in names[:1] if setting.miniature else names:
+        found = json.loads(paths[name].read_text("utf-8")) if paths[name].exists() else None
+        if found is None or found["suite"] != suite:
+            config = BenchConfig(
+                suite=suite, only=(name,), device=setting.device, output_dir=setting.folder
+            )
+            found = run_suite(config)
+            write_text(paths[name], dumps(found, indent=1) + "\n")
+        seconds[name] = round(found["sections"][name]["seconds"], 1)
+    return {"seconds_of_sections": seconds}
 
 
 def llama(setting: Setting) -> dict[str, Any]:
@@ -170,9 +184,10 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--miniature", action="store_true")
+    parser.add_argument("--resume", action="store_true")
     given = parser.parse_args()
     folder = given.output_dir / given.piece
-    setting = Setting(folder, given.device, given.miniature, given.workers)
+    setting = Setting(folder, given.device, given.miniature, given.workers, given.resume)
     found = PIECES[given.piece](setting)
     write_text(folder / "piece.json", dumps(found, indent=1) + "\n")
 

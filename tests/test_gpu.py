@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import gpu
+import gpu_pieces
 import pytest
 
+from fogzo_lab.bench.config import SECTION_NAMES
+from fogzo_lab.bench.views import tables
 from forked import Python
 
 IN_MINIATURE = ("--device", "cpu", "--miniature", "--workers", "1")
@@ -36,7 +40,9 @@ def test_every_piece_runs_and_a_piece_without_time_is_taken_up_again(done):
     tests = found["tests"]["found"]
     assert tests["tests"] > 10
     assert tests["failed"] == []
-    assert found["bench"]["found"]["sections"] == ["steps"]
+    assert list(found["bench"]["found"]["seconds_of_sections"]) == ["steps"]
+    (table, *_) = tables(json.loads((done / "bench" / "steps.json").read_text()))
+    assert table.rows
     for name, metric in (("llama", "test_perplexity"), ("deit", "test_accuracy")):
         assert found[name]["found"]["metric"] == metric
         assert found[name]["found"]["fogzo"]["seeds"][0] is not None
@@ -51,6 +57,14 @@ def test_finished_pieces_are_left_alone(done):
 def test_without_a_gpu_it_says_what_would_run(tmp_path):
     with pytest.raises(SystemExit, match="--miniature"):
         gpu.main(["--output-dir", str(tmp_path), "--device", "cpu"])
+
+
+def test_what_was_finished_in_miniature_is_not_finished_in_full(done, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text((done / "results.json").read_text())
+    monkeypatch.setattr("fogzo_lab.system.devices.find_device", lambda _: SimpleNamespace(type="x"))
+    monkeypatch.setattr(gpu, "run_piece", lambda *_: {"outcome": "failed"})
+    with pytest.raises(SystemExit, match="not finished: tests, bench, llama, deit"):
+        gpu.main(["--output-dir", str(tmp_path), "--resume"])
 
 
 # A machine with its own Python and torch, where fogzo is not installed
@@ -86,3 +100,52 @@ def test_what_it_starts_finds_fogzo_too(monkeypatch):
     )
     program += "; assert find_spec('fogzo_lab')"
     assert gpu.start([sys.executable, "-S", "-c", program]).wait() == 0
+
+
+# The pieces
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """Make settings in one folder."""
+    return lambda **given: gpu_pieces.Setting(
+        **{"folder": tmp_path, "device": "cpu", "miniature": False, "workers": 1, "resume": True}
+        | given
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The sections that were measured, of which probes are interrupted at first."""
+    names = []
+
+    def run_suite(config):
+        (name,) = config.only
+        names.append(name)
+        if names.count("probes") == 1 and name == "probes":
+            raise KeyboardInterrupt
+        return {"suite": config.suite, "sections": {name: {"seconds": len(names), "cases": []}}}
+
+    monkeypatch.setattr(gpu_pieces, "run_suite", run_suite)
+    return names
+
+
+def test_the_benchmark_goes_on_from_its_finished_sections(setting, measured):
+    with pytest.raises(KeyboardInterrupt):
+        gpu_pieces.bench(setting())
+    before = ["steps", "memory", "layers", "compiled"]
+    assert measured == [*before, "probes"]
+    found = gpu_pieces.bench(setting())["seconds_of_sections"]
+    assert measured == [*before, "probes", "probes", "scaling"]
+    assert list(found) == [*before, "probes", "scaling"] == list(SECTION_NAMES[:-1])
+    assert list(found.values()) == [1, 2, 3, 4, 6, 7]
+
+
+def test_without_resume_every_section_is_measured_anew(setting, measured, tmp_path):
+    (tmp_path / "scaling.json").write_text("of an earlier try")
+    with pytest.raises(KeyboardInterrupt):
+        gpu_pieces.bench(setting(resume=False))
+    assert measured == ["steps", "memory", "layers", "compiled", "probes"]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted(measured[:-1])
+    gpu_pieces.bench(setting(miniature=True))
+    assert measured[-1] == "steps"  # which is there in full, not in miniature

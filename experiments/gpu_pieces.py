@@ -49,11 +49,17 @@ class Setting:
 def tests(setting: Setting) -> dict[str, Any]:
     """The suites that say what an estimator promises, with all tensors on the device."""
     report = setting.folder / "tests.xml"
+    report.unlink(missing_ok=True)  # of an earlier try, whose result is not this one's
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *TESTS]
     command += ["--device", setting.device, "-p", "no:cacheprovider"]
     if setting.miniature:
         command += ["-k", "flip_rate_counts or stateless"]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code not in (0, 1) or not report.exists():  # neither passed nor failed
+        raise RuntimeError(
+            f"pytest ended with {code} before it had run all tests: mend what it says above, then "
+            "python experiments/gpu.py --resume"
+        )
     suite = ElementTree.parse(report).getroot()
     suite = suite if suite.tag == "testsuite" else suite[0]
     counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
@@ -62,8 +68,6 @@ def tests(setting: Setting) -> dict[str, Any]:
         for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    if not counts["tests"]:
-        raise RuntimeError(f"pytest ran no test and ended with {code}")
     return counts | {"failed": failed}
 
 

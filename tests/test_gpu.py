@@ -149,3 +149,16 @@ def test_without_resume_every_section_is_measured_anew(setting, measured, tmp_pa
     assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted(measured[:-1])
     gpu_pieces.bench(setting(miniature=True))
     assert measured[-1] == "steps"  # which is there in full, not in miniature
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, -9])
+def test_a_pytest_that_does_not_end_is_no_result(setting, tmp_path, monkeypatch, code):
+    (tmp_path / "tests.xml").write_text('<testsuite tests="9" failures="0"/>')
+    monkeypatch.setattr(
+        gpu_pieces,
+        "subprocess",
+        SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=code)),
+    )
+    with pytest.raises(RuntimeError, match=f"pytest ended with {code}"):
+        gpu_pieces.tests(setting())
+    assert not (tmp_path / "tests.xml").exists()

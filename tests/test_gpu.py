@@ -151,6 +151,14 @@ def test_without_resume_every_section_is_measured_anew(setting, measured, tmp_pa
     assert measured[-1] == "steps"  # which is there in full, not in miniature
 
 
+@pytest.mark.parametrize("piece", ["llama", "deit"])
+def test_a_run_ends_within_half_a_piece_where_four_share_20_steps_a_second(
+    setting, monkeypatch, piece
+):
+    monkeypatch.setattr(gpu_pieces, "compared", lambda base, setting: base.max_steps)
+    assert gpu_pieces.PIECES[piece](setting()) * 4 / 20 <= 60 * gpu.MINUTES_PER_PIECE / 2
+
+
 @pytest.mark.parametrize("code", [2, 3, 4, 5, -9])
 def test_a_pytest_that_does_not_end_is_no_result(setting, tmp_path, monkeypatch, code):
     (tmp_path / "tests.xml").write_text('<testsuite tests="9" failures="0"/>')

@@ -39,6 +39,7 @@ LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-p
 FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
 TANH = replace(FIXED, surrogate="tanh")
 LSQ = QuantizerConfig(preset="lsq", bits=2)
+QUEST = QuantizerConfig(preset="quest", bits=2)
 LITERAL: dict[str, Any] = {"agreement": "measured"}
 """The paper's estimator takes the measured agreement as it is."""
 
@@ -204,12 +205,14 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
 def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[str, CompareConfig]:
     """Those at the length where quantization decides."""
     identity, tanh, lsq = (replace(text, quantizer=each) for each in (FIXED, TANH, LSQ))
+    quest = replace(text, quantizer=QUEST, activations=QUEST)
     deit, resnet = (replace(images[f"cifar-{n}"], quantizer=FIXED) for n in ("deit", "resnet"))
     rates = (1e-3, 3.16e-3, 1e-2)
     return {
         "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), num_seeds=5)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
+        "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, (3e-4, 9.49e-4, 3e-3))),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2))),
     }

@@ -88,6 +88,7 @@ LONG = {
     "LLaMA, 3,000 steps: fixed, identity": "long-llama-identity",
     "LLaMA, 3,000 steps: fixed, tanh": "long-llama-tanh",
     "LLaMA, 3,000 steps: LSQ": "long-llama-lsq-w2",
+    "LLaMA, 3,000 steps: QuEST, W2A2": "long-llama-quest-w2a2",
     "DeiT, 4,000 steps: fixed, identity": "long-deit-identity",
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
 }

@@ -391,6 +391,15 @@ def test_gradients_that_hold_something_else_are_refused(when):
         if place != "after":
             estimator.record(loss_of, model, x, y).backward()
     before = Snapshot(model)
+    for _ in range(2):  # asking again does not lose anything
+        with pytest.raises(ValueError, match="record every loss"):
+            estimator.refine_grads_()
+    before.assert_same()
+    for p in model.parameters():
+        p.grad.data.zero_()
+    estimator.record(loss_of, model, x, y).backward()
+    loss_of(model, x, y).backward()  # what was zeroed is forgotten, and what came later is not
+    before = Snapshot(model)
     with pytest.raises(ValueError, match="record every loss"):
         estimator.refine_grads_()
     before.assert_same()

@@ -55,7 +55,7 @@ class Lender:
         self._weights = weights
         self._lent: list[Tensor] = []  # shards, in the weights' own memory
         self._saved: list[Tensor] = []
-        self._buffers = _Buffers([])
+        self._buffer_copies = _BufferCopies([])
         self.recorded_rng: RngState | None = None
         self._replay: RngState | None = None
 
@@ -80,9 +80,9 @@ class Lender:
             loan.callback(torch.clear_autocast_cache)
             loan.callback(before.restore)
             loan.enter_context(_modes_kept(modules))
-            loan.callback(setattr, self, "_buffers", _Buffers([]))  # keeps no copies
-            self._buffers = _Buffers(modules)
-            loan.callback(self._buffers.reset_, every=True)
+            loan.callback(setattr, self, "_buffer_copies", _BufferCopies([]))  # keeps no copies
+            self._buffer_copies = _BufferCopies(modules)
+            loan.callback(self._buffer_copies.reset_, every=True)
             loan.enter_context(_parameters_kept(modules, [weight.param for weight in weights]))
             for weight in weights:
                 if weight.hold_step_size is not nullcontext:
@@ -184,14 +184,14 @@ class Lender:
 
     def modules_moved(self) -> list[nn.Module]:
         """The modules whose buffers the last closure has changed."""
-        return self._buffers.moved()
+        return self._buffer_copies.moved()
 
     def _begin(self, reset_buffers: bool) -> None:
         """Let a closure begin as every other one does."""
         assert self._replay is not None, "a closure outside of lend()"
         self.reshard()
         if reset_buffers:
-            self._buffers.reset_()
+            self._buffer_copies.reset_()
         self._replay.restore()
         # A cast of the unperturbed weight may be cached from an enclosing autocast block.
         torch.clear_autocast_cache()
@@ -220,7 +220,7 @@ def as_loss(value: object, what: str = "the closure must return") -> Tensor:
     )
 
 
-class _Buffers:
+class _BufferCopies:
     """The buffers of modules as they are, to put back.
 
     Args:

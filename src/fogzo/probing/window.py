@@ -8,7 +8,7 @@ weights, which a hook on the loss sees: the gradients are those of ``sum_i weigh
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,26 @@ Version = tuple[int, int] | None
 
 _SAMPLE = 64  # elements of each gradient, by which to tell what it was multiplied by
 _UNIFORM = 1e-2  # gradients in 16 bits are rounded when they are unscaled
+
+
+class _LaterStart(NamedTuple):
+    """What was there when a backward pass after the window's first one began.
+
+    Attributes:
+        known: How many micro-batches.
+        others: The backward passes that had reached no recorded loss.
+        after: A sample of the gradients at the end of the recorded backward pass before.
+        now: The same sample at this start.
+    """
+
+    known: int
+    others: frozenset[int]
+    after: Tensor | None
+    now: Tensor | None
+
+    def has_gradients(self) -> bool:
+        """Whether they are there still, and not all zero."""
+        return self.now is None or bool(self.now.any())
 
 
 def gradient_versions(weights: Sequence[QuantizedWeight]) -> list[Version]:
@@ -68,8 +88,7 @@ class Window:
         self._versions: list[Version] = []
         self._before: Tensor | None = None
         self._after: Tensor | None = None
-        # How many micro-batches there were when a later one began, and gradients before and then.
-        self._later: list[tuple[int, Tensor | None, Tensor | None]] = []
+        self._later: list[_LaterStart] = []
 
     def record(
         self, compute_loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -90,23 +109,19 @@ class Window:
         """
         for micro_batch in self._micro_batches:
             micro_batch.check_arguments()
-        for count, before, then in reversed(self._later):
-            if before is not None and before.any() and then is not None and not then.any():
-                del self._micro_batches[:count]  # dropped by `.data`, which counts no version
-                break
-        else:
-            why = None
-            if self._before is not None and self._before.any():
-                why = "were not zero when the first recorded loss was differentiated"
-            if self._others or self._seen:
-                why = "were added to by a backward pass without a recorded loss, or one that failed"
-            if why is not None:
-                raise ValueError(
-                    f"the gradients {why}, so they hold more than the recorded losses. Refine once "
-                    "per optimizer step, after the last backward(), drop the gradients after it, "
-                    "optimizer.zero_grad(), and record every loss that depends on the quantized "
-                    f"weights{caveat('Gradient accumulation')}"
-                )
+        self._forget_dropped()
+        why = None
+        if self._before is not None and self._before.any():
+            why = "were not zero when the first recorded loss was differentiated"
+        if self._others or self._seen:
+            why = "were added to by a backward pass without a recorded loss, or one that failed"
+        if why is not None:
+            raise ValueError(
+                f"the gradients {why}, so they hold more than the recorded losses. Refine once per "
+                "optimizer step, after the last backward(), drop the gradients after it, "
+                "optimizer.zero_grad(), and record every loss that depends on the quantized weights"
+                + caveat("Gradient accumulation")
+            )
         weights = [micro_batch.weight for micro_batch in self._micro_batches]
         factors = torch.stack([weight.to(weights[0].device) for weight in weights])
         factors *= self._factor() / grad_scale
@@ -123,7 +138,8 @@ class Window:
                 if self._micro_batches and self._dropped():
                     self.clear()
                 if self._micro_batches:
-                    self._later.append((len(self._micro_batches), self._after, self._sample()))
+                    known, others = len(self._micro_batches), frozenset(self._others)
+                    self._later.append(_LaterStart(known, others, self._after, self._sample()))
                     self._others |= {-1} if failed else set()
                 else:
                     self.clear()
@@ -161,6 +177,21 @@ class Window:
         """Have something called at the end of the backward pass that goes on."""
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(callback)
+
+    def _forget_dropped(self) -> None:
+        """Leave out what came before gradients were zeroed by `.data`, which counts no version.
+
+        Only here are values read, which stops a GPU.
+        """
+        for start in reversed(self._later):
+            if start.after is not None and start.after.any() and not start.has_gradients():
+                for micro_batch in self._micro_batches[: start.known]:
+                    micro_batch.hook.remove()
+                del self._micro_batches[: start.known]
+                self._others -= start.others
+                self._before = None
+                break
+        self._later.clear()
 
     def _dropped(self) -> bool:
         """Whether the gradients of this window are gone."""

@@ -98,6 +98,21 @@ def test_inputs_that_are_companded_are_served_so(tmp_path):
     assert not torch.equal(logits(load_(plain("mlp"), tmp_path / "out"), x), logits(model, x))
 
 
+def test_encoders_that_read_weights_by_themselves_quantize_inputs_too(tmp_path):
+    def build():
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return nn.TransformerEncoder(layer, 1).eval()
+
+    model = seeded(build)
+    with pytest.warns(UserWarning, match="MultiheadAttention"):
+        fogzo.quantize_(model, fogzo.lsq(4), lambda _, name: "linear" in name, fogzo.lsq(2))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), fogzo.calibrate_(model):
+        model(x)
+    export(model, tmp_path / "out", verify=False)
+    assert torch.equal(logits(load_(build(), tmp_path / "out"), x), logits(model, x))
+
+
 @pytest.mark.parametrize("inputs", [None, fogzo.lsq(4)])
 def test_tied_embedding_and_head_are_written_once(inputs, tmp_path):
     model = tied_llama()

@@ -22,6 +22,7 @@ from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
 from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
+from fogzo.layers.attach import leave_fast_path
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
@@ -138,6 +139,7 @@ def pack_layers_(model: nn.Module, modules: dict[str, Any]) -> None:
         cls: Any = type(layer)
         layer.__class__ = _packed_class(cls)
         cast(PackedLayer, layer)._prepare(description, weight)
+    leave_fast_path(model, PackedLayer)
 
 
 def tie_layers_(model: nn.Module, modules: dict[str, Any]) -> None:

@@ -329,10 +329,13 @@ def attach_(
         layer._remember_weight()
 
 
-def leave_fast_path(model: nn.Module) -> None:
-    """Make transformer encoders call their layers: in eval mode they would read raw weights."""
+def leave_fast_path(model: nn.Module, kind: type[nn.Module] = QuantizedLayer) -> None:
+    """Make transformer encoders call their layers of this kind.
+
+    In eval mode they would read the weights alone, raw, and take inputs in float.
+    """
     for module in model.modules():
-        if not any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
+        if not any(isinstance(layer, kind) for layer in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own mark of a layer without a fast path

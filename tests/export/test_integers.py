@@ -136,6 +136,21 @@ def test_rounded_steps_keep_the_integers():
     torch.testing.assert_close(rounded.dequantize(), weight.dequantize(), rtol=2**-11, atol=0)
 
 
+@pytest.mark.parametrize("step", [3e-6, 1e-9, 7e4])
+def test_what_rounding_makes_of_steps_that_float16_hardly_holds(step):
+    layer = quantized(nn.Linear(64, 12), fogzo.lsq(2, granularity="channel"))
+    with torch.no_grad():
+        layer.weight_step_knee.fill_(step / 2)
+        layer.weight_step[0] = step
+    weight = integer_weight(layer)
+    rounded = weight.round_steps(torch.float16)
+    change = weight.step_change(torch.float16)
+    assert change == ((rounded.scale - weight.scale).abs() / weight.scale).max() > 2**-11
+    assert rounding_error(rounded.step, torch.float16) == 0 < rounded.scale.min()
+    # The nearest one, where it is not below all of them or above.
+    assert change < (0.02 if step == 3e-6 else 20)
+
+
 def test_levels_without_a_common_factor_are_refused():
     grid = Grid("thirds", -1, 1, spacing=1 / 3)
     layer = quantized(nn.Linear(64, 12), Quantizer(grid, abs_mean_scale()))

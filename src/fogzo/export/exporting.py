@@ -241,15 +241,10 @@ def _check_measured(source: Source) -> None:
 
 def _rounded(source: Source, format: str) -> tuple[Source, dict[str, float]]:
     """The source with steps that the format holds, and the largest relative change of each."""
-    errors = {n: holds.step_error(layer.weight, format) for n, layer in source.layers.items()}
-    if not any(errors.values()):
-        return source, errors
-    dtype = FORMATS[format].step_dtypes[0]
-    rounded = {
-        id(layer.weight): layer.weight.round_steps(dtype) if errors[name] else layer.weight
-        for name, layer in source.layers.items()
-    }
+    trained = {id(layer.weight): layer.weight for layer in source.layers.values()}
+    rounded = {key: holds.with_rounded_steps(weight, format) for key, weight in trained.items()}
     weights = {name: rounded[id(layer.weight)] for name, layer in source.layers.items()}
+    errors = {n: holds.step_error(layer.weight, format) for n, layer in source.layers.items()}
     return source.with_weights(weights), errors
 
 

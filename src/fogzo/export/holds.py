@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fogzo.export.format_table import FORMATS, Format, StoredType
-from fogzo.export.integers import IntegerWeight, rounding_error
+from fogzo.export.integers import IntegerWeight
 from fogzo.export.source import Options, Source, SourceLayer
 
 
@@ -38,8 +38,13 @@ def stored(source: Source, name: str, format: str) -> StoredType:
 
 def step_error(weight: IntegerWeight, format: str) -> float:
     """By how much steps must be rounded to be written, relative to them; usually 0."""
-    dtypes = FORMATS[format].step_dtypes
-    return min((rounding_error(weight.scale, dtype) for dtype in dtypes), default=0.0)
+    return min(map(weight.step_change, FORMATS[format].step_dtypes), default=0.0)
+
+
+def with_rounded_steps(weight: IntegerWeight, format: str) -> IntegerWeight:
+    """The weight with steps that the format holds, in the dtype that changes them least."""
+    dtype = min(FORMATS[format].step_dtypes, key=weight.step_change, default=None)
+    return weight if dtype is None else weight.round_steps(dtype)
 
 
 def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[str]:

@@ -101,8 +101,13 @@ class IntegerWeight:
     def round_steps(self, dtype: torch.dtype) -> "IntegerWeight":
         """The same integers with `scale` rounded to a dtype, and so `step`: the weights move."""
         limits = torch.finfo(dtype)
-        scale = self.scale.clamp(limits.smallest_normal, limits.max / self.stride).to(dtype)
+        smallest = limits.smallest_normal * limits.eps
+        scale = self.scale.clamp(smallest, limits.max / self.stride).to(dtype)
         return replace(self, scale=scale.to(self.scale.dtype))
+
+    def step_change(self, dtype: torch.dtype) -> float:
+        """The largest relative change of a step that `round_steps` makes; 0 where it makes none."""
+        return _largest_change(self.scale, self.round_steps(dtype).scale)
 
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
@@ -145,7 +150,10 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
 
 def rounding_error(values: Tensor, dtype: torch.dtype) -> float:
     """The largest relative change that rounding to a dtype makes; 0 where it holds all of them."""
-    rounded = values.to(dtype).to(values.dtype)
+    return _largest_change(values, values.to(dtype).to(values.dtype))
+
+
+def _largest_change(values: Tensor, rounded: Tensor) -> float:
     return float(((rounded - values).abs() / values.abs()).max())
 
 

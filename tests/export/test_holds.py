@@ -277,6 +277,14 @@ def test_architectures(tmp_path):
         no(plain_model, format, message, tmp_path)
 
 
+def test_a_config_of_another_kind():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8), nn.Linear(8, 4))
+    model[2].weight, model.config = model[1].weight, {"width": 8}
+    fogzo.quantize_(model, fogzo.ternary(), lambda _, name: name == "0")
+    assert check(model, "float") == []
+    assert "transformers' config, and Sequential has none" in check(model, "mlx")[0]
+
+
 def test_float64(tmp_path):
     model = fogzo.quantize_(mlp().double(), fogzo.lsq(2))
     no(

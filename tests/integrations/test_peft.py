@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fogzo
+from fogzo.export import check
 from toolbox import draw, fill
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -89,6 +90,14 @@ def test_merging_gives_what_was_trained(first):
     merged = merge_and_unload(model)
     torch.testing.assert_close(merged(x), answer)
     assert not any(isinstance(module, fogzo.QuantizedLayer) for module in merged.modules())
+
+
+def test_readers_that_build_the_network_know_no_adapters():
+    model = adapted("quantized first")
+    assert check(model, "packed") == []
+    for format in ("float", "compressed-tensors", "gguf", "mlx", "bitnet"):
+        assert "has adapters of PEFT" in check(model, format)[0]
+    assert check(model.unload(), "float") == []
 
 
 def test_quantized_inputs_cannot_be_merged():

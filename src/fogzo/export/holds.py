@@ -49,17 +49,23 @@ def with_rounded_steps(weight: IntegerWeight, format: str) -> IntegerWeight:
 
 def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[str]:
     name, variant = type(source.model).__name__, source.options.variant
-    if rules.architectures and name not in rules.architectures:
+    if not rules.shares and getattr(source.model, "peft_config", None):
+        yield (
+            f"the model has adapters of PEFT, of which the readers of {format} know nothing: "
+            "model.unload() takes them off, fogzo.integrations.peft.merge_and_unload(model) makes "
+            "a float model of both, and --format packed for fogzo.export.load_ keeps both"
+        )
+    elif rules.architectures and name not in rules.architectures:
         yield (
             f"{format} is written for {' and '.join(rules.architectures)} only, got {name}: "
             f"{rules.elsewhere}"
         )
-    elif rules.reads_config and not hasattr(source.model, "config"):
+    elif rules.reads_config and not source.of_transformers:
         yield (
             f"the readers of {format} build the network from transformers' config, and {name} has "
             f"none: {rules.elsewhere}"
         )
-    elif hasattr(source.model, "config") and not rules.shares:
+    elif source.of_transformers and not rules.shares:
         for other, first in source.shared().items():
             yield (
                 f"{other!r} is {first!r} by another name, and the readers of {format} build both "

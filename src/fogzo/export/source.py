@@ -127,6 +127,11 @@ class Source:
             )
         return cls(model, layers, options)
 
+    @property
+    def of_transformers(self) -> bool:
+        """Whether a config of transformers says how the model is built."""
+        return hasattr(getattr(self.model, "config", None), "save_pretrained")
+
     def with_weights(self, weights: dict[str, IntegerWeight]) -> "Source":
         """The same with other weights."""
         layers = {n: replace(layer, weight=weights[n]) for n, layer in self.layers.items()}

@@ -12,7 +12,7 @@ from torch import nn
 import fogzo
 from fogzo.export import check, export, exporting, formats, load_
 from fogzo.export.format_table import FORMATS
-from fogzo.export.verify import ReadBack, answer, difference
+from fogzo.export.verify import ReadBack, answer, difference, example_of
 from forked import Python, finish
 
 
@@ -360,6 +360,18 @@ def test_tied_float_folders_hold_tied_weights_once(tmp_path):
     assert torch.equal(logits(served, x), logits(model, x))
 
 
+@pytest.mark.parametrize("format", ["packed", "float"])
+def test_what_is_compiled_in_parts_is_exported_as_the_plain_network(format, tmp_path):
+    block, head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 4)
+    fogzo.quantize_(nn.Sequential(block, head), fogzo.lsq(2), lambda *_: True)
+    parts = [torch.compile(part, backend="eager") for part in (block, head)]
+    model = nn.Sequential(*parts)
+    report = export(model, tmp_path / "out", format, example=torch.randn(3, 8))
+    assert report.logits_difference == 0
+    assert [layer.name for layer in report.layers] == ["0.0", "0.1", "1"]
+    assert [*model] == parts
+
+
 def test_dropped_inputs_are_a_difference_that_is_reported(tmp_path):
     model = quantized(mlp(), fogzo.lsq(2), fogzo.lsq(2))
     with pytest.raises(ValueError, match="--activations drop exports the weights alone"):
@@ -411,13 +423,55 @@ def test_answers_are_found_in_what_models_return():
         def forward(self, x):
             return x, 2 * x
 
+    class Named(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            return {"hidden": x, self.name: 2 * x}
+
     class Text(nn.Module):
         def forward(self, x):
             return "no"
 
     assert torch.equal(answer(Pair(), x), x)
+    assert torch.equal(answer(Named("logits"), x), 2 * x)
+    assert torch.equal(answer(Named("more"), x), x)  # as models of transformers without a head
     with pytest.raises(ValueError, match="the model answers with str"):
         answer(Text(), x)
+
+
+class Tokens(nn.Embedding):
+    """Says what it takes as models of transformers do."""
+
+    main_input_name = "input_ids"
+    config = SimpleNamespace(vocab_size=8)
+
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
+class Translation(Tokens):
+    def forward(self, input_ids, decoder_input_ids):
+        return super().forward(input_ids) + super().forward(decoder_input_ids)
+
+
+class Boxes(Tokens):
+    def forward(self, input_ids, boxes):
+        return super().forward(input_ids)
+
+
+class Wide(nn.Conv2d):
+    main_input_name = "pixel_values"
+    config = SimpleNamespace(num_channels=3, image_size=[4, 6])
+
+
+def test_examples_are_what_a_model_says_that_it_takes():
+    assert example_of(Tokens(8, 2)).shape == (1, 16)
+    assert [*example_of(Translation(8, 2))] == ["input_ids", "decoder_input_ids"]
+    assert example_of(Boxes(8, 2)) is None
+    assert example_of(Wide(3, 2, 1)).shape == (1, 3, 4, 6)
 
 
 def test_differences_are_relative_to_the_largest_value():

@@ -144,7 +144,7 @@ def export(
         format: One of `formats`.
         example: An input (a tensor, a tuple of arguments or a dict of keywords), on which what was
             written is compared with the model. By default one is made up for models of
-            transformers; onnx needs one of other models.
+            transformers that take it; onnx needs one of other models.
         round_steps: Round step sizes to what the format holds: codes stay, weights move a little.
         activations: ``"drop"`` exports the weights alone where the format holds no quantized
             inputs.

@@ -8,7 +8,7 @@ step of their own, and plain arithmetic otherwise.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -92,7 +92,7 @@ def _traced(source: Source) -> Any:
     if hasattr(model, "config"):
         model.config.use_cache = False
     example = _example(source)
-    args, named = ((), example) if isinstance(example, dict) else (example, {})
+    args, named = ((), example) if isinstance(example, Mapping) else (example, {})
     shapes = [_dynamic(value) for value in args], {n: _dynamic(v) for n, v in named.items()}
     with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own exporter
@@ -124,7 +124,7 @@ def _quiet(name: str) -> Iterator[None]:
 def _example(source: Source) -> Any:
     """The example, of two inputs at least: torch takes a dimension of one for a constant."""
     example = source.example
-    if isinstance(example, dict):
+    if isinstance(example, Mapping):
         return {name: _twice(value) for name, value in example.items()}
     values = example if isinstance(example, tuple | list) else (example,)
     return tuple(_twice(value) for value in values)
@@ -314,7 +314,7 @@ def _add_initializer(
 
 def _arguments(source: Source, example: Any) -> list[Tensor]:
     """The values of an example in the order of the graph's inputs."""
-    if isinstance(example, dict):
+    if isinstance(example, Mapping):
         return [value for value in example.values() if isinstance(value, Tensor)]
     return list(example) if isinstance(example, tuple | list) else [example]
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -88,7 +88,7 @@ class Source:
     """A model to export; nothing here changes it.
 
     Attributes:
-        model: Quantized, without wrappers (DDP, a compiled model).
+        model: Quantized, without wrappers (DDP, what is compiled).
         layers: Its quantized layers, in the order of its modules.
         options: How to write.
         example: An input, for formats that trace the model; see `answer`.
@@ -109,10 +109,12 @@ class Source:
             ValueError: If nothing in it is quantized, FSDP has sharded it, its weights are
                 offloaded, or a grid has no integer form.
         """
-        model = _unwrapped(model)
+        model = _unwrapped(model, {})
         layers: dict[str, SourceLayer] = {}
         weights: dict[int, IntegerWeight] = {}
-        for name, layer in _quantized_layers(model):
+        for name, layer in model.named_modules():
+            if not isinstance(layer, QuantizedLayer):
+                continue
             key = id(layer.weight)
             if key not in weights:
                 _check(name, layer)
@@ -155,7 +157,7 @@ class Source:
                 tensor = value.detach()
                 same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 # Tensors without elements have no address of their own.
-                found[plain_name(key)] = seen.setdefault(same if tensor.numel() else key, tensor)
+                found[key] = seen.setdefault(same if tensor.numel() else key, tensor)
         return found
 
     def ties(self) -> dict[str, str]:
@@ -168,7 +170,7 @@ class Source:
         """All names of a layer: more than one where a module is used in several places."""
         module = self.layers[name].module
         named = self.model.named_modules(remove_duplicate=False)
-        return [plain_name(other) for other, found in named if found is module]
+        return [other for other, found in named if found is module]
 
     def shared(self) -> dict[str, str]:
         """Tensors of a second name, with the first, unless transformers' class shares them."""
@@ -192,9 +194,9 @@ class Source:
             model = dequantize_(copy.deepcopy(self.model), activations="drop")
         with torch.no_grad():
             for name, module in model.named_modules():
-                if plain_name(name) in self.layers:
+                if name in self.layers:
                     weight = cast(Tensor, module.weight)
-                    weight.copy_(self.layers[plain_name(name)].weight.dequantize())
+                    weight.copy_(self.layers[name].weight.dequantize())
         return model.eval()
 
 
@@ -208,25 +210,28 @@ _OF_QUANTIZERS = (
 )
 
 
-def plain_name(name: str) -> str:
-    """A name without what `torch.compile` adds to it."""
-    return name.replace("_orig_mod.", "")
+def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+    """A module without the wrappers around it and around parts of it; its layers are the same.
 
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model
-
-
-def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            yield plain_name(name), module
+    Args:
+        module: Left as it is.
+        seen: What this has returned before, by the identity of what it was given.
+    """
+    if id(module) in seen:
+        return seen[id(module)]
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        found = _unwrapped(module.module, seen)
+    elif "_orig_mod" in module._modules:  # compiled
+        found = _unwrapped(cast(nn.Module, module._orig_mod), seen)
+    else:
+        own = module._modules
+        parts = {n: None if part is None else _unwrapped(part, seen) for n, part in own.items()}
+        found = module
+        if any(parts[name] is not part for name, part in own.items()):
+            found = copy.copy(module)
+            found.__dict__["_modules"] = parts
+    seen[id(module)] = found
+    return found
 
 
 def _check(name: str, layer: QuantizedLayer) -> None:

@@ -1,5 +1,6 @@
 """What a format's reader makes of the files, compared with the model that was exported."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class ReadBack:
 
 
 def answer(model: nn.Module, example: Any) -> Tensor:
-    """The output of a model in eval mode, or its logits where it has several.
+    """The output of a model in eval mode; where it has several, its logits or the first.
 
     Args:
         model: Its modes are left as they were.
@@ -45,15 +46,17 @@ def answer(model: nn.Module, example: Any) -> Tensor:
     finally:
         for module, training in modes.items():
             module.training = training
-    output = getattr(output, "logits", output)
-    if isinstance(output, tuple | list):
-        output = output[0]
-    if not isinstance(output, Tensor):
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping):  # also what transformers' models without a head return
+        found = found["logits"] if "logits" in found else next(iter(found.values()), None)
+    if isinstance(found, tuple | list):
+        found = found[0]
+    if not isinstance(found, Tensor):
         raise ValueError(
-            f"the model answers with {type(output).__name__}, expected a tensor or an object with "
-            "logits: wrap it in a module that returns them"
+            f"the model answers with {type(output).__name__}, expected a tensor, or an object or "
+            "dict with logits: wrap it in a module that returns them"
         )
-    return output
+    return found
 
 
 def _moved(example: Any, device: torch.device) -> Any:
@@ -75,8 +78,18 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return gap / max(wide.abs().max().item(), torch.finfo(torch.float64).tiny)
 
 
-def example_of(model: nn.Module) -> Tensor | None:
+def example_of(model: nn.Module) -> Any:
     """An input that a model of transformers takes; None where nothing tells what it would be."""
+    try:
+        example = _made_up(model)
+        if example is not None:
+            answer(model, example)
+    except Exception:  # it takes something else, of which its config says nothing
+        return None
+    return example
+
+
+def _made_up(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(0)
@@ -84,9 +97,13 @@ def example_of(model: nn.Module) -> Tensor | None:
     if main == "input_ids" and hasattr(config, "vocab_size"):
         length = min(16, getattr(config, "max_position_embeddings", 16))
         tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-        return tokens.to(parameter.device)
+        tokens = tokens.to(parameter.device)
+        if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            return {"input_ids": tokens, "decoder_input_ids": tokens}
+        return tokens
     if main == "pixel_values" and hasattr(config, "num_channels"):
         size = getattr(config, "image_size", 32)
-        images = torch.randn(1, config.num_channels, size, size, generator=generator)
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(1, config.num_channels, height, width, generator=generator)
         return images.to(parameter.device, parameter.dtype)
     return None

@@ -1,5 +1,7 @@
 """Lightning's Trainer with the callback."""
 
+import copy
+import pickle
 import tempfile
 
 import pytest
@@ -325,6 +327,18 @@ def test_skipped_micro_batches_are_no_part_of_a_step():
     with pytest.warns(UserWarning, match="returned `None`"):
         trainer(callback).fit(module, loader())
     assert [stats and stats.step for stats in callback.all] == [0, 1, 1, 2]
+
+
+def test_copies_of_a_module_in_mid_training_have_methods_of_their_own():
+    class Averaging(Kept):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.copies = copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
+
+    callback = Averaging()
+    trainer(callback).fit(Module(), loader())
+    for copied in callback.copies:
+        assert copied.training_step.__self__ is copied.manual_backward.__self__ is copied
+    assert len(callback.all) == 4
 
 
 def test_the_noise_grows_until_the_end_and_the_loss_falls():

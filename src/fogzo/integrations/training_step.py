@@ -7,7 +7,7 @@ optimization, as far as the backward pass in question.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -52,6 +52,22 @@ class _Call:
     until: int | None = None
 
 
+class _InPlaceOf:
+    """A callable in place of a module's method, whose copies and pickles have that method again."""
+
+    refined_by_fogzo = True
+
+    def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        update_wrapper(self, getattr(module, name))
+        self._module, self._name, self._call = module, name, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, self._name)
+
+
 class Recorder:
     """Stands in for methods of a module, and has an estimator record what they compute.
 
@@ -78,14 +94,13 @@ class Recorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put wrappers around the methods while the context lasts."""
-        step: Any = wraps(self._own_step)(lambda *args, **kwargs: self._step(*args, **kwargs))
-        step.refined_by_fogzo = self
-        with _attributes(
-            self._module,
-            training_step=step,
-            manual_backward=self._manual_backward,
-            clip_gradients=self._clip_gradients,
-        ):
+        wrappers = {
+            "training_step": self._step,
+            "manual_backward": self._manual_backward,
+            "clip_gradients": self._clip_gradients,
+        }
+        module = self._module
+        with _attributes(module, **{n: _InPlaceOf(module, n, w) for n, w in wrappers.items()}):
             yield
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:

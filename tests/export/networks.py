@@ -68,6 +68,12 @@ def tied_llama(**changes):
     return llama(tie_word_embeddings=True, **changes)
 
 
+def bert():
+    """Its head has a weight of its embedding, and a bias of two names."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return _of_transformers("BertForMaskedLM", **shape, num_hidden_layers=1, vocab_size=32)
+
+
 def grouped_query_llama(**changes):
     return llama(num_key_value_heads=2, **changes)
 

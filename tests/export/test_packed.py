@@ -7,7 +7,18 @@ import pickle
 import pytest
 import torch
 import transformers
-from networks import NETWORKS, inner, inputs_of, llama, logits, mlp, quantized, seeded, tied_llama
+from networks import (
+    NETWORKS,
+    bert,
+    inner,
+    inputs_of,
+    llama,
+    logits,
+    mlp,
+    quantized,
+    seeded,
+    tied_llama,
+)
 from torch import nn
 
 import fogzo
@@ -131,6 +142,16 @@ def test_tied_embedding_and_head_are_written_once(inputs, tmp_path):
     served = type(model).from_pretrained(tmp_path / "out").eval()
     assert served.lm_head.codes is served.model.embed_tokens.codes
     assert torch.equal(logits(served, x), logits(model, x))
+
+
+def test_what_is_tied_beside_packed_weights_stays_tied(tmp_path):
+    model = bert()
+    fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True)
+    assert export(model, tmp_path / "out").logits_difference == 0
+    served = type(model).from_pretrained(tmp_path / "out").eval()
+    assert served.cls.predictions.decoder.codes is served.bert.embeddings.word_embeddings.codes
+    assert served.cls.predictions.decoder.bias is served.cls.predictions.bias
+    assert torch.equal(logits(served), logits(model))
 
 
 def test_tied_weights_in_float_stay_tied(tmp_path):

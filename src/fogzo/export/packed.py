@@ -52,9 +52,7 @@ def write(source: Source, folder: Path) -> None:
     config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION}
     config["ties"] = write_tensors(tensors, folder)
     config["modules"] = modules
-    # Of packed layers the readers' own tying knows nothing; `ties` and `tied_to` do.
-    untied = {"tie_word_embeddings": False} if ties else {}
-    write_config(source.model, folder, config, **untied)
+    write_config(source.model, folder, config)
 
 
 def read_back(source: Source, folder: Path) -> ReadBack:

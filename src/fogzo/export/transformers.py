@@ -50,6 +50,8 @@ class PackedQuantizer(HfQuantizer):
                     "model that shares them"
                 )
         pack_layers_(model, config.modules)
+        for name in config.modules:  # has no parameter to tie; see `tie_layers_`
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:
         tie_layers_(model, self.quantization_config.modules)

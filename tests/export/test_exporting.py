@@ -330,6 +330,7 @@ def test_other_answers_from_the_same_weights_are_warned_of(fake, tmp_path, caplo
         ({"activations": "none"}, "activations must be 'keep' or 'drop', got 'none'"),
         ({"round_steps": "yes"}, "round_steps must be of type bool"),
         ({"variant": "small"}, "packed has no variant 'small', expected none"),
+        ({"tokenizer": "gpt2"}, "must be one of transformers, got 'gpt2'"),
     ],
 )
 def test_mistakes_are_explained(options, message, tmp_path):

@@ -159,8 +159,8 @@ def export(
     Raises:
         ValueError: If the format cannot hold the model (see `check`), its weights or step sizes are
             not finite or not those of a quantized network yet, an input was never measured, the
-            format cannot say the tokenizer, or the folder holds something else. Nothing is written
-            then.
+            tokenizer is none or one that the format cannot say, or the folder holds something else.
+            Nothing is written then.
         RuntimeError: If the files read back are not what was to be written, or their reader answers
             with numbers that are not finite where the model's are. Nothing is kept.
     """
@@ -171,6 +171,7 @@ def export(
         more = f" (and {len(problems) - 1} more: fogzo.export.check)" if problems[1:] else ""
         raise ValueError(f"{problems[0]}{more}")
     _check_measured(source)
+    _check_tokenizer(tokenizer)
     warn_of_bypassed_layers(source.model)
     final = Path(os.path.abspath(folder))
     _check_replaceable(final)
@@ -237,6 +238,14 @@ def _check_measured(source: Source) -> None:
                 f"the input of {name!r} has no step size yet: measure it first, with "
                 "fogzo.calibrate_(model): model(x)"
             )
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise ValueError(
+            f"tokenizer must be one of transformers, got {tokenizer!r:.80}: "
+            "tokenizer=transformers.AutoTokenizer.from_pretrained('gpt2')"
+        )
 
 
 def _rounded(source: Source, format: str) -> tuple[Source, dict[str, float]]:

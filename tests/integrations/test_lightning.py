@@ -9,7 +9,7 @@ import torch
 from tiny import audit_every_step, differences
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fogzo
 from toolbox import Net, batch, streams_put_back
@@ -391,6 +391,11 @@ class WithLBFGS(Module):
         return torch.optim.LBFGS(self.net.parameters())
 
 
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return zip(*batch(ROWS), strict=True)
+
+
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
 @pytest.mark.parametrize(
     ("options", "says"),
@@ -399,6 +404,7 @@ class WithLBFGS(Module):
             {"callback": FogzoCallback(kappa=0.01), "max_epochs": -1},
             "until the end of a run",
         ),
+        ({"callback": FogzoCallback(kappa=0.01), "data": Streamed()}, "until the end of a run"),
         ({"module": WithoutManualBackward(manual=True), **MANUAL}, r"self\.manual_backward"),
         ({"module": ByIterator()}, "dataloader_iter"),
         ({"module": TwoOptimizers(manual=True), **MANUAL}, "trained by 2 optimizers"),
@@ -409,9 +415,10 @@ class WithLBFGS(Module):
 def test_what_cannot_be_refined_is_refused(options, says):
     module = options.pop("module", None) or Module()
     callback = options.pop("callback", None) or FogzoCallback()
+    data = DataLoader(options.pop("data", loader().dataset), batch_size=6)
     runner = trainer(callback, **options)
     with pytest.raises(ValueError, match=says):
-        runner.fit(module, loader())
+        runner.fit(module, data)
 
 
 def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):

@@ -91,7 +91,7 @@ class FogzoCallback(Callback):
         options = self._options
         if self._kappa is not None or self._start:
             total = trainer.estimated_stepping_batches
-            if not math.isfinite(total):
+            if not 0 < total < math.inf:  # it is -1 where the loader does not know its length
                 raise ValueError(
                     "the noise grows until the end of a run, and this one has none: "
                     "Trainer(max_steps=10_000), or FogzoCallback(noise_share=1e-4)"

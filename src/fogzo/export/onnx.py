@@ -99,7 +99,7 @@ def _traced(source: Source) -> Any:
         return torch.onnx.export(
             model,
             args,
-            kwargs=named,
+            kwargs=dict(named),
             dynamo=True,
             # It would rename weights, and fold a batch norm into those of a convolution.
             optimize=False,

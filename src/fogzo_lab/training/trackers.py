@@ -59,4 +59,5 @@ def tracking(config: TrainConfig, ranks: Ranks) -> Iterator[Callable[[Metrics], 
     try:
         yield track
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would destroy the process group too
+            tracker.finish()

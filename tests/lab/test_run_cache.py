@@ -65,6 +65,12 @@ def test_reports_commands_and_benchmarks_are_not(monkeypatch):
     assert "fogzo_lab.comparison.report" not in names
 
 
+def test_a_run_is_the_same_however_many_processes_load_its_data():
+    recipe = RECIPES["digits-mlp"]()
+    more = replace(recipe, data=replace(recipe.data, workers=8))
+    assert run_cache.config_hash(more) == run_cache.config_hash(recipe)
+
+
 def test_a_run_is_another_one_when_its_initial_weights_are(tmp_path):
     folder = tmp_path / "run"
     checkpoints = {

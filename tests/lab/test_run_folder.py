@@ -18,7 +18,7 @@ from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint, sa
 from fogzo_lab.training.loop import train, training_step
 from fogzo_lab.training.model_config import MlpConfig
 from fogzo_lab.training.parallel import Ranks
-from fogzo_lab.training.run_folder import read_config, read_metrics, read_result
+from fogzo_lab.training.run_folder import RunFolder, read_config, read_metrics, read_result
 from fogzo_lab.training.state import Training
 
 CPU = Ranks(torch.device("cpu"))
@@ -110,6 +110,13 @@ def test_resuming_a_finished_run_without_checkpoints_under_another_config_is_ref
     with pytest.raises(ValueError, match="another config"):
         train(replace(config, resume=True, **options))
     assert snapshot(config.output_dir) == before
+
+
+def test_a_run_goes_on_with_other_processes_that_load_its_data(config):
+    train(config)
+    more = replace(config, resume=True, data=replace(config.data, workers=3))
+    with RunFolder(more):  # which refuses a run of another config
+        pass
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config):

@@ -21,7 +21,7 @@ import torch
 
 import fogzo
 import fogzo_lab
-from fogzo_lab.data.config import DataConfig
+from fogzo_lab.data.config import DataConfig, ImagesConfig
 from fogzo_lab.data.record import Digests, digest_data
 from fogzo_lab.system.folder_lock import locked
 from fogzo_lab.system.json_files import dumps, read_json, write_text
@@ -76,6 +76,8 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
     values = dataclasses.asdict(config)
     for name in _FREE:
         del values[name]
+    if isinstance(config.data, ImagesConfig):
+        values["data"]["workers"] = 0  # batches are the same, whoever loads them
     if config.initial_weights is not None:
         # The weights themselves, wherever they lie and whatever will lie there later.
         values["initial_weights"] = [_manifest(config.initial_weights)]

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 # Options that may differ when a run is resumed: none of them changes what is trained.
-_MAY_DIFFER = {"output_dir", "resume", "overwrite", "device", "parallel"}
+_MAY_DIFFER = {"output_dir", "resume", "overwrite", "device", "parallel", "data.workers"}
 _MAY_DIFFER |= {"log_every", "checkpoint_every", "keep_checkpoints", "trackers", "inspect_every"}
 _INSPECTIONS = "inspections.jsonl"
 _FILES = ("config.json", "metrics.jsonl", "result.json")

@@ -351,9 +351,10 @@ def test_the_column_to_use_is_one_of_text(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"id": 3, "lang": "en", "body": "words " * 9}] * 50)
     with pytest.raises(ValueError, match=r"use --data.column body"):
         load_text(config(tmp_path))
-    write_jsonl(tmp_path / "a.jsonl", [{"id": 3}] * 50)
-    with pytest.raises(ValueError, match=r"no column holds text"):
-        load_text(config(tmp_path))
+    for row in ({"id": 3}, {"answers": [{"start": 3, "answer": "yes"}]}):
+        write_jsonl(tmp_path / "a.jsonl", [row] * 50)
+        with pytest.raises(ValueError, match=r"no column holds text"):
+            load_text(config(tmp_path))
 
 
 def test_a_row_that_is_no_text_is_named(tmp_path):

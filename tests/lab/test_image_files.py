@@ -71,6 +71,8 @@ def test_labels_must_be_numbers_of_two_classes_or_more(folder):
     refused(folder, "has the label 0.5")
     train_on([0, -2, 1])
     refused(folder, "has the label -2")
+    train_on([0, None, 1])
+    refused(folder, "1 of the 3 images of the train split .* have no label: leave them out")
     train_on([0, 0, 0])
     refused(folder, "only one class")
     train_on([0, 1] * 3)

@@ -134,6 +134,12 @@ def _has_labels(table: Any) -> bool:
 
 def _labels(table: Any, what: str) -> Tensor:
     column = _column(table, _LABEL_COLUMNS, what)
+    if unknown := table.data.column(column).null_count:
+        raise ValueError(
+            f"{unknown} of the {len(table)} images of {what} have no {column}: leave them out, "
+            f"with datasets' filter(lambda row: row[{column!r}] is not None), write the "
+            "others with to_parquet, and give the folder as --data.dataset ./path"
+        )
     values = _values(table, column)
     integers = values.dtype.kind in "iu" and values.ndim == 1
     if not integers or values.min() < 0:

@@ -219,7 +219,8 @@ def _advice(row: dict[str, Any]) -> str:
 
 def _about_chats(row: dict[str, Any]) -> str | None:
     for name, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and {"role", "from"} & first.keys():
             return (
                 f"{name} holds conversations, and a chat template makes text of them: write rows "
                 f'{{"text": tokenizer.apply_chat_template(row["{name}"], tokenize=False)}} to '

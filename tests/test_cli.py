@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from in_this_process import compare_in_this_process
 
+from fogzo_lab.cli import commands, display
 from fogzo_lab.cli.main import main
 from forked import Python
 
@@ -41,8 +43,24 @@ def test_train_writes_its_folder_and_prints_plain_lines(tmp_path):
     assert (config["seed"], config["max_steps"], config["learning_rate"]) == (3, 20, 0.01)
     assert config["quantizer"]["preset"] == "lsq"
     html = (tmp_path / "run" / "report.html").read_text()
-    assert "<svg" in html
+    assert '<svg role="img" aria-label="Loss"' in html
     assert (tmp_path / "run" / "checkpoints" / "step-000020" / "manifest.json").exists()
+
+
+def test_numbers_have_no_powers_of_ten():
+    said = [display._duration(seconds) for seconds in (0.5, 119, 121)]
+    assert said == ["0.5 s", "119 s", "2 min"]
+    assert display.step_text({"step": 1080, "seconds": 1.0, "loss": 2.0}).endswith("1,080 steps/s")
+
+
+def test_a_path_is_printed_as_it_is(capsys):
+    path = f"runs/{'a' * 200}[lr=0.1][/b]:warning:"
+    scores = {"test_loss": 1.0, "test_accuracy": 1.0}
+    display.train_result({"steps": 1, "seconds": 1.0, "extra_forwards": 2} | scores, path)
+    display.eval_result({"run": path[-20:], "step": 1} | scores)
+    report, table = capsys.readouterr().out.split(f"report: {path}\n")
+    assert "2 extra forward passes" in report
+    assert path[-20:] in table
 
 
 def test_compare_prints_one_table_and_writes_one_report(here, tmp_path, monkeypatch):
@@ -93,6 +111,16 @@ def test_a_diverging_run_ends_without_a_traceback(here, tmp_path):
     assert code == 2
     assert "smaller --learning-rate" in err
     assert "Traceback" not in err
+
+
+def test_a_gpu_that_is_full_is_one_message(here, monkeypatch):
+    def fill(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setitem(commands.COMMANDS, "bench", fill)
+    code, _, err = here("bench")
+    assert code == 2
+    assert err.startswith("fogzo: CUDA out of memory. Tried to allocate 9 GiB. Use a smaller")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("train",), ("compare", "-h")])

@@ -4,6 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def in_digits(value: float, digits: int) -> str:
+    """A number to so many digits, but with all of those before its point, as people read it.
+
+    >>> in_digits(0.012345, 3), in_digits(12345.6, 3)
+    ('0.0123', '12,346')
+    """
+    # Beyond, as the perplexity of a network that has learned nothing may be, no reader counts them.
+    whole = 10**digits - 0.5 <= abs(value) < 1e15
+    return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells of text, of which the first column names the rows.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fogzo_lab.bench.suite import Results
-from fogzo_lab.table import Table
+from fogzo_lab.table import Table, in_digits
 
 CaseResults = Mapping[str, Any]
 """A case as results.json holds it."""
@@ -103,9 +103,7 @@ def _mib(heading: str, name: str) -> _Column:
 def _milliseconds(heading: str, name: str) -> _Column:
     def text(case: CaseResults) -> str:
         value = case["seconds"].get(name)
-        if value is None:
-            return ""
-        return f"{1e3 * value:,.0f}" if value >= 0.1 else f"{1e3 * value:.3g}"
+        return "" if value is None else in_digits(1e3 * value, 3)
 
     return _Column(f"{heading}, ms", text)
 
@@ -133,8 +131,8 @@ def _met(case: CaseResults) -> str:
 def _sizes(facts: Mapping[str, Any]) -> str:
     if "bytes" not in facts:
         return ""
-    resident = facts["resident_bytes"]
-    return f"{facts['bytes'] / 1e6:.3g} / {'?' if resident is None else f'{resident / 1e6:.3g}'}"
+    sizes = (facts["bytes"], facts["resident_bytes"])
+    return " / ".join("?" if size is None else in_digits(size / 1e6, 3) for size in sizes)
 
 
 def _speed(case: CaseResults, kind: str) -> str:

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from fogzo.export import formats
 from fogzo.wording import nearest
 from fogzo_lab.cli import display, doctor, export
@@ -59,6 +61,9 @@ def run(arguments: Sequence[str]) -> None:
         raise
     except (ValueError, DivergedError, OSError) as error:
         sys.exit(_fail(str(error)))
+    except torch.OutOfMemoryError as error:
+        advice = "Use a smaller --batch-size or, in training, --accumulation 2 for the same batches"
+        sys.exit(_fail(f"{error} {advice}"))
 
 
 def _train(arguments: Sequence[str]) -> None:

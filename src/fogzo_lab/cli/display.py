@@ -7,12 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from fogzo_lab.comparison import tables
 from fogzo_lab.comparison.compare import Plan
 from fogzo_lab.comparison.results import Comparison
-from fogzo_lab.table import Table
+from fogzo_lab.table import Table, in_digits
 from fogzo_lab.training.run_folder import Metrics
 
 Advance = Callable[[int, int, str], None]
@@ -31,7 +30,7 @@ def progress(total: int, description: str, speaks: bool = True) -> Iterator[Adva
 
         def advance_plainly(done: int, total: int, text: str) -> None:
             nonlocal tenths
-            if 10 * done // total > tenths or done == total:
+            if 10 * done // total > tenths:
                 tenths = 10 * done // total
                 print(f"{description} {done}/{total} {text}", flush=True)
 
@@ -56,18 +55,18 @@ def step_text(metrics: Metrics) -> str:
     error = metrics.get("agreement_error")
     spread = "" if error is None else f" ± {error:.2f}"
     shown = "" if agreement is None else f"  agreement {agreement:.2f}{spread}"
-    return f"loss {metrics['loss']:.4f}{shown}  {speed:.3g} steps/s"
+    return f"loss {metrics['loss']:.4f}{shown}  {in_digits(speed, 3)} steps/s"
 
 
 def train_result(result: Metrics, report: Path) -> None:
     """The final numbers of one run."""
     _console().print(
         f"{tables.quality(result)} after {result['steps']} steps in {result['seconds']:.1f} s, "
-        f"{result['extra_forwards']} extra forward passes"
+        f"{result['extra_forwards']:,.10g} extra forward passes"
     )
     if said := tables.fallback_words(result.get("refined_steps", 0), result.get("fallbacks", {})):
         _console().print(said)
-    _console().print(f"report: {report}")
+    print(f"report: {report}")  # in one piece, however long it is
 
 
 def eval_result(numbers: Metrics) -> None:
@@ -88,7 +87,7 @@ def compare_results(comparison: Comparison, report: Path) -> None:
     print_table(table, f"{comparison.recipe}: mean ± standard deviation over seeds")
     for sentence in (*tables.findings(comparison), *tables.fallbacks(comparison)):
         _console().print(sentence)
-    _console().print(f"report: {report}")
+    print(f"report: {report}")  # in one piece, however long it is
 
 
 def compare_plan(plan: Plan) -> None:
@@ -108,10 +107,9 @@ def print_table(table: Table, title: str) -> None:
     shown = _IN_ASCII if console.options.ascii_only else {}
     printed = RichTable(title=title.translate(shown))
     for number, heading in enumerate(table.heading):
-        # Plain text: what looks like markup, as an interval does, is none.
-        printed.add_column(Text(heading.translate(shown)), justify="right" if number else "left")
+        printed.add_column(heading.translate(shown), justify="right" if number else "left")
     for row in table.rows:
-        printed.add_row(*(Text(cell.translate(shown)) for cell in row))
+        printed.add_row(*(cell.translate(shown) for cell in row))
     console.print(printed)
 
 
@@ -120,11 +118,15 @@ _IN_ASCII = str.maketrans({"±": "+-", "–": "-", "−": "-"})
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.2g} s"
+        return f"{in_digits(seconds, 2)} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class _Console(Console):
+    def __init__(self, width: int | None = None) -> None:
+        # Intervals and paths are no markup, though `[+1, +2]` and `runs/mlp[lr=0.1]` look like it.
+        super().__init__(width=width, markup=False, emoji=False)
+
     def on_broken_pipe(self) -> None:
         raise  # as `print` does; rich itself would exit with 1
 

@@ -16,7 +16,7 @@ from fogzo_lab.cli.parsing import parse
 from fogzo_lab.data.batches import load
 from fogzo_lab.options import Example, OneOf, Options, PathOrName
 from fogzo_lab.system.json_files import dumps
-from fogzo_lab.table import Table
+from fogzo_lab.table import Table, in_digits
 from fogzo_lab.training.checkpoint_format import step_of
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import build_model
@@ -116,7 +116,8 @@ def report_table(report: ExportReport) -> Table:
         for layer in report.layers
     ]
     size, in_float = report.bytes / 1e6, report.float_bytes / 1e6
-    caption = f"{report.folder}: {size:.3g} MB; the model in float is {in_float:.3g} MB"
+    caption = f"{report.folder}: {in_digits(size, 3)} MB; the model in float is "
+    caption += f"{in_digits(in_float, 3)} MB"
     if report.logits_difference is not None:
         caption += (
             f"\n{report.reader}: logits differ by {report.logits_difference:.2g} of the largest"

@@ -16,7 +16,7 @@ from fogzo_lab.comparison.results import Comparison
 from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import write_text
-from fogzo_lab.table import Table
+from fogzo_lab.table import Table, in_digits
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.run_folder import Metrics
 
@@ -26,11 +26,12 @@ def write_train_report(config: TrainConfig, metrics: Sequence[Metrics], result: 
     said_in_words = ("refined_steps", "fallbacks")
     fell_back = tables.fallback_words(result.get("refined_steps", 0), result.get("fallbacks", {}))
     said = [fell_back] if fell_back else []
-    numbers = {name: f"{result[name]:.5g}" for name in result if name not in said_in_words}
+    numbers = {name: in_digits(result[name], 5) for name in result if name not in said_in_words}
+    how = "in float" if config.quantizer.preset == "none" else f"with {config.estimator}"
     sentences = [f"After {result['steps']} steps: {tables.quality(result)}."]
     return _write(
         config.output_dir,
-        title=f"{config.recipe}: one run with {config.estimator}",
+        title=f"{config.recipe}: one run {how}",
         sentences=[*sentences, *said],
         tables=[Table("Result", ["number", "value"], [[*pair] for pair in numbers.items()])],
         plots=run_plots(metrics),

@@ -8,7 +8,7 @@ from fogzo_lab.comparison.intervals import Interval, Verdict
 from fogzo_lab.comparison.metrics import TRAIN_LOSS, Metric
 from fogzo_lab.comparison.results import Comparison, Difference, RowResult, row_title
 from fogzo_lab.comparison.rows import ROWS
-from fogzo_lab.table import Table
+from fogzo_lab.table import Table, in_digits
 
 
 def quality(result: Mapping[str, Any]) -> str:
@@ -103,8 +103,9 @@ def cost_table(comparison: Comparison) -> Table:
         ratio = f"{times[row.name] / times['ste']:.2f}" if "ste" in times else "–"
         seconds = comparison.seconds(row)
         counts = (row.forwards, row.steps, row.forward_equivalents)
-        cells = [row.title, ratio, "–" if seconds is None else f"{seconds:.3g}", str(row.steps)]
-        cells += ["–" if count is None else f"{count:,}" for count in counts]
+        taken = "–" if seconds is None else in_digits(seconds, 3)
+        cells = [row.title, ratio, taken, str(row.steps)]
+        cells += ["–" if count is None else f"{count:,.10g}" for count in counts]
         rows.append([*cells, str(row.tuning_runs)])
     caption = (
         "Times are of training alone, by interleaved timing on one machine. Passes are over a "
@@ -120,7 +121,7 @@ def plan_table(plan: Plan) -> Table:
     rows = []
     for row in plan.rows:
         counts = (row.steps, row.runs, row.runs - row.to_run, row.to_run)
-        times = (f"{row.seconds_per_run:.3g}", f"{row.seconds:.3g}")
+        times = (in_digits(row.seconds_per_run, 3), in_digits(row.seconds, 3))
         rows.append([row_title(row.name, row.budget), *map(str, counts), *times])
     heading = ("row", "steps", "runs", "cached", "to run", "seconds per run", "seconds")
     return Table(f"{plan.recipe}: what would run", heading, rows)

@@ -94,6 +94,9 @@ def images(tmp_path):
         (("train", "pydoc-llama", "--model.vocab-size", "100"), "--model.vocab-size 256"),
         (("train", "pydoc-llama", "--data.context", "1000000"), "--data.context"),
         (("compare", "digits-mlp", "--estimator", "ste"), "--rows ste fogzo"),
+        (("compare", "digits-mlp", "--overwrite"), "leave --overwrite out"),
+        (("compare", "digits-mlp", "--trackers", "wandb"), "leave --trackers out"),
+        (("compare", "digits-mlp", "--checkpoint-every", "9"), "leave --checkpoint-every out"),
         (("eval", "./nowhere"), "not a run folder"),
     ],
 )

@@ -3,6 +3,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from in_this_process import compare_in_this_process
 from shrunk import shrunk
 
 from fogzo_lab.comparison import compare as module
-from fogzo_lab.comparison import run_cache, timing
+from fogzo_lab.comparison import run_cache, summary, timing
 from fogzo_lab.comparison import tables as words
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
 from fogzo_lab.comparison.intervals import Interval
@@ -329,6 +330,25 @@ def test_the_story_of_equal_time_says_that_equal_steps_diverged():
     assert story[1].startswith("With equal time")
 
 
+def test_an_end_of_what_was_tried_is_marked_of_rates_and_of_own_parameters():
+    tried = [Candidate(0.01, keep, keep) for keep in (0.2, 0.5, 0.8)]
+    ends = [row("ste-winq", (0.8,), tuning=tried, value=keep) for keep in (0.2, 0.5)]
+    ends += [row("fogzo", (0.8,), tuning=[Candidate(0.01, 0.1, 0.5)], value=0.1)]
+    table = words.quality_table(made(*ends))
+    column = list(table.heading).index("own parameter")
+    assert [cells[column] for cells in table.rows] == ["keep 0.2 (edge)", "keep 0.5", "kappa 0.1"]
+
+
+def test_the_step_at_which_a_seed_diverged_is_no_point_of_the_curve(tmp_path):
+    for seed, last in enumerate((20, 13)):
+        lines = [{"step": step, "loss": 1.0, "seconds": 1.0} for step in (1, 10, last)]
+        log = tmp_path / str(seed) / "metrics.jsonl"
+        log.parent.mkdir()
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [SimpleNamespace(path=lambda _, seed=seed: tmp_path / str(seed)) for seed in range(2)]
+    assert [point["step"] for point in summary._curve(None, runs)] == [1, 10]
+
+
 def test_a_page_shows_no_training_loss_where_none_was_measured():
     where = {"processor": "P", "cores": 2, "torch": "2", "date": "today"}
     table = words.page_table(replace(made(*RIVALS, FOGZO), environment=where))
@@ -471,7 +491,10 @@ def test_a_learning_rate_at_which_a_run_diverges_is_never_chosen(tmp_path):
         equal_time=False,
         workers=1,
     )
-    results = compare(config)
+    progress = []
+    results = compare(config, lambda *counts: progress.append(counts))
+    # Two float networks that are quantized afterwards count too; the end is said once more.
+    assert progress == [*((done, 6) for done in range(1, 7)), (6, 6)]
     for row in results.rows:
         assert row.learning_rate == 1e-2
         assert row.loss_by_rate[1e30] == math.inf

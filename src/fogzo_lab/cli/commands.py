@@ -102,8 +102,10 @@ def _compare(arguments: Sequence[str]) -> None:
         for name, recipe in RECIPES.items()
     }
     config = _parse("compare", arguments, defaults)
-    if config.base.estimator != RECIPES[arguments[0]]().estimator:
-        raise ValueError("compare runs several estimators: choose them with --rows ste fogzo")
+    recipe = RECIPES[arguments[0]]()
+    for option, answer in _OF_ONE_RUN.items():
+        if getattr(config.base, option) != getattr(recipe, option):
+            raise ValueError(answer)
     if config.plan:
         display.compare_plan(plan(config))
         return
@@ -115,6 +117,17 @@ def _compare(arguments: Sequence[str]) -> None:
         raise
     path = report.write_compare_report(config, results)
     display.compare_results(results, path)
+
+
+_OF_ONE_RUN = {
+    "estimator": "compare runs several estimators: choose them with --rows ste fogzo",
+    "overwrite": "compare keeps finished runs and repeats none: leave --overwrite out, or begin "
+    "anew in another --output-dir",
+    "trackers": "the runs of compare log to their metrics.jsonl alone: leave --trackers out",
+    "checkpoint_every": "the runs of compare write no checkpoints, and one that is interrupted "
+    "begins again: leave --checkpoint-every out",
+}
+"""What a comparison would ignore, and what to do instead."""
 
 
 def _bench(arguments: Sequence[str]) -> None:

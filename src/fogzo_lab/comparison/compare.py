@@ -167,11 +167,13 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
         cells = _cells(config, seconds)
         tuning = [run for cell in cells for run in cell.tuning(config)]
         rest = len(cells) * (config.num_seeds - (config.tuning_seeds or config.num_seeds))
-        progress = _Progress(on_run, len(tuning) + rest, len(tuning) - len(missing(cache, tuning)))
+        known = _distinct(tuning)
+        progress = _Progress(on_run, len(known) + rest, len(known) - len(missing(cache, known)))
         threads = config.execution.cpus_per_run
         execute(executor, cache, tuning, threads, progress.one_more)
         chosen = {cell: cell.chosen(config, cache) for cell in cells}
         reported = [run for runs in chosen.values() for run in runs]
+        progress.total = len(_distinct([*tuning, *reported]))
         execute(executor, cache, reported, threads, progress.one_more)
     progress.finish()
     paths = {run.path(cache) for run in [*tuning, *reported]}
@@ -349,6 +351,11 @@ def _seconds(
     return {name: found[keys[name]] for name in config.rows}
 
 
+def _distinct(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, and those that train networks which are quantized afterwards."""
+    return list(dict.fromkeys(one for run in runs for one in (run.trained, run)))
+
+
 def _codes(cache: RunCache, paths: Iterable[Path]) -> dict[str, object]:
     used = {path.name.rpartition("-")[2] for path in paths}
     return {"version": cache.code, "versions_of_runs": sorted(used)}
@@ -357,16 +364,15 @@ def _codes(cache: RunCache, paths: Iterable[Path]) -> dict[str, object]:
 class _Progress:
     def __init__(self, on_run: Callable[[int, int], None] | None, total: int, done: int) -> None:
         self._on_run = on_run or (lambda done, total: None)
-        self._total, self._done = total, done
+        self.total, self._done = total, done
 
     def one_more(self) -> None:
-        # Float networks that are trained only to be quantized were not counted.
-        self._done = min(self._done + 1, self._total)
-        self._on_run(self._done, self._total)
+        self._done += 1
+        self._on_run(self._done, self.total)
 
     def finish(self) -> None:
         """Say so even where nothing was left to run."""
-        self._on_run(self._total, self._total)
+        self._on_run(self.total, self.total)
 
 
 def _check_grid(what: str, grid: Sequence[float] | None, example: float) -> None:

@@ -125,6 +125,12 @@ class RowResult:
         return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
 
     @property
+    def value_at_edge(self) -> bool:
+        """Whether a better value of its own parameter may lie beyond those that were tried."""
+        tried = {candidate.value for candidate in self.tuning if candidate.value is not None}
+        return len(tried) > 1 and self.value in (min(tried), max(tried))
+
+    @property
     def forwards(self) -> float | None:
         """Forward passes of a run: every step has one, and probes theirs."""
         return None if self.extra_forwards is None else self.steps + self.extra_forwards

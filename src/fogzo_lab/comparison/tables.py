@@ -60,14 +60,15 @@ def quality_table(comparison: Comparison, differences: bool = True) -> Table:
     for row in comparison.rows:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")]
-        cells += [row.chosen_value] if with_own else []
+        own = row.chosen_value + (" (edge)" if row.value_at_edge else "")
+        cells += [own] if with_own else []
         cells += [str(row.steps)]
         cells += [main.interval(comparison.interval(row, main))] if differences else []
         rows.append(cells)
     caption = (
         "Mean ± standard deviation over seeds, at the learning rate, and the row's own parameter, "
-        'of lowest mean validation loss; "(edge)" marks a rate at the end of the grid, where a '
-        "better one may lie beyond."
+        'of lowest mean validation loss; "(edge)" marks an end of what was tried, where a better '
+        "one may lie beyond."
     )
     return Table("Final quality", heading, rows, caption)
 

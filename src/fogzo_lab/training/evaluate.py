@@ -31,8 +31,8 @@ class EvalConfig(Options):
     """Print the numbers as JSON."""
     device: Device = "auto"
     """auto takes a GPU if there is one."""
-    batch_size: PositiveInt = 256
-    """Images or blocks of text per forward pass."""
+    batch_size: Annotated[PositiveInt | None, Example(256)] = None
+    """Images or blocks of text per forward pass; by default 256 or, if fewer, 16,384 tokens."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """Post-training quantization of the weights of a float run."""
     activations: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -74,6 +74,6 @@ def evaluate_run(config: EvalConfig) -> Metrics:
             calibrate_activations(model, run, task, ranks.device)
         numbers: Metrics = {"run": str(config.run), "step": step}
         for split in task.splits:
-            found = task.evaluate(model, split, config.batch_size, ranks)
+            found = task.evaluate(model, split, ranks, config.batch_size)
             numbers |= {f"{split}_{name}": value for name, value in found.items()}
     return numbers

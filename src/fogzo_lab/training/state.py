@@ -212,7 +212,7 @@ class Training:
         with self.ema.applied() if self.ema else nullcontext():
             share_buffers(self.model, self.ranks)
             for split in self.task.splits:
-                numbers = self.task.evaluate(self.model, split, _EVAL_BATCH, self.ranks)
+                numbers = self.task.evaluate(self.model, split, self.ranks)
                 found |= {f"{split}_{name}": value for name, value in numbers.items()}
         return found
 
@@ -307,9 +307,6 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         self.windows.load_state_dict(state["windows"])
         restore_rng(state["random_streams"])
-
-
-_EVAL_BATCH = 256
 
 
 def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator | None:

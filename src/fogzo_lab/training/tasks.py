@@ -47,12 +47,14 @@ class Task(ABC):
         shapes: The shapes of the data that the network depends on.
         splits: The splits that can be evaluated, by name.
         most_evaluated: Maximum number of evaluated examples of a split.
+        evaluated_at_once: How many of them make a batch, unless another size is asked for.
         workers: Processes that load ahead.
     """
 
     shapes: Shapes
     splits: dict[str, Split[Any]]
     most_evaluated: int
+    evaluated_at_once: int = 256
     workers: int = 0
 
     @abstractmethod
@@ -72,10 +74,13 @@ class Task(ABC):
         return {"loss": loss, "accuracy": accuracy}
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str, batch_size: int, ranks: Ranks) -> Metrics:
+    def evaluate(
+        self, model: nn.Module, split: str, ranks: Ranks, batch_size: int | None = None
+    ) -> Metrics:
         """Evaluate the hard-quantized network on a split that the ranks share."""
         examples = self.splits[split]
-        batches = torch.arange(min(len(examples), self.most_evaluated)).split(batch_size)
+        indices = torch.arange(min(len(examples), self.most_evaluated))
+        batches = indices.split(batch_size or self.evaluated_at_once)
         # Sharded networks need every rank in every forward pass, also past the end.
         mine = [batches[i] if i < len(batches) else batches[0] for i in ranks.turns(len(batches))]
         total = torch.zeros(3, dtype=torch.float64)
@@ -131,6 +136,8 @@ class TextTask(Task):
     def __init__(self, config: TextConfig, vocab_size: int | None) -> None:
         self._text = text = load_text(config)
         self.most_evaluated = config.max_eval_blocks
+        # Logits of 2^14 tokens and 32,000 words, twice, are 4 GiB; training may need less.
+        self.evaluated_at_once = min(max(2**14 // config.context, 1), self.evaluated_at_once)
         vocabulary = check_vocabulary(vocab_size, text)
         self.shapes = Shapes(vocabulary, context=config.context)
         self.splits = {"validation": text.validation, "test": text.test}

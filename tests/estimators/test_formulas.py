@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 import fogzo
+from fogzo.estimators.agreement import agreement_error
 from fogzo.estimators.reference import fogzo_gradient
+from fogzo.layers.weights import as_quantized_weights
+from fogzo.probing.directions import Directions
 from fogzo.quantizers import SURROGATE_NAMES, resolve_surrogate, uniform
 from toolbox import IN_16_BITS, PRESETS, WAYS, everything, fill, pairwise
 
@@ -406,6 +409,46 @@ def test_the_measured_slope_of_a_rounded_linear_loss_scatters_by_its_flips():
     agreements = torch.tensor(agreements).double()
     assert abs(agreements.mean() - 1) < 5 * spread / math.sqrt(trials)
     assert agreements.std().item() == pytest.approx(spread, rel=5 / math.sqrt(2 * trials))
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "one_sided"), [(4, 0.0, False), (4, 0.0, True), (8, 0.02, False)]
+)
+def test_probes_that_cross_the_same_thresholds_average_nothing_out(n, share, one_sided):
+    count, trials = 1000, 60
+    g = randn(count)
+    param = nn.Parameter(torch.zeros(count).double())
+    weights = [("w", param, 1.0)]
+    estimator = Paper(weights, num_samples=n, noise_share=share, one_sided=one_sided)
+    stream = generator(5)
+    agreements, errors = [], []
+
+    def loss():
+        return (g * param.round()).sum()
+
+    for _ in range(trials):
+        with torch.no_grad():
+            param.uniform_(-4, 4, generator=stream)
+        param.grad = g.clone()
+        stats = estimator.refine_grads_(loss, expected_loss=loss() if one_sided else None)
+        agreements.append(stats.agreement)
+        errors.append(stats.agreement_error)
+    scatter = torch.tensor(agreements).std().item()
+    assert 0.8 * scatter < sum(errors) / trials < 1.35 * scatter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_standard_error_does_not_depend_on_the_losss_units(dtype):
+    def error(scale):
+        param = nn.Parameter(torch.linspace(-1, 1, 64).to(dtype))
+        param.grad = (scale * randn(64)).to(dtype)
+        directions = Directions(as_quantized_weights([("w", param, 0.1)]), 0)
+        return agreement_error(directions, 0.0, 0.0, 1, one_sided=False)
+
+    assert error(2.0**-12) == pytest.approx(error(1.0), rel=0.01)
+    if dtype == torch.float32:
+        assert error(2.0**-50) == pytest.approx(error(1.0), rel=1e-6)
+
 
 
 # Cheaper probes

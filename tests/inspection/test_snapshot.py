@@ -207,7 +207,7 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
         return (model(x) * y).mean()
 
     backward(loss)
-    found = fogzo.inspect(model, closure=loss, num_samples=64)
+    found = fogzo.inspect(model, closure=loss, num_samples=96)
     (layer,) = found.layers
     assert abs(layer.agreement - 1) < 3 * layer.agreement_error < 0.3
     notes = [finding for finding in found.findings if finding.kind == "agreement"]

@@ -7,8 +7,10 @@ that is what the straight-through gradient predicts, its variance is the square 
 
     standard error of lambda = sqrt( sum_j ghat_j^2 |v_j| level / (2 eps) )
 
-in scaled coordinates, per two-sided probe. It needs no forward pass. Where weights are not spread
-evenly between thresholds, how far their density there is from even is the larger error.
+in scaled coordinates, for one two-sided probe. It needs no forward pass. More probes average out
+less of it than their number says: all follow the same gradient, and where their noise is smaller
+they cross the same thresholds. Where weights are not spread evenly between thresholds, how far
+their density there is from even is the larger error.
 """
 
 import math
@@ -43,26 +45,32 @@ def agreement_error(
     if not (beta > 0 and norm > 0):
         return math.inf
     parts, scaled_norm = directions.parts, norm * directions.grad_scale
-    numbers = [_sum_of_cubes(part) for part in parts]
+    numbers = [_sum_of_cubes(part, scaled_norm) for part in parts]
     for part, size in zip(parts, directions.sizes, strict=True):  # of u's factor in v
         repeats = part.param.numel() / max(part.eps.numel(), 1)
         numbers.append((part.eps * size).square().sum() * repeats)
     sums = sum_over_shards(numbers, 2 * [part.weight.param for part in parts])
-    flips = []
+    flips, shared = [], []
     for part, own_norm, cubes, squares in zip(
         parts, directions.norms, sums[: len(parts)], sums[len(parts) :], strict=True
     ):
         weight, count = part.weight, part.weight.param.numel()
+        own = own_norm / scaled_norm
         if weight.rotate is not None:  # a rotation makes Gaussians
-            cubes = own_norm**3 * math.sqrt(8 / math.pi / count)
+            cubes = own**3 * math.sqrt(8 / math.pi / count)
         # |v| is at most sqrt(beta) |ghat| + sqrt(q) |u|, and E |u| at most 1.
-        guide = math.sqrt(beta) * cubes / scaled_norm**3
-        noise = math.sqrt(noise_share) * math.sqrt(squares / count) * (own_norm / scaled_norm) ** 2
+        guide = math.sqrt(beta) * cubes
+        noise = math.sqrt(noise_share) * math.sqrt(squares / count) * own**2
         spacing = weight.grid.spacing if weight.grid else 1.0
         flips.append(spacing / (2 * weight.surrogate.radius) * (guide + noise))
+        # Of two probes' crossings, what is the same ones.
+        shared.append(flips[-1] * (guide / (guide + noise)) ** 2 if guide else 0.0)
     rounding = loss_error**2 / (2 * norm**2)
-    sides = 2 if one_sided else 1
-    return math.sqrt((sides * (math.fsum(flips) + rounding) + noise_share) / beta / num_probes)
+    sides, common = 2 if one_sided else 1, math.fsum(shared)
+    single = sides * (math.fsum(flips) - common + rounding) + noise_share
+    # One-sided probes of either sign cross the thresholds on either side.
+    together = common * (1 + (sides - 1) / num_probes)
+    return math.sqrt((together + single / num_probes) / beta)
 
 
 def unevenness(directions: Directions) -> float:
@@ -102,8 +110,8 @@ def shrink(agreement: float, error: float) -> float:
     return shrunk if agreement < -2 * error else max(shrunk, 0.0)
 
 
-def _sum_of_cubes(part: Part) -> Tensor | float:
-    """The sum of ``|eps * grad|^3``, from a sample of a large tensor's rows."""
+def _sum_of_cubes(part: Part, norm: float) -> Tensor | float:
+    """The sum of ``|eps * grad / norm|^3``, from a sample of a large tensor's rows."""
     grad, eps = part.grad, part.eps
     if grad is None or not grad.numel() or part.weight.rotate is not None:
         return 0.0
@@ -111,7 +119,8 @@ def _sum_of_cubes(part: Part) -> Tensor | float:
     rows = grad[::stride] if stride > 1 else grad
     if eps.numel() > 1:
         eps = eps.expand(grad.shape)[::stride] if stride > 1 else eps
-    cubes = (rows * eps).abs_().pow_(3).sum(dtype=part.dtype)
+    # In the units of the norm, as cubes of small gradients are too small for float32.
+    cubes = (rows.to(part.dtype) * eps).div_(norm).abs_().pow_(3).sum()
     return cubes * (grad.numel() / rows.numel())
 
 

@@ -23,8 +23,8 @@ def agreements(
 ) -> dict[str, tuple[float, float]]:
     """Agreement and standard error of each weight by name, where anything was measured.
 
-    Each weight is moved alone, along its gradient and as much noise as there is gradient in each
-    coordinate, so that the samples do not all cross the same thresholds: ``2 num_samples`` forward
+    Each weight is moved alone, along its gradient and ``num_samples`` times as much noise (in
+    power), so that the samples do not all cross the same thresholds: ``2 num_samples`` forward
     passes per layer.
 
     Args:
@@ -46,7 +46,7 @@ def agreements(
     used = weights_to_refine(weights, lender.models, needs_gradient=True)
     found: dict[str, tuple[float, float]] = {}
     for index, weight in enumerate(used):
-        share = noise_share_from_kappa(1.0, weight.param.numel(), 1)
+        share = noise_share_from_kappa(1.0, weight.param.numel(), num_samples)
         estimator = FogzoEstimator([weight], num_samples=num_samples, agreement="measured")
         directions = Directions([weight], mix_seed(_SEED, index))
         if nothing_to_follow(directions):

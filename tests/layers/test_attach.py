@@ -674,6 +674,11 @@ def _half_quantized() -> nn.Module:
     return fogzo.quantize_(_mlp(), fogzo.lsq(2), lambda module, name: name == "2")
 
 
+def _with_kept_inputs() -> nn.Module:
+    model = fogzo.quantize_(_mlp(), fogzo.lsq(2), activations=fogzo.abs_max(8))
+    return fogzo.dequantize_(model, activations="keep")
+
+
 REFUSALS = {
     "no bits": (_mlp, lambda m: fogzo.quantize_(m, fogzo.lsq(0)), r"fogzo\.fixed\(bits=2\)"),
     "nine bits": (_mlp, lambda m: fogzo.quantize_(m, fogzo.fixed(9)), r"fogzo\.fixed\(bits=2\)"),
@@ -701,6 +706,11 @@ REFUSALS = {
         _half_quantized,
         lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
         r"'2' is quantized already.*not isinstance\(module, fogzo\.QuantizedLayer\)",
+    ),
+    "inputs quantized already": (
+        _with_kept_inputs,
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
+        r"'0' still quantizes its input.*dequantize_\(model, activations=\"drop\"\)",
     ),
     "empty filter": (
         _mlp,

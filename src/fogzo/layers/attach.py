@@ -17,7 +17,7 @@ from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
 from fogzo.layers.quantizable import check_quantizable, require_module, warn_of_own_quantization
 from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
-from fogzo.layers.quantized_input import quantized_input_class
+from fogzo.layers.quantized_input import QuantizedInput, quantized_input_class
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
     plain_class,
@@ -409,5 +409,11 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             f"{name!r} is quantized already ({layer.quantizer.grid.name}): start from a fresh "
             "model, or leave it out with filter_fn=lambda module, name: "
             "not isinstance(module, fogzo.QuantizedLayer)"
+        )
+    if isinstance(layer, QuantizedInput):
+        raise ValueError(
+            f'{name!r} still quantizes its input, as dequantize_(model, activations="keep") left '
+            "it: start from a model of which nothing is quantized, such as "
+            'fogzo.dequantize_(model, activations="drop") makes'
         )
     check_quantizable(name, layer)

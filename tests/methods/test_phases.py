@@ -265,7 +265,11 @@ def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match="total_steps must be a positive integer"):
         quantize_from(model, 0.5, total_steps=0)
     switch = quantize_from(model, 0.5, total_steps=10)
-    with pytest.raises(ValueError, match="in float already, by an earlier quantize_from"):
-        quantize_from(model, 0.5, total_steps=10)
+    for copied in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="in float already, by an earlier quantize_from"):
+            quantize_from(copied, 0.5, total_steps=10)
+    fresh = network("fixed")
+    fresh.load_state_dict(model.state_dict())
+    quantize_from(fresh, 0.5, total_steps=10)  # as the message says
     with pytest.raises(ValueError, match="expected one integer, step"):
         switch.load_state_dict({"steps": 1})

@@ -143,6 +143,13 @@ def test_the_gaussian_step_of_the_two_bit_grids_is_as_measured():
     assert SIGN.gaussian_step_size == pytest.approx(math.sqrt(2 / math.pi), abs=1e-6)
 
 
+@pytest.mark.parametrize("spacing", [1 / 512, 0.01, 64.0])
+def test_the_gaussian_step_fits_any_spacing(spacing):
+    usual = uniform(8)
+    wide = Grid("wide", usual.low_code, usual.high_code, spacing=spacing)
+    assert wide.gaussian_step_size * spacing == pytest.approx(usual.gaussian_step_size, rel=1e-5)
+
+
 @EVERY_GRID
 def test_no_other_step_has_a_smaller_error_on_a_gaussian(grid):
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(8))

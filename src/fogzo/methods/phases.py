@@ -98,7 +98,9 @@ def _check(layers: list[QuantizedLayer]) -> None:
         if layer.is_in_float:
             raise ValueError(
                 f"{layer._name!r} is in float already, by an earlier quantize_from: call it once, "
-                "and to resume switch.load_state_dict(checkpoint['switch'])"
+                "and to resume switch.load_state_dict(checkpoint['switch']). A copy, or a model of "
+                "torch.load, has no switch of its own: fogzo.quantize_(fresh, quantizer), "
+                "fresh.load_state_dict(model.state_dict()), and then quantize_from(fresh, ...)"
             )
         if is_sharded(layer.weight) and layer.measures_input:
             raise ValueError(

@@ -228,7 +228,7 @@ def _gaussian_step_size(grid: Grid) -> float:
         return 1 - 2 * step * grid.spacing * density + step * step * square
 
     ratio = (math.sqrt(5) - 1) / 2
-    left, right = 1e-3, 4.0
+    left, right = 1e-3 / grid.spacing, 4 / grid.spacing  # neighbours 0.001 to 4 apart
     for _ in range(80):
         inner_left, inner_right = right - ratio * (right - left), left + ratio * (right - left)
         if error(inner_left) < error(inner_right):

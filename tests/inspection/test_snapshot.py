@@ -94,6 +94,17 @@ def test_a_channel_that_is_masked_as_a_whole_is_not_dead():
     assert (layer.masked > 0.9, layer.dead) == (True, 0)
 
 
+@pytest.mark.parametrize("quantizer", [fogzo.quest(2), fogzo.ternary(granularity=4)])
+def test_the_padding_of_an_embedding_is_no_illness(quantizer):
+    model = nn.Sequential(nn.Embedding(64, 16, padding_idx=0), nn.Linear(16, 4))
+    fogzo.quantize_(model, quantizer, lambda module, name: name == "0")
+    found = fogzo.inspect(model)
+    assert not found.findings and found.layers[0].empty == found.layers[0].dead == 0
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+    assert [finding.kind for finding in fogzo.inspect(model).findings] == ["dead"]
+
+
 @EVERY_PRESET
 def test_every_quantizer_is_inspected_and_all_that_is_borrowed_comes_back(preset):
     model = quantized_net(preset)

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 from fogzo.collectives import full, local, reshard, sum_over_shards
 from fogzo.inspection.records import InFloat
 from fogzo.layers import QuantizedLayer
+from fogzo.layers.attach import padding_rows
 from fogzo.layers.experts import ExpertMatrices
 from fogzo.layers.quantized_layer import require_quantized
 from fogzo.layers.selection import left_in_float, quantizable_layers
 from fogzo.quantizers.granularity import to_rows
+from fogzo.quantizers.step_sizes import MIN_STEP_SIZE
 from fogzo.quantizers.surrogates import resolve_surrogate
 
 # A slope below which a weight counts as masked: surrogates with tails never reach 0.
@@ -73,7 +75,9 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
     finite = x.isfinite()
     if not finite.all():
         x = x[finite]
-    step = step[step.isfinite() & (step > 0)]
+    # What a dynamic scale measures of zeros is no step size.
+    least = 0.0 if layer.quantizer.scale.has_state else 2 * MIN_STEP_SIZE
+    step = step[step.isfinite() & (step > least)]
     scale = step.float() * (grid.spacing / (2 if grid.offset else 1))
     rounded = ((scale.half().float() - scale).abs() / scale).nan_to_num_(posinf=1.0)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -101,10 +105,14 @@ def gets_gradient(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def next_to_nothing(layer: QuantizedLayer) -> Tensor:
-    """Which output channels have weights that are zero, or nothing beside the other channels."""
+    """Which output channels have weights that are zero, or nothing beside the other channels.
+
+    The padding of an embedding is meant to be zero.
+    """
     rows = to_rows(full(layer.weight.detach()), layer.output_dim)
     sizes = torch.linalg.vector_norm(rows.float(), dim=1)
-    return sizes <= _NOTHING * sizes[sizes.isfinite()].mean()
+    nothing, padding = sizes <= _NOTHING * sizes[sizes.isfinite()].mean(), padding_rows(layer)
+    return nothing if padding is None else nothing & ~padding[:, 0].to(nothing.device)
 
 
 @torch.no_grad()

@@ -450,7 +450,6 @@ def test_the_standard_error_does_not_depend_on_the_losss_units(dtype):
         assert error(2.0**-50) == pytest.approx(error(1.0), rel=1e-6)
 
 
-
 # Cheaper probes
 
 

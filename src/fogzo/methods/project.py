@@ -14,6 +14,8 @@ from fogzo.layers.weights import QuantizedWeight
 from fogzo.methods.pull import Weights, free, in_float, rounded, weights_with_levels
 from fogzo.wording import listed
 
+_SHORT = 1 - 2.0**-12  # more than what rotating a weight in float32 rounds
+
 
 @torch.no_grad()
 def project_(weights: Weights) -> None:
@@ -60,7 +62,8 @@ def _clamp_(weight: QuantizedWeight) -> None:
     if weight.rotate is None:
         param.copy_(_within(inside.to(param.dtype), weight).where(free(weight), param))
     elif not torch.equal(inside, w):  # as rotating there and back would round
-        change = weight.rotate(inside - w) * free(weight)
+        # And beyond the end of the range a mask would drop them, so that they stop short of it.
+        change = weight.rotate((inside * _SHORT - w).where(inside != w, 0)) * free(weight)
         param.copy_(param.to(change.dtype).add_(change))
 
 

@@ -9,6 +9,7 @@ from fogzo_lab.data import text as module
 from fogzo_lab.data.config import TextConfig
 from fogzo_lab.data.text import Text, TextSplit, check_vocabulary, load_text, unigram_loss
 from fogzo_lab.data.tokens import load_tokenizer
+from fogzo_lab.training.tasks import TextTask
 
 datasets = pytest.importorskip("datasets")
 
@@ -54,6 +55,11 @@ def test_at_most_so_many_blocks_are_evaluated(tmp_path):
         first = getattr(whole, name).batch(torch.arange(3))
         assert torch.equal(getattr(capped, name).batch(torch.arange(3)), first)
     assert torch.equal(capped.train.tokens, whole.train.tokens)
+
+
+@pytest.mark.parametrize(("context", "at_once"), [(16, 256), (64, 256), (512, 32), (2**15, 1)])
+def test_the_longer_the_blocks_the_fewer_are_evaluated_at_once(context, at_once):
+    assert TextTask(TextConfig(context=context), None).evaluated_at_once == at_once
 
 
 def test_a_folder_is_one_text_in_the_order_of_its_paths(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from networks import llama, quantized
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import fogzo
 from fogzo.export import export, gguf
@@ -103,7 +103,8 @@ def of_words():
         (lambda: trained(ignore_merges=True), "no byte-level BPE that splits"),
         (of_words, "no byte-level BPE that splits"),
         (with_normalizer, "as it has a normalizer: leave it out with tokenizer=None"),
-        (object, "object has no tokenizer.json"),
+        (ByT5Tokenizer, "ByT5Tokenizer has no tokenizer.json"),
+        (object, r"tokenizer must be one of transformers, got <object .*AutoTokenizer"),
     ],
 )
 def test_what_llama_cpp_would_read_otherwise_is_refused(make, message, tmp_path):

@@ -35,6 +35,7 @@ LINEAR_ROWS = (*CORE_ROWS, "fogzo-linear")
 PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-published")
 
 LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-published")
+WIDE_ROWS = ("float", *CORE_ROWS, "float-then-ste", "ste-cage-published", "ste-winq-published")
 
 FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
 TANH = replace(FIXED, surrogate="tanh")
@@ -207,13 +208,14 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     identity, tanh, lsq = (replace(text, quantizer=each) for each in (FIXED, TANH, LSQ))
     quest = replace(text, quantizer=QUEST, activations=QUEST)
     deit, resnet = (replace(images[f"cifar-{n}"], quantizer=FIXED) for n in ("deit", "resnet"))
-    rates = (1e-3, 3.16e-3, 1e-2)
+    rates, lower = (1e-3, 3.16e-3, 1e-2), (3e-4, 9.49e-4, 3e-3)
     return {
         "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), num_seeds=5)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
-        "long-deit-identity": timed(long(deit, 4000, (3e-4, 9.49e-4, 3e-3))),
+        "long-deit-identity": timed(long(deit, 4000, lower)),
+        "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2))),
     }
 

@@ -208,7 +208,8 @@ def test_a_method_is_tuned_over_its_own_parameter_and_results_name_it(tmp_path):
     config = small(tmp_path, rows=("ste-winq",), learning_rates=(1e-3,), num_seeds=1)
     (found,) = compare(config).rows
     assert [tried.value for tried in found.tuning] == [0.2, 0.5, 0.8]
-    assert found.chosen_value == f"keep {found.value:g}"
+    edge = "" if found.value == 0.5 else " (edge)"
+    assert found.chosen_value == f"keep {found.value:g}{edge}"
     stored = json.loads((tmp_path / "results.json").read_text())
     assert (stored["rows"][0]["parameter"], stored["rows"][0]["value"]) == ("keep", found.value)
     assert len(list(tmp_path.glob("runs/ste-winq-lr0.001-keep0.5-steps10-seed0-*"))) == 1

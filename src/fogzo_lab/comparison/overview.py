@@ -134,8 +134,7 @@ def beside_table(comparison: Comparison, name: str = "ste") -> Table:
         for budget in budgets:
             found = comparison.find(row.name, budget) or row
             cells.append(main.called(_minus(comparison, found, name, budget)))
-        tuned = f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")
-        cells += [", ".join(filter(None, (tuned, row.chosen_value)))]
+        cells += [", ".join(filter(None, (row.chosen_rate, row.chosen_value)))]
         rows.append([*cells, f"{seconds[row.name] / seconds[name]:.2f}"])
     whole = ROWS[comparison.time_of].label
     time = f"; at equal time each row takes as many steps as fit into {whole}'s seconds"
@@ -239,14 +238,13 @@ def tuning_table(comparisons: Mapping[str, Comparison]) -> Table:
                     f"{label} lacks the row {name}: expected {', '.join(RIVALS)} and fogzo"
                 )
             gap = main.called(comparison.interval(row, main))
-            edge = " (edge)" if row.at_edge_of_grid else ""
-            kappa = "" if row.value is None else f"{row.value:g}"
+            kappa = row.chosen_value.removeprefix("kappa ")
             reached = main.spread(row.summary(main.key))
-            rows.append([label, row.label, f"{row.learning_rate:g}{edge}", kappa, reached, gap])
+            rows.append([label, row.label, row.chosen_rate, kappa, reached, gap])
     heading = ["comparison", "gradient", "learning rate", "kappa", "test metric", "FOGZO − row"]
     caption = (
         "Chosen by validation loss, at equal steps. Test accuracy in % (more is better), or "
-        'perplexity for text (less is better); "(edge)" marks an end of the grid.'
+        'perplexity for text (less is better); "(edge)" marks an end of what was tried.'
     )
     return Table("Tuning", heading, rows, caption)
 

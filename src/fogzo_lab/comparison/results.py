@@ -16,6 +16,7 @@ from fogzo_lab.comparison.rows import ROWS
 
 Budget = Literal["steps", "time"]
 BUDGETS: tuple[Budget, ...] = ("steps", "time")
+EDGE = " (edge)"
 Json = dict[str, Any]
 
 
@@ -89,9 +90,16 @@ class RowResult:
         return None if own is None else own.name
 
     @property
+    def chosen_rate(self) -> str:
+        """Its learning rate, marked where a better one may lie beyond those that were tried."""
+        return f"{self.learning_rate:g}" + (EDGE if self.at_edge_of_grid else "")
+
+    @property
     def chosen_value(self) -> str:
-        """Its own parameter in words; empty if it has none."""
-        return "" if self.value is None else f"{self.parameter} {self.value:g}"
+        """Its own parameter, marked as the rate is; empty if it has none."""
+        if self.value is None:
+            return ""
+        return f"{self.parameter} {self.value:g}" + (EDGE if self.value_at_edge else "")
 
     @property
     def title(self) -> str:

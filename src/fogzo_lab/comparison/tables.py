@@ -59,9 +59,7 @@ def quality_table(comparison: Comparison, differences: bool = True) -> Table:
     rows = []
     for row in comparison.rows:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
-        cells += [f"{row.learning_rate:g}" + (" (edge)" if row.at_edge_of_grid else "")]
-        own = row.chosen_value + (" (edge)" if row.value_at_edge else "")
-        cells += [own] if with_own else []
+        cells += [row.chosen_rate, *([row.chosen_value] if with_own else [])]
         cells += [str(row.steps)]
         cells += [main.interval(comparison.interval(row, main))] if differences else []
         rows.append(cells)

@@ -127,6 +127,8 @@ def why_meant(config, name, value):
     if isinstance(config, MethodConfig):  # without a method it has no options
         return "the method's" if value is None and name != "name" else None
     if value is None:
+        if (name, type(config)) == ("batch_size", EvalConfig):
+            return "that of training's own evaluation"
         return NONE_HAS_A_MEANING.get(name)
     if isinstance(value, bool):
         return "a flag" if isinstance(getattr(config, name), bool) else None

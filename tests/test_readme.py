@@ -532,18 +532,22 @@ def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
 
 
 def test_what_is_said_of_learned_steps_on_deit_is_what_was_measured():
-    page, name = words("docs/research.md"), "deit-lsq-w2"
+    page, name, winq = words("docs/research.md"), "deit-lsq-w2", "ste-winq-published"
     rows = [row.name for row in Comparison.from_dict(committed(f"long-{name}")).rows]
     rows.remove("ste")
-    assert not any(excludes_zero(minus_at_length(name, row, "ste")) for row in rows)
-    in_float = minus_at_length(name, "float", "ste")
-    assert f"float is {-100 * in_float.mean:.1f} points behind STE" in page
-    for row, other, key, said in (
-        ("float", "ste-unmasked", "train_loss", "by {:.3f} nats [{:.3f}, {:.3f}], which is."),
-        ("ste-winq-published", "ste", "test_loss", "by {:.3f} nats of test loss [{:.3f}, {:.3f}]"),
-        ("ste-winq-published", "ste", "train_loss", "and {:.3f} of training loss [{:.3f}, {:.3f}]"),
+    gaps = {row: minus_at_length(name, row, "ste") for row in rows}
+    assert [row for row in rows if excludes_zero(gaps[row])] == [winq]
+    loss = "{:.1f} points behind STE [{:.1f}, {:.1f}]"
+    assert loss.format(*(-100 * getattr(gaps[winq], at) for at in ("mean", "high", "low"))) in page
+    interval = f"{100 * gaps['fogzo'].low:.1f} to {100 * gaps['fogzo'].high:+.1f} points"
+    assert f"FOGZO's interval, {interval}, leaves" in page
+    assert not excludes_zero(minus_at_length(name, "float", "ste", "train_loss"))
+    for row, said in (
+        ("float-then-ste", "behind STE by {:.3f} nats [{:.3f}, {:.3f}]"),
+        (winq, "WinQ by {:.3f} [{:.3f}, {:.3f}]"),
+        ("ste-cage-published", "ahead on LLaMA, by {:.3f} [{:.3f}, {:.3f}]"),
     ):
-        gap = minus_at_length(name, row, other, key)
+        gap = minus_at_length(name, row, "ste", "train_loss")
         assert gap.low > 0 and said.format(gap.mean, gap.low, gap.high) in page
 
 
@@ -551,11 +555,12 @@ def test_no_method_beats_the_ste_at_length_with_learned_steps_as_the_readme_says
     assert "neither float nor any method tried beats STE significantly" in words("README.md")
     for folder in tables.LONG.values():
         if "lsq" in folder:
-            for row in Comparison.from_dict(committed(folder)).rows:
+            found = Comparison.from_dict(committed(folder))
+            for row in found.rows:
                 if row.name != "ste":
-                    assert not excludes_zero(
-                        minus_at_length(folder.removeprefix("long-"), row.name, "ste")
-                    )
+                    gap = minus_at_length(folder.removeprefix("long-"), row.name, "ste")
+                    verdict = gap.verdict(found.main_metric.more_is_better)
+                    assert verdict != "better"
 
 
 def test_a_mask_is_nowhere_better_as_the_default_says():

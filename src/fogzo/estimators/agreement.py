@@ -63,7 +63,8 @@ def agreement_error(
         noise = math.sqrt(noise_share) * math.sqrt(squares / count) * own**2
         spacing = weight.grid.spacing if weight.grid else 1.0
         flips.append(spacing / (2 * weight.surrogate.radius) * (guide + noise))
-        # Of two probes' crossings, what is the same ones.
+        # Crossings that any two probes have in common, by the guide. The square is no theorem: the
+        # scatter of simulated probes follows it within a third, as a test sees to.
         shared.append(flips[-1] * (guide / (guide + noise)) ** 2 if guide else 0.0)
     rounding = loss_error**2 / (2 * norm**2)
     sides, common = 2 if one_sided else 1, math.fsum(shared)

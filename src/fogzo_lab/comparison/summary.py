@@ -86,5 +86,6 @@ def _curve(cache: RunCache, runs: Sequence[Run]) -> list[dict[str, float]]:
             if seeds[0].get(key) is not None
         }
         for seeds in lines
-        if len({line["step"] for line in seeds}) == 1  # which its last step seldom shares
+        # A seed that diverged ends between two logged steps, where the others have no line.
+        if len({line["step"] for line in seeds}) == 1
     ]

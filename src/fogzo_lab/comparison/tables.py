@@ -60,7 +60,7 @@ def quality_table(comparison: Comparison, differences: bool = True) -> Table:
     for row in comparison.rows:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [row.chosen_rate, *([row.chosen_value] if with_own else [])]
-        cells += [str(row.steps)]
+        cells += [f"{row.steps:,}"]
         cells += [main.interval(comparison.interval(row, main))] if differences else []
         rows.append(cells)
     caption = (
@@ -103,7 +103,7 @@ def cost_table(comparison: Comparison) -> Table:
         seconds = comparison.seconds(row)
         counts = (row.forwards, row.steps, row.forward_equivalents)
         taken = "–" if seconds is None else in_digits(seconds, 3)
-        cells = [row.title, ratio, taken, str(row.steps)]
+        cells = [row.title, ratio, taken, f"{row.steps:,}"]
         cells += ["–" if count is None else f"{count:,.10g}" for count in counts]
         rows.append([*cells, str(row.tuning_runs)])
     caption = (

@@ -113,14 +113,24 @@ def test_a_diverging_run_ends_without_a_traceback(here, tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_gpu_that_is_full_is_one_message(here, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "--accumulation 2"),
+        ("compare", "fewer --workers"),
+        ("eval", "Use a smaller --batch-size"),
+        ("bench", "CUDA_VISIBLE_DEVICES="),
+    ],
+)
+def test_a_gpu_that_is_full_is_one_message(here, monkeypatch, command, advice):
     def fill(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setitem(commands.COMMANDS, "bench", fill)
-    code, _, err = here("bench")
+    monkeypatch.setitem(commands.COMMANDS, command, fill)
+    code, _, err = here(command, "digits-mlp")
     assert code == 2
-    assert err.startswith("fogzo: CUDA out of memory. Tried to allocate 9 GiB. Use a smaller")
+    assert err.startswith("fogzo: CUDA out of memory. Tried to allocate 9 GiB. ")
+    assert advice in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("train",), ("compare", "-h")])

@@ -160,6 +160,8 @@ def test_what_cannot_be_refined_is_refused():
     )
     with pytest.raises(ValueError, match="FSDP2"):
         refine(other, run.model)
+    with pytest.raises(ValueError, match=r"refine\(accelerator, model, estimator=fogzo.Fogzo"):
+        refine(fresh_accelerator(), run.model, estimator=run.estimator)
 
 
 def test_micro_batches_refined_by_mistake_are_found_out():

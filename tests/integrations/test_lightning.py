@@ -431,6 +431,9 @@ def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatc
 def test_options_that_say_two_things_are_refused():
     with pytest.raises(ValueError, match="noise_share of your own"):
         FogzoCallback(kappa=0.01, noise_share=0.1)
+    made = fogzo.FogzoEstimator(fogzo.quantized_weights(Module()))
+    with pytest.raises(ValueError, match=r"FogzoCallback\(estimator=fogzo.FogzoEstimator, num_"):
+        FogzoCallback(estimator=made)
     first, second = FogzoCallback(), FogzoCallback()
     runner = trainer(first)
     runner.callbacks.append(second)

@@ -367,6 +367,9 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"refine\(trainer, kappa=0.01\)"):
         refine(trainer, kappa=0.1, noise_share=0.1)
+    made = fogzo.FogzoEstimator(fogzo.quantized_weights(trainer.model))
+    with pytest.raises(ValueError, match=r"refine\(trainer, estimator=fogzo.FogzoEstimator, num_"):
+        refine(trainer, estimator=made)
     refine(trainer)
     with pytest.raises(ValueError, match="once"):
         refine(trainer)

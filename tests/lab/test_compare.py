@@ -274,15 +274,17 @@ def made(*rows):
 
 FOGZO = row("fogzo", (0.79, 0.80, 0.81), extra_forwards=200)
 RIVALS = (
-    row("ste", (0.77, 0.78, 0.79), tuning=[Candidate(0.01, None, 0.6), Candidate(0.1, None, 0.7)]),
+    row(
+        "ste", (0.77, 0.779, 0.791), tuning=[Candidate(0.01, None, 0.6), Candidate(0.1, None, 0.7)]
+    ),
     row("ste-unmasked", (0.79, 0.81, 0.80), tuning=[Candidate(0.01, None, 0.4)]),
-    row("placebo", (0.81, 0.82, 0.83)),
+    row("placebo", (0.81, 0.821, 0.829)),
 )
 
 
 def test_the_story_names_wins_losses_and_what_is_not_significant():
     story = " ".join(words.story(made(*RIVALS, FOGZO)))
-    assert "significantly better than STE (+2.00 points, +2.00 to +2.00)" in story
+    assert "significantly better than STE (+2.00 points, +1.75 to +2.25)" in story
     assert "significantly worse than placebo (-2.00 points" in story
     assert "not significantly different from STE, unmasked" in story
     assert words.findings(made(*RIVALS, FOGZO))[:3] == [
@@ -317,6 +319,14 @@ def test_the_story_names_wins_losses_and_what_is_not_significant():
             [row("ste", (0.8,)), row("fogzo", (0.9,))],
             ["With one seed no interval exists, and no winner is called: --num-seeds 5."],
             ["FOGZO reached a test accuracy of 90.00 ± –%."],
+        ),
+        (
+            [row("ste", (0.75, 0.77)), row("fogzo", (0.78, 0.8))],
+            [
+                "All seeds differ by the same number, which tells no spread, so no interval exists "
+                "and no winner is called."
+            ],
+            ["FOGZO reached a test accuracy of 79.00 ± 1.41%."],
         ),
     ],
 )
@@ -361,7 +371,7 @@ def test_a_page_shows_no_training_loss_where_none_was_measured():
 
 
 def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
-    both = made(*RIVALS, FOGZO, row("ste", (0.81, 0.82, 0.83), budget="time"))
+    both = made(*RIVALS, FOGZO, row("ste", (0.81, 0.821, 0.829), budget="time"))
     table = verdict_table({"a net": both, "another": made(*RIVALS, FOGZO)})
     # The placebo has no run of its own at equal time: it costs as much as FOGZO.
     assert table.rows[0] == [
@@ -374,7 +384,7 @@ def test_verdicts_are_signs_of_the_intervals_at_both_budgets():
 
 def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
     cage = row("ste-cage", (0.81, 0.83, 0.82), value=10.0, tuning=[Candidate(0.01, 10.0, 0.3)])
-    later = row("ste", (0.82, 0.83, 0.84), budget="time", tuning=[Candidate(0.01, None, 0.2)])
+    later = row("ste", (0.82, 0.831, 0.839), budget="time", tuning=[Candidate(0.01, None, 0.2)])
     found = replace(
         made(*RIVALS, FOGZO, cage, later),
         run_seconds={
@@ -389,20 +399,20 @@ def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
     table = beside_table(found)
     assert table.heading[1:4] == ["test accuracy %", "− STE", "− STE at equal time"]
     (line,) = [cells for cells in table.rows if cells[0] == "STE, CAGE"]
-    assert line[1:3] == ["82.00 ± 1.00", "**+4.00 [+1.52, +6.48]** better"]
-    assert line[3:] == ["-1.00 [-3.48, +1.48]", "0.01, strength 10", "1.05"]
+    assert line[1:3] == ["82.00 ± 1.00", "**+4.00 [+1.27, +6.73]** better"]
+    assert line[3:] == ["-1.00 [-3.24, +1.24]", "0.01, strength 10", "1.05"]
     assert table.rows[0][2] == "" and "FOGZO's seconds" in table.caption
     assert table.caption.endswith(" P, 2 cores, torch 2, today.")
     elsewhere = {**found.environment, "machines": "1 runs: P; 2 runs: Q"}
     caption = beside_table(replace(found, environment=elsewhere)).caption
     assert caption.endswith(" 1 runs: P; 2 runs: Q; today.")
     assert leaders_table({"a net": found}).rows == [
-        ["a net", "steps", "78.00 ± 1.00", "STE, CAGE", line[2], "**+2.00 [+2.00, +2.00]** better"],
-        ["a net", "time", "83.00 ± 1.00", "STE", "", "**-3.00 [-3.00, -3.00]** worse"],
+        ["a net", "steps", "78.00 ± 1.05", "STE, CAGE", line[2], "**+2.00 [+1.75, +2.25]** better"],
+        ["a net", "time", "83.00 ± 0.95", "STE", "", "**-3.00 [-3.25, -2.75]** worse"],
     ]
     assert minus_table({"a net": found}, ["fogzo", "ste-cage"]).rows == [
-        ["a net", "steps", "78.00 ± 1.00", "**+2.00 [+2.00, +2.00]** better", line[2]],
-        ["a net", "time", "83.00 ± 1.00", "**-3.00 [-3.00, -3.00]** worse", line[3]],
+        ["a net", "steps", "78.00 ± 1.05", "**+2.00 [+1.75, +2.25]** better", line[2]],
+        ["a net", "time", "83.00 ± 0.95", "**-3.00 [-3.25, -2.75]** worse", line[3]],
     ]
     with pytest.raises(ValueError, match="a net lacks the row lambda"):
         minus_table({"a net": found}, ["lambda"])
@@ -425,8 +435,8 @@ def test_differences_are_called_where_the_interval_excludes_zero():
     table = differences_table({"lsq": made(*RIVALS, FOGZO)})
     assert table.rows == [
         [
-            "lsq", "steps", "80.00 ± 1.00", "**+2.00 [+2.00, +2.00]** better",
-            "+0.00 [-2.48, +2.48]", "**-2.00 [-2.00, -2.00]** worse",
+            "lsq", "steps", "80.00 ± 1.00", "**+2.00 [+1.75, +2.25]** better",
+            "+0.00 [-2.48, +2.48]", "**-2.00 [-2.25, -1.75]** worse",
         ]
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"lsq has rows ste, .*expected fogzo"):

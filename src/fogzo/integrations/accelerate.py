@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fogzo.estimators import FogzoEstimator, GradientEstimator
+from fogzo.integrations.options import check_class
 from fogzo.layers import quantized_weights
 from fogzo.probing.window import gradient_versions
 
@@ -36,9 +37,10 @@ def refine(
         The estimator.
 
     Raises:
-        ValueError: If the accelerator's backward is refined already, or trains with DeepSpeed or
-            Megatron-LM, which keep the gradients to themselves.
+        ValueError: If the accelerator's backward is refined already, trains with DeepSpeed or
+            Megatron-LM, which keep the gradients to themselves, or the estimator is no class.
     """
+    check_class("refine(accelerator, model, ", estimator)
     distributed = str(accelerator.distributed_type).rpartition(".")[2]
     if distributed in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(

@@ -24,6 +24,7 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
+from fogzo.integrations.options import check_class, check_noise
 from fogzo.integrations.training_step import Recorder, undisturbed
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
@@ -56,8 +57,9 @@ class FogzoCallback(Callback):
         stats: Statistics of its last step.
 
     Raises:
-        ValueError: If a schedule is given twice; when fitting begins, if the module has no
-            quantized weights, or is trained in a way that leaves nothing to refine.
+        ValueError: If a schedule is given twice or the estimator is no class; when fitting begins,
+            if the module has no quantized weights, or is trained in a way that leaves nothing to
+            refine.
     """
 
     def __init__(
@@ -69,11 +71,8 @@ class FogzoCallback(Callback):
         start: float = 0.0,
         **options: Any,
     ) -> None:
-        if "noise_share" in options and (kappa is not None or start):
-            raise ValueError(
-                "give either kappa and start or a noise_share of your own: "
-                "FogzoCallback(kappa=0.01)"
-            )
+        check_class("FogzoCallback(", estimator)
+        check_noise("FogzoCallback(", kappa, start, options)
         self._cls, self._weights, self._options = estimator, weights, options
         self._kappa, self._start = kappa, start
         self.estimator: GradientEstimator | None = None

@@ -21,6 +21,7 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.integrations.counters import counters_put_back
+from fogzo.integrations.options import check_class, check_noise
 from fogzo.layers import QuantizedLayer, quantized_weights
 from fogzo.wording import caveat, listed
 
@@ -55,8 +56,8 @@ def refine(
         A handle with ``estimator`` (None until training begins) and ``stats`` of the last step.
 
     Raises:
-        ValueError: If the trainer is refined already, or trains with DeepSpeed or sharding that
-            keeps the gradients to itself.
+        ValueError: If the trainer is refined already, trains with DeepSpeed or sharding that
+            keeps the gradients to itself, or the estimator is no class.
     """
     if hasattr(trainer.compute_loss, "refined_by_fogzo"):
         raise ValueError(
@@ -68,10 +69,8 @@ def refine(
             "gradients cannot be refined under DeepSpeed or torch's DataParallel: train with DDP, "
             "torchrun --nproc-per-node=2 train.py, or on one GPU, CUDA_VISIBLE_DEVICES=0"
         )
-    if "noise_share" in options and (kappa is not None or start):
-        raise ValueError(
-            "give either kappa and start or a noise_share of your own: refine(trainer, kappa=0.01)"
-        )
+    check_class("refine(trainer, ", estimator)
+    check_noise("refine(trainer, ", kappa, start, options)
     _check_quantized(trainer.model)
     return TrainerRefinement(trainer, estimator, kappa, start, options)
 

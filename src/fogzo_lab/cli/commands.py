@@ -62,8 +62,17 @@ def run(arguments: Sequence[str]) -> None:
     except (ValueError, DivergedError, OSError) as error:
         sys.exit(_fail(str(error)))
     except torch.OutOfMemoryError as error:
-        advice = "Use a smaller --batch-size or, in training, --accumulation 2 for the same batches"
-        sys.exit(_fail(f"{error} {advice}"))
+        sys.exit(_fail(f"{error} {_OF_A_FULL_GPU.get(command, _HIDE_IT)}"))
+
+
+_SMALLER = "Use a smaller --batch-size"
+_HIDE_IT = "End what else runs there, or use the CPU: CUDA_VISIBLE_DEVICES= fogzo ..."
+_OF_A_FULL_GPU = {
+    "train": f"{_SMALLER}, or --accumulation 2 for the same batches",
+    "compare": f"{_SMALLER}, fewer --workers, or --accumulation 2 for the same batches",
+    "eval": _SMALLER,
+}
+"""What to do about a full GPU, by the command, whose options differ."""
 
 
 def _train(arguments: Sequence[str]) -> None:

@@ -11,6 +11,9 @@ Verdict = Literal["better", "worse", "not significant"]
 NO_NUMBER = math.nan
 """Where there is no interval or no spread: of one seed, or where one of them diverged."""
 
+SAME = 1e-12
+"""A spread below this share of the mean is that of rounding."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -85,15 +88,20 @@ def mean(values: Sequence[float]) -> float:
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95% interval of the mean; NaN where there is none."""
+    """Student's 95% interval of the mean; NaN where there is none.
+
+    Equal values other than zero have none: two seeds that gain the same three test images say
+    nothing of how much others would scatter.
+    """
     if not _enough(values):
         return NO_NUMBER, NO_NUMBER
     from scipy.special import stdtrit  # scipy.stats takes three times as long to import
 
-    # For equal values it is the mean alone.
-    quantile = float(stdtrit(len(values) - 1, 0.975))
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
+    centre, spread = mean(values), statistics.stdev(values)
+    if spread <= SAME * abs(centre) and centre != 0:
+        return NO_NUMBER, NO_NUMBER
+    half = float(stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))
+    return centre - half, centre + half
 
 
 def _enough(values: Sequence[float]) -> bool:

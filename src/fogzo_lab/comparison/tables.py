@@ -234,14 +234,18 @@ def _verdicts(
 
 def _no_interval(comparison: Comparison) -> str:
     """Why there is no verdict."""
-    fogzo = comparison.find("fogzo")
-    if all(row.name in ("float", "fogzo") for row in comparison.rows):
+    main, fogzo = comparison.main_metric, comparison.find("fogzo")
+    others = [row for row in comparison.rows if row.name not in ("float", "fogzo")]
+    if not others:
         return "No other quantized row stands beside FOGZO to be compared with: --rows ste fogzo."
     if all(len(row.seeds) == 1 for row in comparison.rows):
         return "With one seed no interval exists, and no winner is called: --num-seeds 5."
-    why = (
-        fogzo and _diverged(fogzo, comparison.main_metric)
-    ) or "A run diverged in each of the other quantized rows"
+    if fogzo and _diverged(fogzo, main):
+        why = _diverged(fogzo, main)
+    elif all(_diverged(row, main) for row in others):
+        why = "A run diverged in each of the other quantized rows"
+    else:
+        why = "All seeds differ by the same number, which tells no spread"
     return f"{why}, so no interval exists and no winner is called."
 
 

@@ -52,8 +52,9 @@ def inspect(
             clipped where inputs are quantized. It runs once, without gradient; buffers, modes and
             random streams come back.
         closure: Recomputes the loss that backward differentiated, ``lambda: loss_fn(model(x), y)``,
-            to measure the agreement of each layer: call it between backward and zero_grad. It
-            takes ``2 * num_samples`` forward passes per layer. Dropout must be off, or the probes
+            to measure the agreement of each layer: call it between backward and zero_grad, and
+            after ``scaler.unscale_(optimizer)`` if the loss was scaled. It takes
+            ``2 * num_samples`` forward passes per layer. Dropout must be off, or the probes
             measure another network than backward saw. It is not called where weights are not
             finite.
         num_samples: Directions per layer for the agreement.

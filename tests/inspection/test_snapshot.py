@@ -224,6 +224,9 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     notes = [finding for finding in found.findings if finding.kind == "agreement"]
     assert "FOGZO cannot help here: agreement" in notes[0].message
     assert "nothing masked" in notes[0].message
+    model.weight.grad *= 2**16
+    with pytest.raises(ValueError, match=r"scaler.unscale_\(optimizer\); fogzo.inspect"):
+        fogzo.inspect(model, closure=loss, num_samples=96)
     # An error as of a step size of 1e18 says nothing, and ends in no division by zero.
     vague = replace(found, layers=[replace(layer, agreement_error=1e200)])
     assert "agreement" not in [finding.kind for finding in diagnose([vague])]

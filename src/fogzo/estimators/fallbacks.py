@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 _LOUD_KAPPA = 100
 # Differences of fewer units in the last place than this may be the rounding of the loss.
 _RESOLVED = 4
+# A GradScaler multiplies by more than the inverse, and begins with 2^16.
+_SCALED = 2**-10
 
 ZERO_GRADIENT = "the first-order gradient is zero"
 BROKEN_GRADIENT = "the first-order gradient is not finite"
@@ -43,6 +45,11 @@ def nothing_measured(directions: Directions, measured: Measurement) -> str | Non
     if gap <= _RESOLVED * measured.loss_error or predicted <= measured.loss_error:
         return f"the probes change the loss by less than {_name(measured.dtype)} {_RESOLVES}"
     return None
+
+
+def looks_scaled(agreement: float) -> bool:
+    """Whether the gradient predicts so much more than was measured that a GradScaler is in it."""
+    return 0 < abs(agreement) <= _SCALED
 
 
 def warn_if_noise_dominates(noise_share: float, num_weights: int, num_samples: int) -> None:
@@ -154,8 +161,7 @@ def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> st
         grad_scale: As the user gave it.
         first: Whether it is the run's first.
     """
-    tiny = 0 < abs(agreement) <= 2**-10
-    if grad_scale == 1 and tiny and (first or error < 0.1):
+    if grad_scale == 1 and looks_scaled(agreement) and (first or error < 0.1):
         return (
             f"the loss's slope is {agreement:.1e} of what the gradient predicts. If the gradients "
             "are still multiplied by a GradScaler, call scaler.unscale_(optimizer) first or pass "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fogzo.estimators.fallbacks import nothing_measured, nothing_to_follow
+from fogzo.estimators.fallbacks import looks_scaled, nothing_measured, nothing_to_follow
 from fogzo.estimators.family import FogzoEstimator
 from fogzo.estimators.refined import weights_to_refine
 from fogzo.estimators.schedules import noise_share_from_kappa
@@ -13,6 +13,7 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Directions, mix_seed
 from fogzo.probing.lender import Closure, Lender
 from fogzo.probing.measure import measure
+from fogzo.wording import caveat
 
 _SEED = 0
 
@@ -33,8 +34,8 @@ def agreements(
         num_samples: Directions per layer.
 
     Raises:
-        ValueError: If there are no gradients, they have been refined, or the closure is not the
-            loss.
+        ValueError: If there are no gradients, they have been refined or scaled, or the closure is
+            not the loss.
     """
     if all(weight.param.grad is None for weight in weights):
         raise ValueError(
@@ -67,4 +68,12 @@ def agreements(
         refined = estimator.combine(share, directions, plan, measured)
         assert refined.agreement is not None and refined.agreement_error is not None
         found[weight.name] = (refined.agreement, refined.agreement_error)
+    # Of one layer by chance, if its agreement is not known well.
+    known = len(found) > 1 or all(error < 0.3 for _, error in found.values())
+    if found and known and all(looks_scaled(agreement) for agreement, _ in found.values()):
+        raise ValueError(
+            "the gradients predict a thousand times more than the loss changes by, in every layer. "
+            "If a GradScaler has multiplied them: scaler.unscale_(optimizer); "
+            "fogzo.inspect(model, closure=...)" + caveat("GradScaler")
+        )
     return found

@@ -61,7 +61,7 @@ def inspect(
 
     Raises:
         ValueError: If nothing is quantized, weights are offloaded, or the agreement is asked for
-            without gradients or after they were refined.
+            without gradients, or after they were refined or scaled.
     """
     return inspected(model, quantized_layers(model), {}, forward, closure, num_samples)
 

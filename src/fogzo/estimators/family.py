@@ -121,6 +121,7 @@ class PlaceboEstimator(FogzoEstimator):
 
     With FOGZO's seed it draws the very same s and u, at the size they have where STE is right
     (agreement 1). What FOGZO gains over it is what the measured losses are worth.
+    It takes FOGZO's options, so that both are made alike; how losses are measured changes nothing.
     """
 
     def plan(self, noise_share: float, directions: Directions) -> list[Direction]:

@@ -217,6 +217,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-deit-identity": timed(long(deit, 4000, lower)),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2))),
+        "long-resnet-lsq-w2": long(
+            replace(resnet, quantizer=LSQ), 4000, (*rates[1:], 3.16e-2), WIDE_ROWS, num_seeds=5
+        ),
     }
 
 

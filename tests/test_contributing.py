@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 import fogzo
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = Path(fogzo.__file__).parent  # not any folder of its name: a checkout has it, too
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -35,9 +36,9 @@ def called_by_a_refinement():
             inside.pop()
 
     def profile(frame, event, _):
-        name, _, place = frame.f_code.co_filename.rpartition("/fogzo/")
-        if event == "call" and name and not inside:
-            calls.append((place, frame.f_code.co_qualname))
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(LIBRARY) and not inside:
+            calls.append((path.relative_to(LIBRARY).as_posix(), frame.f_code.co_qualname))
 
     for step in range(2):  # the first one checks more
         model.zero_grad()

@@ -210,7 +210,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     deit, resnet = (replace(images[f"cifar-{n}"], quantizer=FIXED) for n in ("deit", "resnet"))
     rates, lower = (1e-3, 3.16e-3, 1e-2), (3e-4, 9.49e-4, 3e-3)
     return {
-        "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), num_seeds=5)),
+        "long-llama-identity": timed(
+            long(identity, 3000, (*rates, 3.16e-2), (*CORE_ROWS, "float-then-ste"), num_seeds=5)
+        ),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
         "long-llama-quest-w2a2": long(quest, 3000, rates),

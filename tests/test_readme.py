@@ -460,6 +460,44 @@ def test_what_is_said_of_llama_at_length_is_what_was_measured():
     assert said.format(*ends) in page
 
 
+def test_what_is_said_of_a_float_phase_on_llama_is_what_was_measured():
+    page, phase = words("docs/research.md"), "float-then-ste"
+    long = Comparison.from_dict(committed("long-llama-identity"))
+
+    def lead(row, budget="steps", unit=""):
+        gap = minus_at_length("llama-identity", phase, row, budget=budget)
+        assert gap.high < 0
+        return f"{-gap.mean:.2f}{unit} [{-gap.high:.2f}, {-gap.low:.2f}]"
+
+    leads = (lead("ste", unit=" perplexity"), lead("ste-unmasked"), lead("fogzo"))
+    said = "is {} ahead of the masked STE, {} of the unmasked one and {} of FOGZO, at".format(
+        *leads
+    )
+    assert said in page
+    ratio = long.run_seconds[phase] / long.run_seconds["ste"]
+    said = (
+        f"at {ratio:.2f} times STE's cost. For the same time it is {lead('ste', 'time')} ahead of"
+    )
+    assert said in page
+    loss = minus_at_length("llama-identity", phase, "ste-unmasked", "train_loss", "time")
+    assert f"by {-loss.mean:.3f} nats [{-loss.high:.3f}, {-loss.low:.3f}], while" in page
+    level = minus_at_length("llama-identity", phase, "ste-unmasked", budget="time")
+    assert loss.high < 0 and excludes_zero(level) is False
+    said = f"{level.mean:.2f} perplexity [{level.low:.2f}, {level.high:+.2f}] is not significant"
+    assert said in page
+    end = f"{long.find(phase).summary('test_perplexity').mean:.2f}"
+    lsq = Comparison.from_dict(committed("long-llama-lsq-w2")).find("ste")
+    learned = f"{lsq.summary('test_perplexity').mean:.2f}"
+    assert f"It ends at {end}, where learned step sizes end at {learned}." in page
+    begin = f"{long.find('ste').summary('test_perplexity').mean:.2f}"
+    assert f"a perplexity of {end} instead of {begin}" in words("README.md")
+    said = f"from {begin} to {end} perplexity, where learned ones end at {learned}"
+    assert said in words("docs/choosing.md")
+    gains = [-minus_at_length("llama-identity", phase, row).mean for row in ("ste", "ste-unmasked")]
+    said = "gains LLaMA {:.2f} perplexity in 3,000 steps, {:.2f} beside the unmasked".format(*gains)
+    assert said in words("docs/methods.md")
+
+
 def test_what_is_said_of_masked_shares_is_what_was_measured():
     page, found = words("docs/research.md"), committed("masked-share")
     unmasked, fogzo, placebo = (

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _LOUD_KAPPA = 100
 # Differences of fewer units in the last place than this may be the rounding of the loss.
 _RESOLVED = 4
-# A GradScaler multiplies by more than the inverse, and begins with 2^16.
+# A GradScaler begins with 2^16 and seldom falls below the inverse of this.
 _SCALED = 2**-10
 
 ZERO_GRADIENT = "the first-order gradient is zero"

@@ -1,4 +1,4 @@
-"""What the refinements take in words of their callers, checked before training begins."""
+"""Options of the refinements that would fail, or say two things, only once training begins."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +18,8 @@ def check_class(call: str, estimator: object) -> None:
     """
     if not (isinstance(estimator, type) and issubclass(estimator, GradientEstimator)):
         raise ValueError(
-            f"estimator= is {estimator!r}, expected a class of the family, which is made here with "
-            f"the options that follow: {call}estimator=fogzo.FogzoEstimator, num_samples=2)"
+            f"estimator= is {estimator!r:.80}, expected a class of the family, which is made here "
+            f"with the options that follow: {call}estimator=fogzo.FogzoEstimator, num_samples=2)"
         )
 
 

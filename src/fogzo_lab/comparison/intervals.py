@@ -11,8 +11,7 @@ Verdict = Literal["better", "worse", "not significant"]
 NO_NUMBER = math.nan
 """Where there is no interval or no spread: of one seed, or where one of them diverged."""
 
-SAME = 1e-12
-"""A spread below this share of the mean is that of rounding."""
+_ROUNDING = 1e-12  # of the mean; a spread below it is none
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     from scipy.special import stdtrit  # scipy.stats takes three times as long to import
 
     centre, spread = mean(values), statistics.stdev(values)
-    if spread <= SAME * abs(centre) and centre != 0:
+    if spread <= _ROUNDING * abs(centre) and centre != 0:
         return NO_NUMBER, NO_NUMBER
     half = float(stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))
     return centre - half, centre + half

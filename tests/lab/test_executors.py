@@ -142,6 +142,8 @@ def test_ray_computes_the_same_and_a_worker_may_die(local, tmp_path, caplog, mon
     # Workers that it starts ahead know no packages of the task, and end unused.
     for name in ("RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart"):
         monkeypatch.setenv(name, "0")
+    # By default workers give way to every other process, here to the other tests for minutes.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     with one_death(lambda process: "ray::fogzo-lr" in " ".join(process.cmdline())) as killed:
         found = compare(config_in(in_known_time(tmp_path, local), executor="ray"))
     assert killed

@@ -111,8 +111,10 @@ CASES: dict[str, Case] = {
     "lsq-8": Case("LSQ, 8 bits", "", _preset("lsq", bits=8)),
     "quest": Case("QuEST, 2 bits", "", _preset("quest", bits=2)),
     "ternary": Case("ternary", "", _preset("ternary")),
-    "unmasked": Case(
-        "fixed step sizes, unmasked", "", _preset("fixed", bits=2, surrogate="identity_unmasked")
+    "float-fixed": Case(
+        "fixed step sizes, half of the steps in float",
+        "",
+        _preset("fixed", bits=2) | {"quantize_from": 0.5},
     ),
     "sgd": Case("LSQ, SGD 0.1", "", _LSQ | {"optimizer": "sgd", "learning_rate": 0.1}),
     "constant": Case("LSQ, constant learning rate", "", _LSQ | {"schedule": "constant"}),
@@ -122,6 +124,11 @@ CASES: dict[str, Case] = {
         "LLaMA, LSQ, learning rate 0.001", "", _LSQ | _SMALL | {"learning_rate": 1e-3}, llama=True
     ),
     "masked": Case("fixed step sizes, masked", "masked", {}),
+    "unmasked": Case(
+        "fixed step sizes, unmasked",
+        "outgrown",
+        _preset("fixed", bits=2, surrogate="identity_unmasked"),
+    ),
     "sign": Case("sign, hardtanh", "masked", _preset("sign")),
     "dead": Case("LSQ, a quarter of the units dead", "dead", _LSQ, _kill_channels),
     "oscillating": Case("regression, SGD 0.3", "oscillating", {}),
@@ -140,6 +147,7 @@ CASES: dict[str, Case] = {
 NUMBERS: dict[str, Callable[[LayerInspection], float]] = {
     "learning_rate": lambda layer: (layer.moved or 0.0) / layer.levels,
     "masked": lambda layer: layer.stuck,
+    "outgrown": lambda layer: layer.outgrown or 0.0,
     "dead": lambda layer: layer.dead,
     "oscillating": lambda layer: (layer.flips or 0.0) / layer.levels,
     "undone": lambda layer: layer.flips_back or 0.0,
@@ -153,7 +161,12 @@ WEIGHTS = {
     "dead": "dead",
     "levels": "bits used",
 }
-CODES = {"oscillating": "flips / levels", "undone": "undone", "clipped": "inputs clipped"}
+CODES = {
+    "outgrown": "outgrown",
+    "oscillating": "flips / levels",
+    "undone": "undone",
+    "clipped": "inputs clipped",
+}
 """The columns of two tables, by threshold."""
 
 
@@ -299,7 +312,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def codes_table(results: dict[str, Any]) -> Table:
-    """The numbers of the codes and inputs of the same runs."""
+    """The numbers of the step sizes, codes and inputs of the same runs."""
     return _table(results, CODES, "The same runs: worst layer, lowest to highest.")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,33 @@ def test_codes_of_equal_frequency_use_all_levels():
     assert found.bits_used == pytest.approx(1, abs=0.01)
     quest = layer_of(weight, fogzo.quest(2))
     assert math.log2(quest.levels_used) == pytest.approx(1.9037, abs=0.01)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 16])
+def test_a_kept_step_size_is_held_against_what_would_be_measured_now(bits, granularity):
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+    quantizer = fogzo.fixed(bits, granularity=granularity)
+    fogzo.quantize_(model, quantizer, everything)
+    found = fogzo.inspect(model)
+    assert [layer.outgrown for layer in found.layers] == pytest.approx([1, 1], rel=0.08)
+    with torch.no_grad():
+        model[1].weight.mul_(3)
+    found = fogzo.inspect(model)
+    assert [layer.outgrown for layer in found.layers] == pytest.approx([1, 3], rel=0.08)
+    (finding,) = found.findings
+    assert (finding.kind, finding.severity) == ("outgrown", "high")
+    assert [name for name, _ in finding.layers] == ["1"]
+    assert re.search(r"larger, [23][.\d]* times in '1'", finding.message)
+    assert "quantize_from" in finding.code
+    assert "--quantize-from 0.5" in finding.options
+    fogzo.measure_step_sizes_(model)
+    assert fogzo.inspect(model).findings == []
+
+
+def test_step_sizes_that_follow_the_weights_are_outgrown_by_none():
+    for quantizer in (fogzo.lsq(2), fogzo.quest(2), fogzo.bbq(2)):
+        assert layer_of(draw(8, 8), quantizer).outgrown is None
 
 
 def test_steps_are_held_against_float16():

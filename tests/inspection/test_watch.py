@@ -146,7 +146,7 @@ def test_what_makes_no_watch_is_refused():
         fogzo.Watch(model).load_state_dict({"steps": 1})
 
 
-# Four sick runs and healthy ones
+# Sick runs and healthy ones
 
 
 def train(
@@ -184,7 +184,6 @@ HEALTHY = {
     "lsq 8 bits": lambda: train(fogzo.lsq(8), lr=0.002),
     "quest": lambda: train(fogzo.quest(2)),
     "ternary": lambda: train(fogzo.ternary()),
-    "unmasked": lambda: train(fogzo.fixed(2, surrogate="identity_unmasked"), lr=0.005),
     "constant learning rate": lambda: train(fogzo.lsq(2), decays=False),
     "sgd": lambda: train(fogzo.lsq(2), lr=0.1, optimizer=torch.optim.SGD),
 }
@@ -193,6 +192,12 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_has_no_finding(name):
     assert HEALTHY[name]() == []
+
+
+def test_a_fixed_step_that_weights_outgrow_is_found():
+    (finding,) = train(fogzo.fixed(2, surrogate="identity_unmasked"), lr=0.005)
+    assert finding.kind == "outgrown"
+    assert min(ratio for _, ratio in finding.layers) >= THRESHOLDS["outgrown"]
 
 
 def test_a_fixed_step_that_masks_is_found():

@@ -12,6 +12,7 @@ from fogzo.inspection.records import Finding, Inspection, LayerInspection, perce
 THRESHOLDS = {
     "learning_rate": 0.1,
     "masked": 0.1,
+    "outgrown": 1.5,
     "dead": 0.2,
     "oscillating": 0.005,
     "undone": 0.6,
@@ -25,6 +26,7 @@ THRESHOLDS = {
 
 - ``learning_rate``: mean distance by which weights move per step, over the range of levels
 - ``masked``: share of weights that are masked and do not move
+- ``outgrown``: the step size that would be measured now over the one that is kept
 - ``dead``: share of output channels; of empty ones any
 - ``oscillating``: flips per step over the number of levels, and ``undone``: the share of these that
   undo the last one
@@ -65,6 +67,7 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
     found = [
         _learning_rate(counted),
         _masked(_last_counted(last, counted)),
+        _outgrown(last),
         _dead(last),
         _oscillating(counted),
         _still(counted),
@@ -75,7 +78,7 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
         _agreement(last),
     ]
     if found[0] is not None:
-        found[3] = found[4] = None  # whatever moves so far flips, or is out of reach of any level
+        found[4] = found[5] = None  # whatever moves so far flips, or is out of reach of any level
     return [finding for finding in found if finding is not None]
 
 
@@ -176,6 +179,27 @@ def _masked(inspection: Inspection) -> Finding | None:
         code='surrogate="identity_unmasked"' + ("" if learned else ", or fogzo.lsq(bits)"),
         options="--quantizer.surrogate identity_unmasked"
         + ("" if learned else ", or --quantizer.preset lsq"),
+    )
+
+
+def _outgrown(inspection: Inspection) -> Finding | None:
+    def times(layer: LayerInspection) -> float:
+        return layer.outgrown or 0.0
+
+    layers = _beyond(inspection.layers, times, THRESHOLDS["outgrown"])
+    if not layers:
+        return None
+    said = [f"{ratio:.2g} times in {name!r}" for name, ratio in layers[:3]]
+    return Finding(
+        kind="outgrown",
+        severity="high",
+        layers=layers,
+        message="weights have outgrown the step sizes that are kept: measured now, these would be "
+        f"larger, {', '.join(said)}{_more(layers)} ({THRESHOLDS['outgrown']} times or more is "
+        "reported)",
+        code="fogzo.methods.quantize_from(model, 0.5, total_steps=steps), which measures them on "
+        "trained weights, or fogzo.lsq(bits), which learns them",
+        options="--quantize-from 0.5, or --quantizer.preset lsq",
     )
 
 

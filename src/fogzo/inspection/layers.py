@@ -1,5 +1,7 @@
 """The numbers of one quantized layer as it is: codes, mask, thresholds, step sizes."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ _NO_SLOPE = 0.01
 _NEAR = 0.05
 # As in `fogzo.quantizers.step_sizes`: beside the others of its layer such a channel is nothing.
 _NOTHING = 1e-4
+_SAMPLE = 2**12  # weights, which tell a step size to a few percent
 _CHUNK = 2**22  # codes that are counted at a time, as counting takes integers of 8 bytes
 
 Numbers = dict[str, float]
@@ -92,6 +95,7 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
         "masked": 1 - _share(gets_gradient(layer, x)) if x.numel() else 0.0,
         "empty": _share(next_to_nothing(layer)),
         "near_thresholds": near / inside if inside else 0.0,
+        **_outgrown(layer, wide),
         "not_finite": not_finite,
     }
 
@@ -150,6 +154,19 @@ def _not_finite(layer: QuantizedLayer, step: Tensor) -> float:
     learned = [] if layer.weight_step is None else [full(layer.weight_step.detach())]
     steps = (_share(~tensor.isfinite()) for tensor in (step, *learned))
     return max(weights / layer.weight.numel(), *steps)
+
+
+def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
+    """What the rule would measure of weights that are in kept step sizes already."""
+    quantizer = layer.quantizer
+    # What a companding quantizer rounds is not in step sizes.
+    if quantizer.scale.kind != "fixed" or quantizer.companding is not None or not x.numel():
+        return {}
+    # At no distance that divides a row, or they might all be of one column.
+    count = min(x.numel(), _SAMPLE)
+    places = torch.linspace(0, x.numel() - 1, count, dtype=torch.float64, device=x.device).long()
+    rule = replace(quantizer.scale, value=None)
+    return {"outgrown": float(rule.measure(x.reshape(-1)[places][None], quantizer.grid))}
 
 
 def _used_levels(layer: QuantizedLayer, x: Tensor) -> float:

@@ -33,6 +33,8 @@ class LayerInspection:
             step that a `Watch` saw) although they are not masked.
         empty: Share of output channels whose weights are all zero, or nothing beside those of the
             other channels.
+        outgrown: The step size that its rule would measure now over the one in use, both of the
+            typical group; None unless step sizes are kept.
         near_thresholds: Of the weights within the range of levels, the share nearer to a threshold
             than a twentieth of the levels' distance: 0.1 where weights are spread evenly.
         flips: Share of codes that change per step.
@@ -59,6 +61,7 @@ class LayerInspection:
     dead: float
     empty: float
     near_thresholds: float
+    outgrown: float | None = None
     flips: float | None = None
     flips_back: float | None = None
     moved: float | None = None
@@ -243,6 +246,7 @@ _COLUMNS: list[tuple[str, str, Callable[[LayerInspection], str]]] = [
     ("layer", "name", lambda layer: layer.name),
     ("weights", "weights", lambda layer: f"{layer.weights:,}"),
     ("step size", "step_size", lambda layer: f"{layer.step_size:.2g} {layer.scale}"),
+    ("outgrown", "outgrown", lambda n: "" if n.outgrown is None else f"{n.outgrown:.2g}"),
     ("levels used", "levels", lambda layer: f"{layer.levels_used:.3g} of {layer.levels}"),
     ("masked", "masked", _share("masked")),
     ("frozen", "frozen", _share("frozen")),

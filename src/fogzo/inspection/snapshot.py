@@ -44,7 +44,7 @@ def inspect(
     >>> found.layers[0].masked  # all beyond the last level, 0.375
     0.625
     >>> [finding.kind for finding in found.findings]
-    ['masked']
+    ['masked', 'outgrown']
 
     Args:
         model: Quantized.

@@ -31,6 +31,7 @@ NETWORKS = {
     "LLaMA, tanh": ("long-llama-tanh", "D"),
     "DeiT": ("long-deit-identity", "s"),
     "ResNet-18": ("long-resnet-identity", "^"),
+    "ResNet-18, tanh": ("long-resnet-tanh", "v"),
 }
 """By name: the folder, and the marker of a plot."""
 OTHERS = ("placebo", "fogzo", "ste-unmasked")

@@ -209,16 +209,16 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     quest = replace(text, quantizer=QUEST, activations=QUEST)
     deit, resnet = (replace(images[f"cifar-{n}"], quantizer=FIXED) for n in ("deit", "resnet"))
     rates, lower = (1e-3, 3.16e-3, 1e-2), (3e-4, 9.49e-4, 3e-3)
+    kept = (*CORE_ROWS, "float-then-ste")
     return {
-        "long-llama-identity": timed(
-            long(identity, 3000, (*rates, 3.16e-2), (*CORE_ROWS, "float-then-ste"), num_seeds=5)
-        ),
+        "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept, num_seeds=5)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, lower)),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
-        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2))),
+        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
+        "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
         "long-resnet-lsq-w2": long(
             replace(resnet, quantizer=LSQ), 4000, (*rates[1:], 3.16e-2), WIDE_ROWS, num_seeds=5
         ),

@@ -92,6 +92,7 @@ LONG = {
     "DeiT, 4,000 steps: fixed, identity": "long-deit-identity",
     "DeiT, 4,000 steps: LSQ": "long-deit-lsq-w2",
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
+    "ResNet-18, 4,000 steps: fixed, tanh": "long-resnet-tanh",
     "ResNet-18, 4,000 steps: LSQ": "long-resnet-lsq-w2",
 }
 """Comparisons at the length where quantization decides, each with a plot, length.svg."""

@@ -398,7 +398,7 @@ def test_what_is_said_of_networks_at_length_is_what_was_measured():
     for name in (folder.removeprefix("long-") for folder in tables.LONG.values()):
         assert not excludes_zero(minus_at_length(name, "fogzo", "placebo"))
         behind = excludes_zero(minus_at_length(name, "fogzo", "ste-unmasked"))
-        assert behind == (name == "deit-identity")
+        assert behind == (name in ("deit-identity", "resnet-tanh"))
 
 
 def test_what_is_said_of_llama_at_length_is_what_was_measured():
@@ -498,6 +498,36 @@ def test_what_is_said_of_a_float_phase_on_llama_is_what_was_measured():
     assert said in words("docs/methods.md")
 
 
+def test_what_is_said_of_a_float_phase_on_resnet_is_what_was_measured():
+    page, name, phase = words("docs/research.md"), "resnet-identity", "float-then-ste"
+    long = Comparison.from_dict(committed(f"long-{name}"))
+    assert long.find(phase).learning_rate == max(long.grid)
+
+    def points(row, budget="steps", form=".1f"):
+        gap = minus_at_length(name, phase, row, budget=budget)
+        mean, low, high = (100 * end for end in (gap.mean, gap.low, gap.high))
+        return f"{mean:{form}} [{low:{form}}, {high:{form}}]", excludes_zero(gap)
+
+    (from_ste, ste_differs), (from_fogzo, fogzo_differs) = points("ste"), points("fogzo")
+    lead = from_ste.replace(" [", " points [")
+    assert f"it is {lead} ahead of the masked STE and {from_fogzo} of FOGZO, at the" in page
+    levels = [points("ste-unmasked", budget, "+.1f") for budget in ("steps", "time")]
+    assert (
+        "unmasked STE, {}, as for the same time, {}.".format(*(said for said, _ in levels)) in page
+    )
+    assert [ste_differs, fogzo_differs, *(differs for _, differs in levels)] == [True] * 2 + [
+        False
+    ] * 2
+    rows = [long.find("ste"), long.find(phase)]
+    rows.append(Comparison.from_dict(committed("long-resnet-lsq-w2")).find("ste"))
+    ends = [f"{100 * row.summary('test_accuracy').mean:.1f}%" for row in rows]
+    assert "a ResNet-18 in 4,000 steps {1} instead of {0}".format(*ends) in words("README.md")
+    said = "on ResNet-18, in 4,000, from {} to {}, where learned ones end at {}.".format(*ends)
+    assert said in words("docs/choosing.md")
+    gain = 100 * minus_at_length(name, phase, "ste").mean
+    assert f"a ResNet-18 {gain:.1f} points in 4,000, as removing" in words("docs/methods.md")
+
+
 def test_what_is_said_of_masked_shares_is_what_was_measured():
     page, found = words("docs/research.md"), committed("masked-share")
     unmasked, fogzo, placebo = (
@@ -507,7 +537,7 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
     assert "by FOGZO with {rank_correlation:.2f} (p = {p:.3f})".format(**fogzo) in page
     assert "by its placebo with {rank_correlation:.2f} (p = {p:.3f})".format(**placebo) in page
     assert max(row["p"] for row in (unmasked, fogzo, placebo)) < 0.05
-    assert unmasked["points"] == 16 and "sixteen lines of three networks" in page
+    assert unmasked["points"] == 19 and "nineteen lines of three networks" in page
     most = [point for point in found["points"] if point["masked"] > 0.7]
     gains, shares = {}, {}
     for point in most:
@@ -539,6 +569,14 @@ def test_what_is_said_of_tanh_at_length_is_what_was_measured():
     assert 10 * ste.learning_rate == unmasked.learning_rate
     assert f"STE chooses a rate of {ste.learning_rate:g}, a tenth" in page
     assert f"ends with {ste.curve[-1]['masked']:.0%} of the weights beyond the range" in page
+    for row in ("ste-unmasked", "placebo", "fogzo"):
+        assert not excludes_zero(minus_at_length("resnet-tanh", row, "ste"))
+    loss = minus_at_length("resnet-tanh", "ste-unmasked", "ste", "train_loss")
+    assert f"{-loss.mean:.3f} nats [{-loss.high:.3f}, {-loss.low:.3f}] lower" in page
+    behind = minus_at_length("resnet-tanh", "ste-unmasked", "fogzo")
+    said = "FOGZO is {:.1f} points [{:.1f}, {:.1f}] behind that"
+    assert said.format(*(100 * end for end in (behind.mean, behind.low, behind.high))) in page
+    assert loss.high < 0 < behind.low
 
 
 def test_what_is_said_of_quest_at_length_is_what_was_measured():

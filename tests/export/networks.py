@@ -78,6 +78,13 @@ def grouped_query_llama(**changes):
     return llama(num_key_value_heads=2, **changes)
 
 
+def mixtral():
+    """Its experts, fused by transformers, are apart on the hub."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 96}
+    return _of_transformers("MixtralForCausalLM", **shape, num_hidden_layers=1)
+
+
 NETWORKS = {"mlp": mlp, "resnet": resnet, "vit": vit, "llama": llama}
 
 

@@ -6,7 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import NETWORKS, inner, inputs_of, llama, logits, mlp, quantized, tied_llama
+from networks import (
+    NETWORKS,
+    inner,
+    inputs_of,
+    llama,
+    logits,
+    mixtral,
+    mlp,
+    quantized,
+    tied_llama,
+    vit,
+)
+from safetensors.torch import load_file
 from torch import nn
 
 import fogzo
@@ -350,6 +362,20 @@ def test_float_folders_hold_the_same_weights(network, quantizer, tmp_path):
     if network != "mlp":
         served = type(model).from_pretrained(tmp_path / "out").eval()
         assert torch.equal(logits(served, x), logits(model, x))
+
+
+@pytest.mark.parametrize("format", ["float", "mlx"])
+@pytest.mark.parametrize("make", [vit, tied_llama, mixtral])
+def test_tensors_are_named_as_on_the_hub(make, format, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "plain")
+    quantized(model, fogzo.lsq(2, scale_dtype=torch.float16))
+    report = export(model, tmp_path / "out", format)
+    assert all(layer.exact for layer in report.layers)
+    expected, found = (
+        set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("plain", "out")
+    )
+    assert {name for name in found if not name.endswith((".scales", ".biases"))} == expected
 
 
 def test_tied_float_folders_hold_tied_weights_once(tmp_path):

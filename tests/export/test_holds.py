@@ -279,10 +279,23 @@ def test_architectures(tmp_path):
 
 def test_a_config_of_another_kind():
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8), nn.Linear(8, 4))
-    model[2].weight, model.config = model[1].weight, {"width": 8}
+    model[2].weight = model[1].weight
     fogzo.quantize_(model, fogzo.ternary(), lambda _, name: name == "0")
-    assert check(model, "float") == []
-    assert "transformers' config, and Sequential has none" in check(model, "mlx")[0]
+    for model.config in ({"width": 8}, llama().config):  # of a part, say
+        assert check(model, "float") == []
+        assert "config, and Sequential is not built from one" in check(model, "mlx")[0]
+
+
+def test_a_class_that_takes_more_than_a_config(tmp_path):
+    class WithHead(type(llama())):
+        def __init__(self, config, outputs):
+            super().__init__(config)
+            self.head = nn.Linear(8, outputs)
+
+    model = quantized(WithHead(llama().config, 4), fogzo.lsq(2))
+    assert "config, and WithHead is not built from one" in check(model, "mlx")[0]
+    report = export(model, tmp_path / "out", "float")
+    assert report.reader == "torch load_state_dict" and report.logits_difference == 0
 
 
 def test_float64(tmp_path):

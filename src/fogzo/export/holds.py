@@ -62,8 +62,8 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
         )
     elif rules.reads_config and not source.of_transformers:
         yield (
-            f"the readers of {format} build the network from transformers' config, and {name} has "
-            f"none: {rules.elsewhere}"
+            f"the readers of {format} build the network from transformers' config, and {name} is "
+            f"not built from one: {rules.elsewhere}"
         )
     elif source.of_transformers and not rules.shares:
         for other, first in source.shared().items():

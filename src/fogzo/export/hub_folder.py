@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,7 +12,10 @@ from fogzo.export.source import Source
 
 
 def write_hub_folder(
-    source: Source, folder: Path, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
+    source: Source,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write these tensors in place of the quantized layers' weights, and all others as they are.
 
@@ -27,6 +30,17 @@ def write_hub_folder(
     finally:
         model.config = own
     write_config(model, folder, quantization)
+
+
+def hub_named(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `write_hub_folder` names them, for a file that transformers does not write.
+
+    Experts that transformers has fused come apart.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    named: dict[str, Tensor] = revert_weight_conversion(cast(Any, model), dict(tensors))
+    return named
 
 
 def linear_layers_in_float(source: Source) -> list[str]:

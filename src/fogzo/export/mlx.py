@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fogzo.export import holds
 from fogzo.export.folder import read_tensors, write_config, write_tensors
+from fogzo.export.hub_folder import hub_named
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.packing import pack_bits, unpack_bits
 from fogzo.export.source import Source
@@ -37,7 +38,9 @@ def write(source: Source, folder: Path) -> None:
     rope: Any = getattr(getattr(source.model, "config", None), "rope_parameters", None)
     if isinstance(rope, dict) and "rope_theta" in rope:
         changes["rope_theta"] = rope["rope_theta"]  # mlx-lm looks for it where it used to be
-    write_tensors(tensors, folder, "mlx")
+    owners: dict[int, str] = {}
+    once = {n: tensor for n, tensor in tensors.items() if owners.setdefault(id(tensor), n) == n}
+    write_tensors(hub_named(source.model, once), folder, "mlx")
     write_config(source.model, folder, quantization, **changes)
 
 
@@ -46,7 +49,8 @@ def read_back(source: Source, folder: Path) -> ReadBack:
     tensors = read_tensors(folder)
     weights = {}
     for name, layer in source.layers.items():
-        parts = (tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+        keys = (f"{name}.{part}" for part in ("weight", "scales", "biases"))
+        parts = (tensors[_hub_name(source, key)] for key in keys)
         rows = dequantize(*parts, bits=_bits(source, name))
         weights[name] = rows.to(layer.weight.dtype)
     return ReadBack("the definition of mx.dequantize", weights)
@@ -66,6 +70,10 @@ def dequantize(words: Tensor, scales: Tensor, biases: Tensor, *, bits: int) -> T
 
 def _bits(source: Source, name: str) -> int:
     return holds.stored(source, name, "mlx").width
+
+
+def _hub_name(source: Source, key: str) -> str:
+    return next(iter(hub_named(source.model, {key: torch.empty(0)})))
 
 
 def _group(weight: IntegerWeight) -> int:

@@ -1,6 +1,7 @@
 """What is exported: a quantized model, seen as integers, quantizers of inputs and the rest."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -132,7 +133,14 @@ class Source:
     @property
     def of_transformers(self) -> bool:
         """Whether a config of transformers says how the model is built."""
-        return hasattr(getattr(self.model, "config", None), "save_pretrained")
+        config = getattr(self.model, "config", None)
+        if not (hasattr(config, "save_pretrained") and hasattr(self.model, "save_pretrained")):
+            return False  # not of a module of one's own that holds the config of a part, say
+        try:
+            inspect.signature(type(self.model)).bind(config)
+        except TypeError:  # nor of a class that takes more than a config
+            return False
+        return True
 
     def with_weights(self, weights: dict[str, IntegerWeight]) -> "Source":
         """The same with other weights."""

@@ -277,6 +277,33 @@ def test_on_the_meta_device_nothing_is_made_twice(tmp_path):
     assert torch.equal(logits(loaded, x), logits(model, x))
 
 
+@pytest.mark.parametrize("quantized_too", [False, True])
+def test_on_the_meta_device_tied_weights_stay_tied(quantized_too, tmp_path):
+    def build():
+        model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
+        model[2].weight = model[0].weight
+        return model
+
+    model = fogzo.quantize_(build(), fogzo.lsq(2), lambda _, name: quantized_too or name == "1")
+    export(model, tmp_path / "out", verify=False)
+    with torch.device("meta"):
+        loaded = build()
+    loaded = load_(loaded, tmp_path / "out").to("cpu").double()
+    kind = "codes" if quantized_too else "weight"
+    assert getattr(loaded[2], kind) is getattr(loaded[0], kind)
+    x = torch.arange(16)
+    assert torch.equal(logits(loaded.float(), x), logits(model, x))
+
+
+def test_what_no_file_holds_cannot_stay_on_the_meta_device(tmp_path):
+    model = quantized(llama(), fogzo.lsq(2))
+    export(model, tmp_path / "out", verify=False)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(ValueError, match=r"rotary_emb\.inv_freq', .*load_\(LlamaForCausalLM\("):
+        load_(empty, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -26,6 +26,7 @@ from fogzo.layers.attach import leave_fast_path
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
+from fogzo.wording import listed
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -71,15 +72,16 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
     (``model.bfloat16()``) leaves codes and scales as they are.
 
     Args:
-        model: As it was before ``fogzo.quantize_``, with any weights, or on the meta device.
+        model: As it was before ``fogzo.quantize_``, with any weights, or on the meta device if all
+            of its tensors are in its state dict.
         folder: Which `export` wrote in the packed format.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the folder is of another format or another network. The model may then be
-            loaded in part.
+        ValueError: If the folder is of another format or another network, or leaves tensors on the
+            meta device. The model may then be loaded in part.
     """
     folder = Path(folder)
     config = read_config(folder).get("quantization_config", {})
@@ -93,6 +95,12 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
     tensors |= {alias: tensors[owner] for alias, owner in config["ties"].items()}
     pack_layers_(model, config["modules"])
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if on_meta:  # one parameter for all of its names, or each would be assigned one of its own
+        made: dict[int, nn.Parameter] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            if (tensor := tensors.get(name)) is not None:
+                made.setdefault(id(tensor), nn.Parameter(tensor, param.requires_grad))
+                tensors[name] = made[id(tensor)]
     try:
         model.load_state_dict(tensors, assign=on_meta)
     except RuntimeError as error:
@@ -101,6 +109,13 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
             f"{folder} is of another network ({first:.300}): build the one that was exported"
         ) from None
     tie_layers_(model, config["modules"])
+    named = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, tensor in named if tensor.is_meta]
+    if left:
+        raise ValueError(
+            f"no file holds {listed(left)}, on the meta device still, which a model computes as it "
+            f"is built: fogzo.export.load_({type(model).__name__}(...), folder), built on the CPU"
+        )
     return model
 
 
@@ -177,7 +192,8 @@ class PackedLayer(nn.Module):
         scale_dtype = getattr(torch, description["scale_dtype"])
         scales = torch.empty(rows, groups, dtype=scale_dtype, device=device)
         self.register_buffer("scales", scales, persistent=not tied)
-        empty = torch.empty(0, dtype=like.dtype, device=device)
+        # In no file, so nothing would bring it from the meta device.
+        empty = torch.empty(0, dtype=like.dtype, device="cpu" if like.is_meta else device)
         self.register_buffer("_like", empty, persistent=False)
         form = description["input"]
         self._input_quantizer = None if form is None else _input_quantizer(form)

@@ -123,6 +123,25 @@ def test_a_float_folder_is_quantized_while_it_is_loaded(case, tied, tmp_path):
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_one_place_of_a_tied_weight_is_refused_while_it_is_loaded_too(name, tmp_path):
+    llama(tied=True).save_pretrained(tmp_path)
+    config = FogzoConfig(fogzo.lsq(2), lambda module, found: found == name)
+    with pytest.raises(ValueError, match=f"'{name}' shares its weight with .* for both, or"):
+        load(tmp_path, quantization_config=config)
+
+
+def test_a_head_that_is_tied_and_not_the_last_layer_is_left_in_float(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.BertConfig(**shape, num_hidden_layers=1, vocab_size=32)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path)
+    options = {"quantization_config": FogzoConfig(fogzo.lsq(2))}
+    model = transformers.BertForPreTraining.from_pretrained(tmp_path, **options)
+    head = model.cls.predictions.decoder
+    assert type(head) is nn.Linear
+    assert head.weight is model.bert.embeddings.word_embeddings.weight
+
+
 def test_all_tensors_are_there_when_the_trainer_resumes(tmp_path):
     # Its own way of resuming: the folder's tensors into the model that it was given.
     model = fogzo.quantize_(llama(), fogzo.lsq(2))

@@ -18,6 +18,8 @@ import copy
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -154,7 +156,8 @@ class FogzoQuantizer(HfQuantizer):
             forms = _of_this_class(model, config.forms())
         else:
             quantizer = cast(Quantizer, config.quantizer)
-            forms = chosen_forms(model, quantizer, config.filter_fn, config.activations)
+            with _tied(model):
+                forms = chosen_forms(model, quantizer, config.filter_fn, config.activations)
         attach_forms_(model, forms)
         _expect_steps(model, saved=bool(config.groups))
 
@@ -222,6 +225,19 @@ def _take_own_config(model: PreTrainedModel) -> None:
         shared = module.__dict__.get("config")
         if id(shared) in copies:  # also one of a part, which the whole holds
             module.config = copies[id(shared)]
+
+
+@contextmanager
+def _tied(model: PreTrainedModel) -> Iterator[None]:
+    """Let the names of a weight hold one parameter, as they do once transformers has loaded it."""
+    with ExitStack() as stack:
+        for target, source in model.all_tied_weights_keys.items():
+            owner, _, name = target.rpartition(".")
+            held = model.get_submodule(owner)._parameters
+            if name in held:  # and no buffer
+                stack.callback(held.update, {name: held[name]})
+                held[name] = model.get_parameter(source)
+        yield
 
 
 def _of_this_class(model: PreTrainedModel, forms: dict[str, LayerForm]) -> dict[str, LayerForm]:

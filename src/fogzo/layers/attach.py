@@ -102,8 +102,7 @@ def quantize_(
     if filter_fn is None:
         layers = without_adapters(model, layers)
     selected = select_layers(model, layers, filter_fn)
-    one_step = quantizer.granularity == "tensor" and quantizer.rotation is None
-    check_ties(layers, selected, one_step)
+    check_ties(layers, selected, has_one_step(quantizer))
 
     # Two passes: every error comes before the first change.
     steps: dict[int, KeptSteps] = {}
@@ -271,6 +270,11 @@ def check_weight_quantizer(quantizer: object) -> None:
             "weights are: fogzo.quantize_(model, fogzo.lsq(2), "
             'activations=fogzo.lsq(2, levels="unsigned"))'
         )
+
+
+def has_one_step(quantizer: Quantizer) -> bool:
+    """Whether all of a weight has one step size, whichever dimension holds its outputs."""
+    return quantizer.granularity == "tensor" and quantizer.rotation is None
 
 
 class KeptSteps(NamedTuple):

@@ -11,6 +11,7 @@ from fogzo.layers.attach import (
     KeptSteps,
     attach_,
     check_weight_quantizer,
+    has_one_step,
     kept_steps,
     leave_fast_path,
     quantizer_for,
@@ -20,6 +21,7 @@ from fogzo.layers.quantizable import warn_of_own_quantization
 from fogzo.layers.quantized_layer import QuantizedLayer, warn_of_empty_groups
 from fogzo.layers.selection import (
     FilterFn,
+    check_ties,
     output_dim,
     quantizable_layers,
     select_layers,
@@ -56,11 +58,13 @@ def chosen_forms(
     """What `fogzo.quantize_` would do to a model, whose weights may still be to be loaded.
 
     Raises:
-        ValueError: If nothing is selected, or a quantizer does not fit its layer.
+        ValueError: If nothing is selected, a quantizer does not fit its layer, or a tied weight is
+            selected in one place and not in another.
     """
     check_weight_quantizer(quantizer)
     layers = quantizable_layers(model)
     selected = select_layers(model, layers, filter_fn)
+    check_ties(layers, selected, has_one_step(quantizer))
     inputs = activation_quantizers(selected, activations)
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)

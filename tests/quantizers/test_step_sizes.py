@@ -94,6 +94,14 @@ def test_the_gradient_passes_straight_through_in_every_mode(function):
     assert torch.equal(torch.func.vmap(function)(batch)[1], function(2 * plain))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_float16_holds_steps_of_wider_dtypes(dtype):
+    step = torch.tensor([[0.0], [1e-7], [0.3], [65504.0]], dtype=torch.float16)
+    found = effective_step_size(step, dtype)
+    assert found.dtype == torch.float16 and found.isfinite().all() and (found > 0).all()
+    torch.testing.assert_close(found[1:], step[1:], rtol=2**-6, atol=0)
+
+
 def test_compiled_it_is_the_same():
     knee = torch.full((3, 1), 0.1)
     step = torch.tensor([[0.3], [0.1], [-0.2]], requires_grad=True)

@@ -23,9 +23,10 @@ def effective_step_size(step: Tensor, dtype: torch.dtype | None) -> Tensor:
         value = value.clamp(min=_minimum(step.dtype))
     else:
         own, limits = torch.finfo(step.dtype), torch.finfo(dtype)
-        smallest = max(limits.smallest_normal, MIN_STEP_SIZE)
+        # Float16 steps of a wider dtype stay within float16.
+        smallest = max(limits.smallest_normal, _minimum(step.dtype))
         # A bfloat16 step size clamped at float16's maximum would round up, and then to infinity.
-        largest = limits.max * (1 - own.eps)
+        largest = min(limits.max, own.max * (1 - limits.eps)) * (1 - own.eps)
         value = value.clamp(smallest, largest).to(dtype).to(step.dtype)
     return _straight_through(step, value)
 

@@ -199,6 +199,15 @@ def test_an_example_of_one_input_leaves_the_batch_free(tmp_path):
     assert isinstance(session.get_inputs()[0].shape[0], str)
 
 
+def test_arguments_that_are_no_tensors(tmp_path):
+    class Model(nn.Sequential):
+        def forward(self, x, negated=False):
+            return -super().forward(x) if negated else super().forward(x)
+
+    model = fogzo.quantize_(Model(nn.Linear(16, 16), nn.Linear(16, 4)), fogzo.lsq(2))
+    assert exported(model, tmp_path, example=(torch.randn(3, 16), True)).logits_difference < 2e-6
+
+
 def test_no_example(tmp_path):
     with pytest.raises(ValueError, match=r"what a Sequential takes: .*example=x"):
         export(mlp(), tmp_path / "out", "onnx")

@@ -315,8 +315,10 @@ def _add_initializer(
 def _arguments(source: Source, example: Any) -> list[Tensor]:
     """The values of an example in the order of the graph's inputs."""
     if isinstance(example, Mapping):
-        return [value for value in example.values() if isinstance(value, Tensor)]
-    return list(example) if isinstance(example, tuple | list) else [example]
+        values = list(example.values())
+    else:
+        values = list(example) if isinstance(example, tuple | list) else [example]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _decoded(graph: "ir.Graph", source: Source, name: str) -> Tensor:

@@ -92,6 +92,14 @@ def test_merging_gives_what_was_trained(first):
     assert not any(isinstance(module, fogzo.QuantizedLayer) for module in merged.modules())
 
 
+@ORDERS
+def test_what_divides_by_the_norm_of_latent_weights_cannot_be_merged(first):
+    model = adapted(first, use_dora=True)
+    with pytest.raises(ValueError, match=r"DoRA divides .*model\.up.*keep the adapters apart"):
+        merge_and_unload(model)
+    assert isinstance(model.base_model.model.down, fogzo.QuantizedLayer)
+
+
 def test_readers_that_build_the_network_know_no_adapters():
     model = adapted("quantized first")
     assert check(model, "packed") == []

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from fogzo.layers import dequantize_
+from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.described import forms_of
 from fogzo.wording import listed
 
@@ -27,13 +27,26 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
         options: Of PEFT's ``merge_and_unload``.
 
     Raises:
-        ValueError: If nothing in the base is quantized, or inputs are quantized, which the merged
-            layers would take in float. The model is then untouched.
+        ValueError: If nothing in the base is quantized, inputs are quantized, which the merged
+            layers would take in float, or adapters are of DoRA, which divides by the norm of the
+            latent weights. The model is then untouched.
     """
     with_input = [name for name, form in forms_of(model).items() if form.input is not None]
     if with_input:
         raise ValueError(
             f"the inputs of {listed(with_input)} are quantized for the base alone, so one merged "
             "layer cannot compute both: keep the adapters apart, model.save_pretrained(folder)"
+        )
+    of_dora = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "lora_magnitude_vector", None)
+        and isinstance(module.get_base_layer(), QuantizedLayer)
+    ]
+    if of_dora:
+        raise ValueError(
+            f"DoRA divides what {listed(of_dora)} add up to by the norm of the latent weights, "
+            "and merged with the quantized ones they would answer otherwise than they were "
+            "trained: keep the adapters apart, model.save_pretrained(folder)"
         )
     return dequantize_(model).merge_and_unload(**options)

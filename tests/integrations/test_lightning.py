@@ -350,6 +350,14 @@ def test_the_noise_grows_until_the_end_and_the_loss_falls():
     assert kappas[-1] == pytest.approx(0.02, rel=0.2)
 
 
+def test_another_run_counts_its_own_fallbacks():
+    callback = FogzoCallback()
+    callback.load_state_dict({"estimator": {"step": 0, "seed": 0}, "fallbacks": 3})
+    for expected in (3, 0):
+        trainer(callback, max_steps=1).fit(Module(), loader())
+        assert callback.state_dict()["fallbacks"] == expected
+
+
 def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path):
     # Lightning continues in the middle of an epoch with whatever its loader gives then.
     rows = TensorDataset(*(tensor.repeat(7, 1) for tensor in batch(6)))
@@ -373,6 +381,12 @@ class WithoutManualBackward(Module):
     def training_step(self, batch, batch_idx):
         self.net(batch[0]).sum().backward()
         self.optimizers().step()
+
+
+class ByRawOptimizer(Module):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.net(batch[0]).sum())
+        self.optimizers(use_pl_optimizer=False).step()
 
 
 class ByIterator(Module):
@@ -406,6 +420,7 @@ class Streamed(IterableDataset):
         ),
         ({"callback": FogzoCallback(kappa=0.01), "data": Streamed()}, "until the end of a run"),
         ({"module": WithoutManualBackward(manual=True), **MANUAL}, r"self\.manual_backward"),
+        ({"module": ByRawOptimizer(manual=True), **MANUAL}, r"= self\.optimizers\(\), not"),
         ({"module": ByIterator()}, "dataloader_iter"),
         ({"module": TwoOptimizers(manual=True), **MANUAL}, "trained by 2 optimizers"),
         ({"module": WithLBFGS()}, "LBFGS"),

@@ -39,7 +39,8 @@ class FogzoCallback(Callback):
     optimizer step, and leaves torchmetrics and the module's own numbers and containers as they
     were.
 
-    In manual optimization call `self.manual_backward`, not ``loss.backward()``.
+    In manual optimization call `self.manual_backward`, not ``loss.backward()``, and step what
+    `self.optimizers()` gives, without ``use_pl_optimizer=False``.
 
     Args:
         estimator: A member of the family.
@@ -100,16 +101,20 @@ class FogzoCallback(Callback):
             )
             options = {**options, "noise_share": schedule}
         self.estimator = self._cls(weights, **options)
-        _check_optimizers(trainer, self.estimator)
+        optimizer = _check_optimizers(trainer, self.estimator)
         refine = partial(self._refine, trainer, pl_module)
         self._recorder = Recorder(trainer, pl_module, self.estimator, refine)
         self._patches.enter_context(self._recorder.installed())
+        if isinstance(optimizer, Optimizer):
+            hook = optimizer.register_step_post_hook(partial(self._check_refined, pl_module))
+            self._patches.callback(hook.remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue where a checkpoint was taken."""
         assert self.estimator is not None
         if self._loaded is None:  # of a checkpoint without it, or none
             self.estimator.step = trainer.global_step
+            self._fallbacks = self._fallbacks if trainer.global_step else 0
         else:
             self.estimator.load_state_dict(self._loaded)
         self._loaded = None
@@ -172,6 +177,18 @@ class FogzoCallback(Callback):
         self._is_refined = True
         return True
 
+    def _check_refined(self, pl_module: LightningModule, *args: object) -> None:
+        """Raise a `ValueError` if an optimizer's step went by Lightning, and so by the callback."""
+        if pl_module.automatic_optimization or not self._recorder.backwards:
+            return
+        assert self.estimator is not None
+        if any(weight.param.grad is not None for weight in self.estimator.weights):
+            raise ValueError(
+                "the optimizer took a step that Lightning knows nothing of, with gradients that "
+                "were not refined: optimizer = self.optimizers(), not "
+                "self.optimizers(use_pl_optimizer=False)"
+            )
+
     def _numbers(self, stats: RefineStats) -> dict[str, float]:
         numbers: dict[str, float] = {"fallbacks": float(self._fallbacks)}
         if stats.agreement is not None:
@@ -201,8 +218,12 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def _check_optimizers(trainer: Trainer, estimator: GradientEstimator) -> None:
-    """Raise a `ValueError` unless the gradients of one optimizer's steps are refined."""
+def _check_optimizers(trainer: Trainer, estimator: GradientEstimator) -> Any:
+    """The optimizer whose steps are refined; None where all weights are frozen.
+
+    Raises:
+        ValueError: If there are several, none, or one that cannot be.
+    """
     weights = {id(weight.param) for weight in estimator.weights if weight.param.requires_grad}
     holding = [
         optimizer
@@ -223,3 +244,4 @@ def _check_optimizers(trainer: Trainer, estimator: GradientEstimator) -> None:
             "LBFGS compares losses along its own direction, in which refined gradients have no "
             "place: torch.optim.AdamW(self.parameters(), lr=1e-3)"
         )
+    return next(iter(holding), None)

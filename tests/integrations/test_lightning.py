@@ -303,6 +303,25 @@ def test_a_backward_pass_of_another_network_leaves_refined_gradients_refined():
     assert [stats.step for stats in callback.all[::2]] == list(range(7))
 
 
+class ByClosure(Skipping):
+    """Its backward pass is in the closure of its optimizer's step."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer, (x, y) = self.optimizers(), batch
+
+        def closure():
+            optimizer.zero_grad()
+            self.manual_backward(mse_loss(self.net(x), y))
+
+        optimizer.step(closure)
+
+
+def test_a_backward_pass_in_the_closure_of_a_step_is_reached_by_probes():
+    module, callback = ByClosure(()), Kept(noise_share=0.1)
+    trainer(callback, **MANUAL).fit(module, loader())
+    assert [stats.step for stats in callback.all] == list(range(7))
+
+
 class ClippingTooOften(Skipping):
     def training_step(self, batch, batch_idx):
         x, y = batch

@@ -175,7 +175,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         stack.enter_context(_state_put_back(pl_module))
         stack.enter_context(_attributes(pl_module, **dict.fromkeys(muted, _nothing)))
         for optimizer in trainer.strategy._lightning_optimizers:
-            stack.enter_context(_attributes(optimizer, step=_nothing, zero_grad=_nothing))
+            stack.enter_context(_attributes(optimizer, step=_closure_alone, zero_grad=_nothing))
         for config in trainer.lr_scheduler_configs:
             stack.enter_context(_attributes(config.scheduler, step=_nothing))
         stack.callback(setattr, trainer, "loggers", trainer.loggers)
@@ -218,3 +218,8 @@ def _attributes(owner: object, **values: Any) -> Iterator[None]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _closure_alone(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    """An optimizer's step without the step: its closure may hold a backward pass."""
+    return None if closure is None else closure()

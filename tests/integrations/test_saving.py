@@ -444,6 +444,11 @@ def test_loading_without_the_import_names_it(tmp_path, monkeypatch, caplog):
     for call in (fogzo.quantized_weights, lambda model: fogzo.quantize_(model, fogzo.lsq(2))):
         with pytest.raises(ValueError, match=f"import {METHOD} before from_pretrained"):
             call(latent)
+    new = transformers.AutoModelForCausalLM.from_config(latent.config)
+    with pytest.raises(ValueError, match=r"new model of that config: del model\.config\.quant"):
+        fogzo.quantize_(new, fogzo.lsq(2))
+    del new.config.quantization_config
+    fogzo.quantize_(new, fogzo.lsq(2))
 
 
 def test_nothing_warns(tmp_path):

@@ -35,7 +35,8 @@ def check_loaded_as_saved(model: nn.Module) -> None:
         if isinstance(found, dict) and found.get("quant_method") == _INTEGRATION:
             raise ValueError(
                 "this model was saved quantized and loaded in float, with latent weights and "
-                f"without their step sizes: import {_INTEGRATION} before from_pretrained"
+                f"without their step sizes: import {_INTEGRATION} before from_pretrained. Of a "
+                "new model of that config: del model.config.quantization_config"
             )
 
 

@@ -378,6 +378,15 @@ def test_tensors_are_named_as_on_the_hub(make, format, tmp_path):
     assert {name for name in found if not name.endswith((".scales", ".biases"))} == expected
 
 
+@pytest.mark.parametrize("format", ["packed", "float", "compressed-tensors"])
+def test_readers_take_the_dtype_of_the_quantized_weights(format, tmp_path):
+    model = llama()
+    model.model.embed_tokens.bfloat16()
+    report = export(quantized(model, fogzo.lsq(2)), tmp_path / "out", format)
+    assert all(layer.exact for layer in report.layers)
+    assert type(model).from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
 def test_tied_float_folders_hold_tied_weights_once(tmp_path):
     model = fogzo.quantize_(tied_llama(), fogzo.lsq(2), lambda *_: True).eval()
     x = inputs_of(model)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fogzo.layers import QuantizedLayer
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -35,7 +37,9 @@ def write_config(
         return
     config = copy.deepcopy(own)
     config.architectures = [type(model).__name__]
-    config.dtype = str(next(p for p in model.parameters()).dtype).removeprefix("torch.")
+    # Readers load all in one dtype: in that of the quantized weights, these are the trained ones.
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLayer))
+    config.dtype = str(next(layers).weight.dtype).removeprefix("torch.")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the latent weights, which are not what is written
     for name, value in entries.items():

@@ -654,6 +654,9 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
     assert run_cache.config_hash(config) in hashes  # a comparison reads them once
 
 
+IN_FLOAT = replace(RECIPES["digits-mlp"](), quantizer=QuantizerConfig())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -671,11 +674,17 @@ def test_a_run_is_another_one_when_its_data_files_change(tmp_path):
         ({"learning_rates": (0.1, 0.1)}, "--learning-rates 0.1$"),
         ({"kappas": ()}, "empty: --kappas"),
         ({"kappas": (-0.1,)}, "0 or more, got -0.1: --kappas 0.01 0.1"),
+        ({"kappas": (0.1,), "rows": ("ste", "ste-winq")}, "or --rows ste ste-winq fogzo$"),
+        ({"base": IN_FLOAT}, "^ste ste-unmasked placebo fogzo would train in float.*preset lsq"),
     ],
 )  # fmt: skip
 def test_a_comparison_that_cannot_work_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        CompareConfig(base=RECIPES["digits-mlp"](), **changes)
+        CompareConfig(**{"base": RECIPES["digits-mlp"](), **changes})
+
+
+def test_recipes_in_float_can_be_tuned_alone():
+    assert CompareConfig(base=IN_FLOAT, rows=("float",)).base.quantizer.preset == "none"
 
 
 def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from fogzo_lab.comparison.execution import (
     start_executor,
 )
 from fogzo_lab.comparison.results import Budget, Comparison
-from fogzo_lab.comparison.rows import ROWS, check_rows
+from fogzo_lab.comparison.rows import KAPPA, ROWS, check_rows
 from fogzo_lab.comparison.run_cache import RunCache, code_version, config_hash
 from fogzo_lab.comparison.runs import Run, missing
 from fogzo_lab.comparison.summary import best_candidate, summarise, validation_losses
@@ -79,6 +79,12 @@ class CompareConfig(Options):
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` where options, each of which can be meant, do not go together."""
         check_rows(self.rows)
+        quantized = [name for name in self.rows if name != "float"]
+        if quantized and self.base.quantizer.preset == "none":
+            raise ValueError(
+                f"{' '.join(quantized)} would train in float, as the recipe quantizes no weights: "
+                "--quantizer.preset lsq, or --rows float"
+            )
         if self.tuning_seeds is not None and self.tuning_seeds > self.num_seeds:
             raise ValueError(
                 f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
@@ -91,6 +97,11 @@ class CompareConfig(Options):
             )
         _check_grid("learning rates", self.learning_rates, 3e-3)
         _check_grid("kappas", self.kappas, 0.1)
+        if self.kappas and not any(ROWS[name].parameter is KAPPA for name in self.rows):
+            raise ValueError(
+                f"none of the rows {' '.join(self.rows)} has a kappa to try: leave --kappas out, "
+                f"or --rows {' '.join(self.rows)} fogzo"
+            )
 
     @property
     def grid(self) -> tuple[float, ...]:

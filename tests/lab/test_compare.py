@@ -26,7 +26,7 @@ from fogzo_lab.comparison.overview import (
     tuning_table,
     verdict_table,
 )
-from fogzo_lab.comparison.plots import STYLES, in_seconds
+from fogzo_lab.comparison.plots import STYLES, comparison_plots, in_seconds
 from fogzo_lab.comparison.report import write_compare_report
 from fogzo_lab.comparison.results import Candidate, Comparison, RowResult
 from fogzo_lab.comparison.rows import ROWS
@@ -282,6 +282,9 @@ RIVALS = (
 )
 
 
+SECONDS = {"ste": 1.0, "ste-unmasked": 1.0, "placebo": 1.0, "fogzo": 2.0}
+
+
 def test_the_story_names_wins_losses_and_what_is_not_significant():
     story = " ".join(words.story(made(*RIVALS, FOGZO)))
     assert "significantly better than STE (+2.00 points, +1.75 to +2.25)" in story
@@ -349,6 +352,21 @@ def test_an_end_of_what_was_tried_is_marked_of_rates_and_of_own_parameters():
     table = words.quality_table(made(*ends))
     column = list(table.heading).index("own parameter")
     assert [cells[column] for cells in table.rows] == ["keep 0.2 (edge)", "keep 0.5", "kappa 0.1"]
+
+
+def test_no_column_is_left_empty_and_no_tuning_is_claimed_that_was_not():
+    alone, beside = made(*RIVALS), made(*RIVALS, FOGZO)
+    claim = "have tried more candidates than the others"
+    for found, shown in ((alone, False), (beside, True)):
+        assert ("FOGZO minus row, points [95%]" in words.quality_table(found).heading) == shown
+        assert claim not in words.cost_table(replace(found, run_seconds=SECONDS)).caption
+    tuned = made(*RIVALS, replace(FOGZO, tuning_runs=3))
+    assert claim in words.cost_table(replace(tuned, run_seconds=SECONDS)).caption
+
+
+def test_rows_without_a_curve_leave_no_legend(recwarn):
+    comparison_plots(replace(made(row("ptq", (0.7, 0.8))), run_seconds={"ptq": 1.0}))
+    assert not recwarn.list
 
 
 def test_the_step_at_which_a_seed_diverged_is_no_point_of_the_curve(tmp_path):

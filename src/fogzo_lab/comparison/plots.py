@@ -223,6 +223,8 @@ def _line(
 
 def _legend(axes: "Axes") -> None:
     """Below the axes, so that it covers no line however many rows there are."""
+    if not axes.get_legend_handles_labels()[0]:  # PTQ alone has no curve
+        return
     axes.legend(
         fontsize=7,
         frameon=False,

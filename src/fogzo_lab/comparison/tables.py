@@ -49,19 +49,24 @@ def page_table(comparison: Comparison) -> Table:
 
 
 def quality_table(comparison: Comparison, differences: bool = True) -> Table:
-    """What every row reached, and how far FOGZO is from it if `difference_table` is not shown."""
+    """What every row reached and, where `difference_table` is not shown, how far FOGZO is from it.
+
+    There is no column of differences where there is none to show.
+    """
     metrics, main = comparison.metrics, comparison.main_metric
     with_own = any(row.value is not None for row in comparison.rows)
     heading = ["row", *(metric.heading for metric in metrics), "learning rate"]
     heading += [*(["own parameter"] if with_own else []), "steps"]
+    gaps = [main.interval(comparison.interval(row, main)) for row in comparison.rows]
+    differences = differences and any(gaps)
     if differences:
         heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
     rows = []
-    for row in comparison.rows:
+    for row, gap in zip(comparison.rows, gaps, strict=True):
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [row.chosen_rate, *([row.chosen_value] if with_own else [])]
         cells += [f"{row.steps:,}"]
-        cells += [main.interval(comparison.interval(row, main))] if differences else []
+        cells += [gap] if differences else []
         rows.append(cells)
     caption = (
         "Mean ± standard deviation over seeds, at the learning rate, and the row's own parameter, "
@@ -108,10 +113,13 @@ def cost_table(comparison: Comparison) -> Table:
         rows.append([*cells, str(row.tuning_runs)])
     caption = (
         "Times are of training alone, by interleaved timing on one machine. Passes are over a "
-        "whole batch, in one run; a backward pass counts as two forward passes. Rows with a "
-        "parameter of their own have been tuned over more candidates than the others: tuning runs "
-        "says so."
+        "whole batch, in one run; a backward pass counts as two forward passes."
     )
+    if len({row.tuning_runs for row in comparison.rows}) > 1:
+        caption += (
+            " Rows of which a parameter of their own was tuned have tried more candidates than the "
+            "others: tuning runs says so."
+        )
     return Table("Cost", heading, rows, caption)
 
 

@@ -728,6 +728,12 @@ def test_every_row_can_be_made_of_every_recipe():
             )
 
 
+def test_bbq_has_as_many_bits_as_the_recipe():
+    for preset, bits in (("sign", 1), ("ternary", 2), ("abs_max", 8), ("lsq", 2)):
+        recipe = replace(RECIPES["digits-mlp"](), quantizer=QuantizerConfig(preset=preset))
+        assert ROWS["ste-bbq"].config(recipe, None).quantizer.bits == bits
+
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 

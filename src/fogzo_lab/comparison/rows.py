@@ -5,6 +5,7 @@ nothing else: seeds, initial weights, batches and learning rates are the compari
 one parameter of its own, which is tuned beside the learning rate.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -86,7 +87,10 @@ def _option(method: MethodName, name: str, *grid: float) -> Parameter:
 
 def _bbq(recipe: TrainConfig) -> TrainConfig:
     """BBQ's quantizer of as many bits, with a step per channel and a basis of its own."""
-    return replace(recipe, quantizer=QuantizerConfig(preset="bbq", bits=recipe.quantizer.bits))
+    bits, quantizer = recipe.quantizer.bits, recipe.quantizer.build()
+    if bits is None and quantizer is not None:  # those of a sign are 1, and of a preset its own
+        bits = math.ceil(math.log2(quantizer.grid.num_levels))
+    return replace(recipe, quantizer=QuantizerConfig(preset="bbq", bits=bits))
 
 
 # One checkpoint at the end, for the row that is quantized from it.

@@ -15,6 +15,7 @@ from damage import CHANGES, damaged, places
 
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from fogzo_lab.training.config import to_json
 from fogzo_lab.training.loop import train, training_step
 from fogzo_lab.training.model_config import MlpConfig
 from fogzo_lab.training.parallel import Ranks
@@ -112,6 +113,17 @@ def test_resuming_a_finished_run_without_checkpoints_under_another_config_is_ref
     assert snapshot(config.output_dir) == before
 
 
+def test_a_run_that_was_moved_is_called_by_where_it_is(config, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.json").write_text(to_json(config))
+    with (
+        pytest.raises(ValueError, match=rf"the run in {moved} has another config: seed"),
+        RunFolder(replace(config, output_dir=moved, resume=True, seed=3)),
+    ):
+        pass
+
+
 def test_a_run_goes_on_with_other_processes_that_load_its_data(config):
     train(config)
     more = replace(config, resume=True, data=replace(config.data, workers=3))
@@ -130,13 +142,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config):
     assert not [name for name in files(config.output_dir) if "partial" in name]
 
 
-def test_a_folder_of_a_comparison_is_not_taken_for_an_empty_one(config):
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_the_folder_of_a_comparison_is_left_alone(config, options):
     config.output_dir.mkdir()
     (config.output_dir / "config.json").write_text('{"base": {}, "rows": []}')
-    with pytest.raises(ValueError, match="holds a run already"):
-        train(config)
-    with pytest.raises(ValueError, match=r"config.json cannot be used \(.*has no field"):
-        train(replace(config, resume=True))
+    before = snapshot(config.output_dir)
+    with pytest.raises(ValueError, match=r"is the folder of a comparison.*--output-dir .*-run$"):
+        train(replace(config, **options))
+    after = snapshot(config.output_dir)
+    assert {name: content for name, content in after.items() if name != ".lock"} == before
+    with pytest.raises(ValueError, match=r"not of one run: give one of those in .*runs, or"):
+        read_config(config.output_dir)
 
 
 def test_overwriting_deletes_checkpoints_behind_a_link_too(config, tmp_path):

@@ -82,6 +82,11 @@ class RunFolder(ExitStack):
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             found = [name for name in (*_FILES, "checkpoints") if (self.path / name).exists()]
+            if _holds_comparison(self.path):
+                raise ValueError(
+                    f"{self.path} is the folder of a comparison, whose config.json and report a "
+                    f"run would replace: --output-dir {self.path}-run"
+                )
             if found and self._config.resume:
                 _check_same(self._config, read_config(self.path))
             elif found and not self._config.overwrite:
@@ -235,6 +240,11 @@ def read_config(folder: Path) -> TrainConfig:
             f"{folder} is not a run folder, as it has no config.json: restore it, or give the "
             "--output-dir of a run of fogzo train"
         )
+    if _holds_comparison(folder):
+        raise ValueError(
+            f"{folder} is the folder of a comparison, not of one run: give one of those in "
+            f"{folder / 'runs'}, or the --output-dir of a run of fogzo train"
+        )
     way_out = "restore it, or train again"
     values = read_json(path, dict[str, Any], way_out)
     for name in ("quantizer", "activations"):
@@ -256,6 +266,13 @@ def read_config(folder: Path) -> TrainConfig:
             ", ".join(missing),
         )
     return config
+
+
+def _holds_comparison(folder: Path) -> bool:
+    """Whether the config.json in a folder is one of `fogzo compare`, as far as it can be read."""
+    with suppress(ValueError):
+        return {"base", "rows"} <= read_json(folder / "config.json", dict[str, Any], "").keys()
+    return False
 
 
 def read_quantized_config(folder: Path, purpose: str) -> TrainConfig:
@@ -426,7 +443,7 @@ def _check_same(config: TrainConfig, stored: TrainConfig) -> None:
     ]
     if differing:
         raise ValueError(
-            f"the run in {stored.output_dir} has another config: {', '.join(differing)}. Give the "
+            f"the run in {config.output_dir} has another config: {', '.join(differing)}. Give the "
             "same options to resume it, or choose another --output-dir"
         )
 

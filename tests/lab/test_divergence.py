@@ -16,6 +16,7 @@ from fogzo_lab.training.model_config import QuantizerConfig
 from fogzo_lab.training.parallel import Ranks
 from fogzo_lab.training.run_folder import read_metrics, read_result
 from fogzo_lab.training.state import Training
+from fogzo_lab.training.tasks import ImageTask
 
 FLOAT = QuantizerConfig(preset="none")
 
@@ -51,6 +52,12 @@ def test_a_loss_that_is_not_finite_is_told_in_the_result(config):
     with pytest.raises(DivergedError, match=r"nan|inf|loss"):
         train(sgd)
     assert json.loads((config.output_dir / "result.json").read_text())["diverged"] is True
+
+
+def test_a_first_loss_that_is_infinite_is_told_at_once(config, monkeypatch):
+    monkeypatch.setattr(ImageTask, "loss", lambda *_: torch.tensor(math.inf, requires_grad=True))
+    with pytest.raises(DivergedError, match="loss is inf at step 1:"):
+        train(replace(config, estimator="ste"))
 
 
 def test_an_evaluation_that_is_not_finite_is_told(config, monkeypatch):

@@ -189,7 +189,8 @@ class Training:
         """
         if self.first_loss is None:
             self.first_loss = loss
-        sensible = loss <= 1000 * max(self.first_loss, 1.0)  # false for what is not a number
+        # The first loss may itself be infinite.
+        sensible = math.isfinite(loss) and loss <= 1000 * max(self.first_loss, 1.0)
         self.diverged_steps = 0 if sensible else self.diverged_steps + 1
 
     def inspect(self, batch: Batch) -> None:

@@ -167,6 +167,17 @@ def test_the_tokenizer_of_a_run_goes_into_its_file(tmp_path, capsys):
     assert without < with_words - 1000
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(run, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text('{"version": "1.0", "model": {')
+    for name in (damaged, tmp_path / "gone"):
+        code, out, err = command(capsys, "export", run, "--tokenizer", name)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"could not load the tokenizer '{name}' (" in err
+        assert err.endswith(", or --tokenizer none\n")
+
+
 def test_a_float_run_is_refused(tmp_path, capsys):
     main(
         [

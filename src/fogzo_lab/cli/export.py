@@ -128,14 +128,25 @@ def report_table(report: ExportReport) -> Table:
 
 
 def _tokenizer(name: str, settings: TrainConfig) -> Any:
-    """As transformers has it; None of a network of images or bytes."""
+    """As transformers has it; None of a network of images or bytes.
+
+    Raises:
+        ValueError: If there is no such tokenizer.
+    """
     if name == "auto":
         name = settings.data.tokenizer if settings.data.kind == "text" else "none"
     if name in ("none", "bytes"):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever the hub, the disk or a parser has to say
+        raise ValueError(
+            f"could not load the tokenizer {name!r} ({str(error).strip().partition(chr(10))[0]}): "
+            "give a hub id or a folder with tokenizer.json, as in --tokenizer gpt2, or "
+            "--tokenizer none"
+        ) from error
 
 
 def _example(task: Task) -> Tensor:

@@ -566,6 +566,22 @@ def test_there_is_a_table_per_section_of_few_columns(results):
     assert [t.heading[-1] for t in shown].count("skipped") == 1
 
 
+def test_a_column_is_shown_where_something_is_in_it():
+    case = {"name": "net", "skipped": None, "seconds": {}, "ratios": {}}
+    facts = {"quantized_weights": 10, "ste_peak_bytes": 40, "default_copies": 1.0}
+    for more in ({}, {"redrawn_copies": 1.1}):  # which earlier versions measured
+        section = {"cases": [case | {"facts": facts | more}]}
+        (table,) = tables({"sections": {"memory": section}})
+        assert ("noise drawn twice" in table.heading) == bool(more)
+
+
+def test_a_section_without_a_case_has_no_table(tmp_path, capsys, monkeypatch):
+    nothing = {"sections": {"compiled": {"seconds": 0.0, "cases": []}}}
+    monkeypatch.setattr("fogzo_lab.cli.bench.run_suite", lambda *_: nothing)
+    main(["bench", "--device", "cpu", "--output-dir", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("results: ")
+
+
 def test_layers_stand_beside_their_peers_in_a_row_per_layer(results):
     table = peers_table(results)
     assert len(table.rows) == len(layers.SHAPES["tiny"])

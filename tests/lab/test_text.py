@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_pydoc_by_default():
     text = load_text(TextConfig())
     assert isinstance(text.train, TextSplit) and text.train.tokens.dtype == torch.uint8
-    assert text.vocab_size == 256 and text.bytes_per_token == 1
+    assert text.vocab_size == 256 and text.test.bytes_per_token == 1
     assert len(text.validation) <= 512 and len(text.test) <= 512
     assert 300_000 < len(text.train.tokens) < 600_000
     assert 2.5 < unigram_loss(text) < math.log(256)
@@ -143,18 +143,32 @@ def test_a_tokenizer_of_transformers(tmp_path):
     parts = (text.train, text.validation, text.test)
     assert [part.tokens[0] == end for part in parts] == [False] * 3
     assert sum((part.tokens == end).sum() for part in parts) == len(documents) - 1
-    assert 1 < text.bytes_per_token < 10
     assert unigram_loss(text) < math.log(300)
 
-    # As many bytes as the test split really holds: separators stand for none.
-    said = tokenizer_of(name).decode(text.test.tokens.tolist(), skip_special_tokens=True)
-    expected = len(said.encode()) / len(text.test.tokens)
-    assert text.bytes_per_token == pytest.approx(expected, rel=0.01)
+    # As many bytes as each split really holds: separators stand for none.
+    for part in parts:
+        said = tokenizer_of(name).decode(part.tokens.tolist(), skip_special_tokens=True)
+        expected = len(said.encode()) / len(part.tokens)
+        assert 1 < part.bytes_per_token < 10
+        assert part.bytes_per_token == pytest.approx(expected, rel=0.01)
+
+
+def test_bits_per_byte_are_those_of_the_split_itself(tmp_path):
+    name = save_tokenizer(tmp_path / "bpe", eos_token="<|end|>")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.txt").write_text(PROSE, "utf-8")
+    (folder / "test.txt").write_text("QXZ" * 400, "utf-8")  # which the tokenizer has not seen
+    task = TextTask(config(folder, tokenizer=name), None)
+    bits = {split: task.describe(split, math.log(2), 0.5)["bits_per_byte"] for split in task.splits}
+    assert bits["test"] == pytest.approx(1, rel=0.01)  # a token each
+    assert bits["train"] == pytest.approx(bits["validation"], rel=0.1)
+    assert bits["train"] < 0.6
 
 
 def test_the_vocabulary_is_the_tokenizers_or_larger():
     split = TextSplit(torch.arange(9), 4)
-    text = Text(split, split, split, vocab_size=256, bytes_per_token=1.0)
+    text = Text(split, split, split, vocab_size=256)
     assert check_vocabulary(None, text) == 256
     assert check_vocabulary(256, text) == 256
     assert check_vocabulary(32000, text) == 32000
@@ -165,7 +179,7 @@ def test_the_vocabulary_is_the_tokenizers_or_larger():
 def test_unigram_loss_by_hand():
     split = TextSplit(torch.tensor([0, 0, 1]), 1)
     test = TextSplit(torch.tensor([2, 0, 1]), 1)
-    text = Text(split, test, test, vocab_size=3, bytes_per_token=1.0)
+    text = Text(split, test, test, vocab_size=3)
     assert unigram_loss(text) == pytest.approx(-(math.log(3 / 6) + math.log(2 / 6)) / 2)
 
 

@@ -122,7 +122,7 @@ def test_a_stream_holds_out_its_first_documents(streamed):
     assert said[1].startswith("train 0.")
     assert said[1] != said[0]
     assert {text.split(" ")[1] for text in streamed.train.held_out} >= {"0.0", "0.1", "0.2"}
-    assert streamed.bytes_per_token == 1 and streamed.vocab_size == 256
+    assert streamed.test.bytes_per_token == 1 and streamed.vocab_size == 256
     assert unigram_loss(streamed) < math.log(256)
 
 

@@ -42,9 +42,6 @@ class Text:
     test: TextSplit
     vocab_size: int
     """Number of tokens of the tokenizer."""
-    bytes_per_token: float
-    """Mean UTF-8 bytes per token of the test split. A loss in nats per token, divided by log(2)
-    times this, is in bits per byte, which is comparable across tokenizers."""
 
 
 def load_text(config: TextConfig) -> Text:
@@ -79,13 +76,11 @@ def _load(config: TextConfig, stamp: object) -> Text:
         train, test = _cut(train, 0.9)
     if validation is None:
         train, validation = _cut(train, 1 - config.validation_fraction)
-    tested, bytes_per_token = _split("test", test, config, tokenizer)
     return Text(
-        train=_split("train", train, config, tokenizer)[0],
-        validation=_split("validation", validation, config, tokenizer)[0],
-        test=tested,
+        test=_split("test", test, config, tokenizer),
+        train=_split("train", train, config, tokenizer),
+        validation=_split("validation", validation, config, tokenizer),
         vocab_size=tokenizer.vocab_size,
-        bytes_per_token=bytes_per_token,
     )
 
 
@@ -138,14 +133,13 @@ def _streamed(config: TextConfig, tokenizer: Tokenizer) -> Text:
 
     own = [name for name in ("test", "validation") if name in tables.splits]
     tested, validated = (*own, None, None)[:2]
-    test, bytes_per_token = _split("test", documents(tested), config, tokenizer)
-    validation, _ = _split("validation", documents(validated), config, tokenizer)
+    test = _split("test", documents(tested), config, tokenizer)
+    validation = _split("validation", documents(validated), config, tokenizer)
     return Text(
         train=StreamedText(tables, tokenizer, config.context, frozenset(held_out)),
         validation=validation,
         test=test,
         vocab_size=tokenizer.vocab_size,
-        bytes_per_token=bytes_per_token,
     )
 
 
@@ -157,8 +151,8 @@ def _noting(documents: Iterator[str], noted: list[str]) -> Iterator[str]:
 
 def _split(
     name: str, documents: Iterable[str], config: TextConfig, tokenizer: Tokenizer
-) -> tuple[TextSplit, float]:
-    """Blocks of documents, limited in number unless for training, and the bytes per token."""
+) -> TextSplit:
+    """Blocks of documents, limited in number unless for training."""
     # A separator stands between documents here, not before the first.
     begin = len(tokenizer.separator)
     limit = None if name == "train" else begin + config.max_eval_blocks * config.context + 1
@@ -170,7 +164,7 @@ def _split(
             f"the {name} split has {len(tokens)} tokens, but one block takes "
             f"{config.context + 1}: use more text, or {shorter}"
         )
-    return TextSplit(tokens, config.context), bytes_per_token
+    return TextSplit(tokens, config.context, bytes_per_token)
 
 
 def _cut(documents: list[str], share: float) -> tuple[list[str], list[str]]:

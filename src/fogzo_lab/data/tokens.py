@@ -133,6 +133,9 @@ class TextSplit:
 
     tokens: Tensor
     context: int
+    bytes_per_token: float = 1.0
+    """Mean UTF-8 bytes per token. A loss in nats per token, divided by log(2) times this, is in
+    bits per byte, which is comparable across tokenizers."""
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.context

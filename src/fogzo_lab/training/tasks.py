@@ -12,7 +12,7 @@ from fogzo_lab.data.augment import Augmentation
 from fogzo_lab.data.batches import ShuffledBatches, Split, StreamedBatches, load
 from fogzo_lab.data.config import ImagesConfig, TextConfig
 from fogzo_lab.data.images import load_images
-from fogzo_lab.data.text import StreamedText, check_vocabulary, load_text
+from fogzo_lab.data.text import StreamedText, TextSplit, check_vocabulary, load_text
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import Shapes, logits
 from fogzo_lab.training.parallel import Ranks
@@ -69,7 +69,7 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss, in nats, a mean over the batch."""
 
-    def describe(self, loss: float, accuracy: float) -> Metrics:
+    def describe(self, split: str, loss: float, accuracy: float) -> Metrics:
         """The numbers of an evaluation: loss in nats and accuracy as a fraction, at least."""
         return {"loss": loss, "accuracy": accuracy}
 
@@ -94,7 +94,7 @@ class Task(ABC):
         finally:
             model.train(was_training)
         loss, correct, targets = ranks.sum(total).tolist()
-        return self.describe(loss / targets, correct / targets)
+        return self.describe(split, loss / targets, correct / targets)
 
 
 class ImageTask(Task):
@@ -162,9 +162,11 @@ class TextTask(Task):
         inputs, targets = batch
         return cross_entropy(logits(model, inputs).flatten(0, 1).float(), targets.flatten())
 
-    def describe(self, loss: float, accuracy: float) -> Metrics:
+    def describe(self, split: str, loss: float, accuracy: float) -> Metrics:
         """With the perplexity and the bits per byte, which do not depend on the tokenizer."""
-        bits = loss / math.log(2) / self._text.bytes_per_token
+        blocks = self.splits[split]
+        assert isinstance(blocks, TextSplit)
+        bits = loss / math.log(2) / blocks.bytes_per_token
         perplexity = math.exp(min(loss, 700.0))
         return {
             "loss": loss,

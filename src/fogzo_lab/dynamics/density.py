@@ -32,7 +32,7 @@ from fogzo_lab.dynamics.probes import (
     gradient_variance,
     measure,
 )
-from fogzo_lab.dynamics.setting import Array, Regression, check_times
+from fogzo_lab.dynamics.setting import Array, Regression, check_times, check_weights
 
 SPAN = 6.0
 """How far the grid reaches; of standard normals 2e-9 lie beyond."""
@@ -67,8 +67,8 @@ def regression_dynamics(
         nodes: Of the Gauss-Hermite rule over normal teachers.
 
     Raises:
-        ValueError: If times are no ascending numbers from 0, weights spread beyond the grid, or,
-            with FOGZO, the grid is too coarse for the density at a threshold.
+        ValueError: If times are no ascending numbers from 0, there are no weights, they spread
+            beyond the grid, or, with FOGZO, the grid is too coarse for the density at a threshold.
     """
     checked = check_times(times)
     end = checked[-1]
@@ -83,6 +83,8 @@ def regression_dynamics(
             "what FOGZO's probe measures depends on the number of weights: "
             "regression_dynamics(setting, times, weights=1000)"
         )
+    if weights is not None:
+        check_weights(weights)
     chain = _Chain(setting, weights, cells, nodes)
     points = [chain.look(0.0)]
     knots = _knots(setting, time_steps, end)

@@ -16,7 +16,7 @@ import fogzo
 from fogzo.estimators.schedules import LinearNoiseShare
 from fogzo.methods import project_
 from fogzo_lab.dynamics.curve import Curve, Density
-from fogzo_lab.dynamics.setting import Regression, check_times
+from fogzo_lab.dynamics.setting import Regression, check_times, check_weights
 
 
 class Refiner(Protocol):
@@ -52,8 +52,12 @@ def simulate(
 
     Returns:
         The curve, and as its agreement the mean since the time before of what was measured.
+
+    Raises:
+        ValueError: If times are no ascending numbers from 0, or there are no weights.
     """
     checked = check_times(times)
+    check_weights(weights)
     stops = [round(time * weights) for time in checked]
     source = iter(data if data is not None else batches(setting, weights, stops[-1], seed))
     start, teacher = next(source)

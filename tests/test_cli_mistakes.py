@@ -95,6 +95,10 @@ def images(tmp_path):
         (("train", "pydoc-llama", "--data.context", "1000000"), "--data.context"),
         (("compare", "digits-mlp", "--estimator", "ste"), "--rows ste fogzo"),
         (("compare", "digits-mlp", "--overwrite"), "leave --overwrite out"),
+        (
+            ("compare", "digits-mlp", "--rows", "ste", "--quantizer.preset", "none"),
+            "fogzo: ste would train in float",
+        ),
         (("compare", "digits-mlp", "--trackers", "wandb"), "leave --trackers out"),
         (("compare", "digits-mlp", "--checkpoint-every", "9"), "leave --checkpoint-every out"),
         (("eval", "./nowhere"), "not a run folder"),

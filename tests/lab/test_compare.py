@@ -10,6 +10,7 @@ import torch
 from in_this_process import compare_in_this_process
 from shrunk import shrunk
 
+from fogzo_lab.cli.main import main
 from fogzo_lab.comparison import compare as module
 from fogzo_lab.comparison import run_cache, summary, timing
 from fogzo_lab.comparison import tables as words
@@ -701,8 +702,10 @@ def test_a_comparison_that_cannot_work_is_refused(changes, message):
         CompareConfig(**{"base": RECIPES["digits-mlp"](), **changes})
 
 
-def test_recipes_in_float_can_be_tuned_alone():
-    assert CompareConfig(base=IN_FLOAT, rows=("float",)).base.quantizer.preset == "none"
+def test_recipes_in_float_can_be_tuned_alone(tmp_path, capsys):
+    options = ("--quantizer.preset", "none", "--rows", "float", "--max-steps", "2", "--plan")
+    main(["compare", "digits-mlp", *options, "--output-dir", str(tmp_path)])
+    assert "25 runs" in capsys.readouterr().out
 
 
 def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from fogzo_lab.cli.parsing import parse
 from fogzo_lab.comparison import report
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
 from fogzo_lab.comparison.rows import ROWS
+from fogzo_lab.options import deferred_checks
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.training.config import TrainConfig
@@ -159,7 +160,9 @@ def _parse(
     command: str, arguments: Sequence[str], defaults: Mapping[str, Callable[[], ConfigT]]
 ) -> ConfigT:
     name, *rest = arguments
-    default = _for_presets(defaults[_known("recipe", name, RECIPES)](), rest)
+    default = defaults[_known("recipe", name, RECIPES)]()
+    with deferred_checks():  # a preset may go with other options only, such as --rows float
+        default = _for_presets(default, rest)
     return parse(type(default), rest, f"fogzo {command} {name}", RECIPES[name].__doc__, default)
 
 

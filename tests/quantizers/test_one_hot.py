@@ -100,6 +100,28 @@ def test_levels_come_as_often_as_from_stochastic_rounding(grid, name):
         assert (shares[0] - shares[1]).abs().max() < 5 * 0.5 * (2 / 20_000) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_uniform_number_of_zero_draws_no_masked_category(dtype, monkeypatch):
+    def with_zeros(self, uniform_=torch.Tensor.uniform_):
+        uniform_(self)[..., -1] = 0  # as one of 2^24 numbers of float32 is
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", with_zeros)
+    logits = torch.tensor([0.0, 0.0, -30.0 if dtype != torch.float64 else -50.0], dtype=dtype)
+    assert not one_hot_sample(logits.expand(100, 3))[:, 2].any()
+    likely = logits.flip(0).expand(100, 3)
+    assert one_hot_sample(likely)[:, 2].any()
+    assert conditional_gumbels(likely, torch.eye(3, dtype=dtype)[2].expand(100, 3)).max() < 50
+
+
+@pytest.mark.parametrize("law", [Logistic(2.0), Normal(0.5)], ids=str)
+def test_unlikely_levels_are_as_unlikely_on_either_side(law):
+    x, grid = torch.linspace(0.1, 5.0, 50), uniform(2)
+    logits, mirrored = level_logits(x, grid, law), level_logits(-x, grid, law).flip(-1)
+    torch.testing.assert_close(logits, mirrored, rtol=1e-4, atol=1e-5)
+    assert level_logits(torch.tensor(5.0), grid, Logistic(2.0))[0].item() == pytest.approx(-24.0)
+
+
 # Means and variances of gradients
 
 

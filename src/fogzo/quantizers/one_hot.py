@@ -137,9 +137,16 @@ def level_logits(x: Tensor, grid: Grid, law: Logistic | Normal) -> Tensor:
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     thresholds = torch.tensor(grid.thresholds, dtype=wide.dtype, device=x.device)
-    above = law.cdf(wide.unsqueeze(-1) - thresholds)  # P(x + z > threshold)
+    distance = wide.unsqueeze(-1) - thresholds
+    above, below = law.cdf(distance), law.cdf(-distance)  # P(x + z > threshold), and the rest
     one, zero = torch.ones_like(above[..., :1]), torch.zeros_like(above[..., :1])
-    shares = torch.cat([one, above], -1) - torch.cat([above, zero], -1)
+    beyond = torch.cat([above, zero], -1)  # the level
+    # Differences of numbers next to 1 have lost a small share: levels below x take the other ends.
+    shares = torch.where(
+        beyond > 0.5,
+        torch.cat([below, one], -1) - torch.cat([zero, below], -1),
+        torch.cat([one, above], -1) - beyond,
+    )
     return shares.clamp(min=torch.finfo(wide.dtype).tiny).log()
 
 
@@ -237,7 +244,9 @@ def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def _exponential(like: Tensor) -> Tensor:
     """Independent values of Exp(1), never 0, from operations that vmap and the compiler know."""
     uniform = torch.empty_like(like, requires_grad=False).uniform_()
-    return -torch.log1p(-uniform).clamp(max=-torch.finfo(like.dtype).tiny)
+    # A uniform number of 0 stands for those below half of their spacing. Taken for the smallest
+    # number there is, it would win every draw, also of a category that is masked by its logit.
+    return -torch.log1p(-uniform).clamp(max=-torch.finfo(like.dtype).eps / 4)
 
 
 def _check_logits(logits: object) -> None:

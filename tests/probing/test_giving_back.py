@@ -596,6 +596,19 @@ def test_a_buffer_that_nothing_can_write_to_is_no_obstacle(evaluate):
     before.assert_same(REWRITTEN)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_sparse_buffer_is_no_obstacle(layout):
+    model = quantized_net(dropout=0.0)
+    model.before.register_buffer("graph", torch.eye(3).to_sparse(layout=layout))
+    estimator, loss_of, loss = started(model)
+    values = [buffer.to_dense() for buffer in model.buffers()]
+    with pytest.raises(ValueError, match="but expected_loss is"):
+        estimator.refine_grads_(loss_of, expected_loss=2 * loss)
+    assert estimator.refine_grads_(loss_of, expected_loss=loss).probe_losses
+    assert all(map(torch.equal, values, (buffer.to_dense() for buffer in model.buffers())))
+
+
 # Mixed precision
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from toolbox import (
     Snapshot,
     backward,
     batch,
+    draw,
     everything,
+    fill,
     in_chunks_of,
     quantized_net,
     streams_put_back,
@@ -122,6 +125,32 @@ def test_all_that_draws_random_numbers_meets_the_draws_of_the_loop(monkeypatch):
         seen.append(set(draws))
     assert len(seen[0]) == 1
     assert seen[0] == seen[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("draws", [{"noise": 0.05}, {"stochastic": True}], ids=str)
+def test_a_quantizer_draws_alike_for_weights_in_any_memory_format(draws):
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = fill(nn.Conv2d(8, 6, 2)).to(memory_format=torch.channels_last)
+            self.second = nn.Linear(6, 4, bias=False)
+            self.second.weight = nn.Parameter(draw(6, 4).t())  # transposed in memory
+
+        def forward(self, x):
+            return self.second(self.first(x[:, :, None, None].expand(-1, -1, 2, 2)).flatten(1))
+
+    quantizer = replace(fogzo.lsq(2, surrogate="erf", granularity="channel"), **draws)
+    losses, x = [], draw(16, 8)
+    for evaluate in ("in_place", "stacked"):
+        model = fogzo.quantize_(Strided(), quantizer, everything)
+        estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), evaluate=evaluate)
+        with streams_put_back(seed=3), estimator.record_rng():
+            loss = backward(lambda model=model: model(x).square().mean())
+        stats = estimator.refine_grads_(
+            lambda model=model: model(x).square().mean(), expected_loss=loss
+        )
+        losses.append(stats.probe_losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

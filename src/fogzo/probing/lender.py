@@ -240,19 +240,32 @@ class _BufferCopies:
         """Put back those that count a change since the last time, or every one."""
         for index, (module, name, buffer, saved) in enumerate(self._kept):
             if every or buffer.is_inference() or buffer._version != self._versions[index]:
-                strides = zip(buffer.shape, buffer.stride(), strict=True)
-                if not any(size > 1 and stride == 0 for size, stride in strides):
-                    buffer.copy_(saved)  # into one that is expanded nothing can write
+                if not _is_expanded(buffer):  # into such a one nothing can write
+                    buffer.copy_(saved)
                 self._versions[index] = 0 if buffer.is_inference() else buffer._version
             module._buffers[name] = buffer  # the closure may have assigned another tensor
 
     def moved(self) -> list[nn.Module]:
         """The modules of those that differ from what they were."""
-        return [
-            module
-            for module, name, _, saved in self._kept
-            if (now := module._buffers.get(name)) is None or not torch.equal(now, saved)
-        ]
+        return [kept[0] for index, kept in enumerate(self._kept) if self._has_moved(index)]
+
+    def _has_moved(self, index: int) -> bool:
+        module, name, buffer, saved = self._kept[index]
+        now = module._buffers.get(name)
+        if now is None:
+            return True
+        if now.layout is saved.layout is torch.strided:
+            return not torch.equal(now, saved)
+        # Sparse ones cannot be compared, but count their changes.
+        return now is not buffer or now._version != self._versions[index]
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether several of its entries are one number in memory."""
+    if buffer.layout is not torch.strided:  # compressed sparse ones have no strides
+        return False
+    strides = zip(buffer.shape, buffer.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in strides)
 
 
 @contextmanager

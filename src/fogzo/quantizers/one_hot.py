@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fogzo.quantizers.checks import is_int, require_positive, require_type
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.reading import can_be_read, needs_grad
-from fogzo.quantizers.smoothing import Logistic, Normal
+from fogzo.quantizers.smoothing import Logistic, Normal, to_be_drawn
 
 Backward = Literal["gumbel_rao", "reinmax", "st"]
 
@@ -243,7 +243,7 @@ def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _exponential(like: Tensor) -> Tensor:
     """Independent values of Exp(1), never 0, from operations that vmap and the compiler know."""
-    uniform = torch.empty_like(like, requires_grad=False).uniform_()
+    uniform = to_be_drawn(like).uniform_()
     # A uniform number of 0 stands for those below half of their spacing. Taken for the smallest
     # number there is, it would win every draw, also of a category that is masked by its logit.
     return -torch.log1p(-uniform).clamp(max=-torch.finfo(like.dtype).eps / 4)

@@ -22,6 +22,7 @@ from fogzo.quantizers.granularity import (
 from fogzo.quantizers.grids import Grid, for_inputs, unsigned
 from fogzo.quantizers.rotations import Hadamard
 from fogzo.quantizers.scales import Scale
+from fogzo.quantizers.smoothing import to_be_drawn
 from fogzo.quantizers.step_sizes import effective_step_size, smallest_step_size
 from fogzo.quantizers.surrogates import Surrogate, resolve_surrogate
 
@@ -334,19 +335,18 @@ class Quantizer:
 
     def _noisy(self, weight: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight, and a learned step size whose largest level is moved as far."""
-        moved = weight + self.noise * torch.empty_like(weight, requires_grad=False).normal_()
+        moved = weight + self.noise * to_be_drawn(weight).normal_()
         if step is None or self.scale.kind != "learned":
             return moved, step
         largest = max(-self.grid.low, self.grid.high)
-        noise = self.noise / largest * torch.empty_like(step, requires_grad=False).normal_()
+        noise = self.noise / largest * to_be_drawn(step).normal_()
         return moved, step + noise.clamp(min=-0.5 * step.detach())  # which stays positive
 
     def _dither(self, groups: Tensor, surrogate: Surrogate) -> Tensor:
         law = surrogate.noise(self.grid)
         # In half precision the noise itself would be too coarse for its mean to be right.
         wide = torch.promote_types(groups.dtype, torch.float32)
-        noise = torch.empty_like(groups, dtype=wide, requires_grad=False)
-        return law.sample_(noise).mul_(law.radius)
+        return law.sample_(to_be_drawn(groups, wide)).mul_(law.radius)
 
     def _features_last(self, x: Tensor, feature_dim: int) -> Tensor:
         # Where all values share one step size, any order will do and none is copied.

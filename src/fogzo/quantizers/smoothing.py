@@ -294,6 +294,17 @@ def with_radius(law: SmoothingLaw, radius: float) -> SmoothingLaw:
     return Scaled(law, radius / law.radius)
 
 
+def to_be_drawn(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of that shape to be filled with random numbers, in the order of its indices.
+
+    In the other's memory format it would be filled in the order of memory, and `torch.vmap`, which
+    stacked probes run in, would draw other numbers for the same entries.
+    """
+    return torch.empty_like(
+        like, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format
+    )
+
+
 def _fill_uniform_(out: Tensor, edge: float, generator: Generator | None) -> Tensor:
     """Fill with independent values of U(-edge, edge)."""
     if generator is None or out.device.type != "cpu" or not out.is_contiguous():

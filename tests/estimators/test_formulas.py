@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fogzo
-from fogzo.estimators.agreement import agreement_error
+from fogzo.estimators.agreement import agreement_error, unevenness
 from fogzo.estimators.reference import fogzo_gradient
 from fogzo.layers.weights import as_quantized_weights
 from fogzo.probing.directions import Directions
@@ -435,6 +435,26 @@ def test_probes_that_cross_the_same_thresholds_average_nothing_out(n, share, one
         errors.append(stats.agreement_error)
     scatter = torch.tensor(agreements).std().item()
     assert 0.8 * scatter < sum(errors) / trials < 1.35 * scatter
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 96), (8192, 8), (4, 3, 2, 4096)], ids=str)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_sample_of_a_large_weight_meets_what_has_a_gradient(shape, per_channel, monkeypatch):
+    # Every other expert, token or channel has none, the first among them.
+    param = nn.Parameter(randn(*shape).float().round())  # on levels
+    param.grad = randn(*shape, seed=1).float()
+    param.grad[::2] = 0.0
+    step = torch.ones(shape[0], *[1] * (len(shape) - 1)) if per_channel else torch.ones(())
+    weight = fogzo.QuantizedWeight("w", param, lambda: step, grid=uniform(3))
+    directions = Directions(as_quantized_weights([weight]), 0)
+
+    def measured():
+        return agreement_error(directions, 0.0, 0.0, 1, one_sided=False), unevenness(directions)
+
+    found = measured()
+    monkeypatch.setattr("fogzo.estimators.agreement._SAMPLE", param.numel())
+    assert found == pytest.approx(measured(), rel=0.1)
+    assert found[1] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

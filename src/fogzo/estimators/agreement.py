@@ -80,7 +80,7 @@ def unevenness(directions: Directions) -> float:
     A gradient predicts a slope as if they were spread evenly. Weights that crowd on levels (a
     dequantized checkpoint) hardly round differently however right it is; those that cross
     thresholds together or oscillate about them do so more often. It is weighted by the gradient's
-    squares and estimated from a sample of rows.
+    squares and estimated from a sample.
     """
     parts = [p for p in directions.parts if p.weight.grid is not None and p.grad is not None]
     numbers = [number for part in parts for number in _near_thresholds(part)]
@@ -112,17 +112,13 @@ def shrink(agreement: float, error: float) -> float:
 
 
 def _sum_of_cubes(part: Part, norm: float) -> Tensor | float:
-    """The sum of ``|eps * grad / norm|^3``, from a sample of a large tensor's rows."""
-    grad, eps = part.grad, part.eps
-    if grad is None or not grad.numel() or part.weight.rotate is not None:
+    """The sum of ``|eps * grad / norm|^3``, from a sample of a large tensor."""
+    if part.grad is None or not part.grad.numel() or part.weight.rotate is not None:
         return 0.0
-    stride = math.ceil(grad.numel() / _SAMPLE)
-    rows = grad[::stride] if stride > 1 else grad
-    if eps.numel() > 1:
-        eps = eps.expand(grad.shape)[::stride] if stride > 1 else eps
+    grad, eps = _sampled(part, part.grad), _sampled(part, part.eps)
     # In the units of the norm, as cubes of small gradients are too small for float32.
-    cubes = (rows.to(part.dtype) * eps).div_(norm).abs_().pow_(3).sum()
-    return cubes * (grad.numel() / rows.numel())
+    cubes = (grad.to(part.dtype) * eps).div_(norm).abs_().pow_(3).sum()
+    return cubes * (part.grad.numel() / grad.numel())
 
 
 def _near_thresholds(part: Part) -> list[Tensor]:
@@ -130,16 +126,31 @@ def _near_thresholds(part: Part) -> list[Tensor]:
 
     One number for each distance of `_NEAR`.
     """
-    weight, grad, grid = part.weight, part.grad, part.weight.grid
-    assert grad is not None and grid is not None
-    # Rows of a rotated weight are rotated one by one, if they are its outputs.
-    stride = 1 if weight.rotate is not None else max(1, grad.numel() // _SAMPLE)
-    param, eps = part.param, part.eps
-    if stride > 1:
-        param, grad, eps = param[::stride], grad[::stride], eps.expand(param.shape)[::stride]
+    weight, grid = part.weight, part.weight.grid
+    assert part.grad is not None and grid is not None
+    param, grad, eps = (_sampled(part, tensor) for tensor in (part.param, part.grad, part.eps))
     param, grad = part.rotated(param), part.rotated(grad)
     cells = param / eps * (weight.surrogate.radius / grid.spacing)
     cells = cells - grid.thresholds[0] / grid.spacing
     distance = (cells - cells.round().clamp(0, len(grid.thresholds) - 1)).abs()
     squares = (grad * eps).square()
     return [(squares * (distance <= d)).sum(dtype=torch.float64) for d in (0.5, *_NEAR)]
+
+
+def _sampled(part: Part, tensor: Tensor) -> Tensor:
+    """Of a tensor that broadcasts to a large weight some entries, flat, always the same ones.
+
+    Entries and not rows, of which a few may all be without gradient: tokens that a batch lacks,
+    experts that it does not use, dead channels.
+    """
+    count = part.param.numel()
+    # Rows of a rotated weight are rotated one by one, if they are its outputs.
+    if count <= _SAMPLE or part.weight.rotate is not None:
+        return tensor
+    if tensor.numel() == 1:
+        return tensor.reshape(())
+    stride = math.ceil(count / _SAMPLE) | 1  # an even one might stay in a few columns
+    tensor = tensor.expand(part.param.shape)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[::stride]
+    return tensor.take(torch.arange(0, count, stride, device=tensor.device))

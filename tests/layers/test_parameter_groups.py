@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fogzo
 from fogzo.layers.parameter_groups import parameter_groups
@@ -36,6 +37,18 @@ def test_matrices_of_experts_decay_and_their_biases_do_not():
     experts.up, experts.up_bias = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(2, 3))
     decayed, plain = parameter_groups(experts, 0.1)
     assert decayed["params"][0] is experts.up and plain["params"][0] is experts.up_bias
+
+
+def test_matrices_from_which_parametrizations_compute_weights_decay():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Conv1d(3, 2, 1), nn.LayerNorm(2))
+    for module in (model[0], model[2]):
+        parametrizations.spectral_norm(module)
+    parametrizations.weight_norm(model[1])
+    decayed, plain = parameter_groups(model, 0.1)
+    own = model[0].parametrizations.weight.original, model[1].parametrizations.weight.original1
+    assert set(decayed["params"]) == set(own)
+    assert model[1].parametrizations.weight.original0 in set(plain["params"])  # lengths
+    assert set(decayed["params"]) | set(plain["params"]) == set(model.parameters())
 
 
 @pytest.mark.parametrize("given", [-0.1, "0.1", None, True])

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fogzo.collectives import reshard
 from fogzo.layers.experts import fused_parameters
@@ -51,12 +52,16 @@ def decaying(model: nn.Module) -> dict[nn.Parameter, bool]:
     """Every trained parameter once, in the model's order, and whether it should decay."""
     reshard([model])  # else FSDP may expose weights that it has gathered for a forward pass
     decays: dict[nn.Parameter, bool] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         norm = "Norm" in type(module).__name__
         experts = {matrices.parameter for matrices in fused_parameters(module)}
+        # What a weight is computed from is called original; that of weight_norm with its lengths.
+        computed = isinstance(module, ParametrizationList) and "weight" in path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
             # By name, as step sizes are of shape (groups, 1) and class tokens of (1, 1, width).
             weight = "weight" in name and not name.endswith("_step")
+            if computed:
+                weight = parameter.ndim >= 2 and parameter.numel() > len(parameter)
             if parameter.requires_grad:
                 matrix = (weight and parameter.ndim >= 2 and not norm) or name in experts
                 decays.setdefault(parameter, matrix)

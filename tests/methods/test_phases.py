@@ -1,6 +1,7 @@
 """Float first, quantized for the last share of the steps."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -84,6 +85,14 @@ def test_from_one_is_quantization_after_training_bit_for_bit(kind):
                 model(x)
     assert same(after, switched)
     assert torch.equal(after.eval()(x), switched.eval()(x))
+
+
+def test_calibrating_in_float_says_that_nothing_is_measured(caplog):
+    model = network("W2A2")
+    quantize_from(model, 0.5, total_steps=STEPS)
+    with caplog.at_level(logging.WARNING, logger="fogzo"), fogzo.calibrate_(model):
+        model(batch(0)[0])
+    assert "nothing of 0, 2, which compute in float" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

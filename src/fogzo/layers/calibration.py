@@ -58,7 +58,15 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
         layer.begin_tally()
     try:
         yield
-        if missed := [name for name, layer in measuring.items() if not layer.tallied]:
+        missed = [name for name, layer in measuring.items() if not layer.tallied]
+        if in_float := [name for name in missed if measuring[name].is_in_float]:
+            logger.warning(
+                "calibrate_ measured nothing of %s, which compute in float until the switch of "
+                "fogzo.methods.quantize_from, where inputs are measured anew anyway: calibrate "
+                "once switch.is_quantized",
+                ", ".join(in_float),
+            )
+        elif missed:
             logger.warning("calibrate_ saw no input other than zeros of %s", ", ".join(missed))
         warn_of_bypassed_layers(model)
     finally:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def _describe_surrogate(quantizer: Quantizer) -> str | dict[str, Any]:
     surrogate = resolve_surrogate(quantizer.surrogate, quantizer.grid)
     if surrogate.name in (*SURROGATE_NAMES, *DRAWN_SURROGATE_NAMES):
         named = resolve_surrogate(surrogate.name, quantizer.grid)
-        if _parts(named) == _parts(surrogate):
+        if named == surrogate:
             return surrogate.name
     if surrogate.kernel is not None:
         raise ValueError(
@@ -94,15 +93,6 @@ def _surrogate_from(values: dict[str, Any]) -> Surrogate:
         math.inf if slack == "unbounded" else slack,
         least_probability=values.get("least_probability"),
     )
-
-
-def _parts(surrogate: Surrogate) -> dict[str, object]:
-    """What tells surrogates apart; equal partial functions are different objects."""
-    parts = {f.name: getattr(surrogate, f.name) for f in dataclasses.fields(surrogate) if f.compare}
-    kernel = parts["kernel"]
-    if isinstance(kernel, partial):
-        parts["kernel"] = kernel.func, kernel.args
-    return parts
 
 
 def _describe_law(law: SmoothingLaw) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from types import NoneType
 
 import torch
@@ -324,11 +323,17 @@ def stable_qat(
     law = Crest(amplitude, spacing)
     if normalized:
         return Surrogate("stable_qat", law, law)
-    return Surrogate("stable_qat", None, law, kernel=partial(_slope_of_crest, law))
+    return Surrogate("stable_qat", None, law, kernel=_SlopeOfCrest(law))
 
 
-def _slope_of_crest(law: Crest, z: Tensor) -> Tensor:
-    return law.slope(z) / law.width
+@dataclass(frozen=True)
+class _SlopeOfCrest:
+    """No partial function, of which no two are equal, as quantizers should be."""
+
+    law: Crest
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.law.slope(z) / self.law.width
 
 
 def _from_law(name: str, law: SmoothingLaw) -> Surrogate:

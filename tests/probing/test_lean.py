@@ -61,3 +61,15 @@ def test_a_closure_that_runs_no_quantized_layer_is_refused():
     _, _, other_loss = started()
     with pytest.raises(ValueError, match="moved nothing"):
         estimator.refine_grads_(other_loss)
+
+
+def test_a_model_of_which_a_part_is_compiled_is_refused():
+    model, estimator, loss_of = started()
+    model.first = torch.compile(model.first, backend="eager")
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"'first\.weight' is in a compiled part of the model"):
+        estimator.refine_grads_(loss_of)
+    before.assert_same()
+    model.first = model.first._orig_mod
+    model.head = torch.compile(model.head, backend="eager")  # in float
+    assert estimator.refine_grads_(loss_of).probe_losses

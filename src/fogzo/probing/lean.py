@@ -5,6 +5,7 @@ copied, moved, used and put back by hooks around its own forward, so that what i
 model is one layer, and the noise is drawn once more per pair of probes.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +25,35 @@ def losses(
     closure: Closure,
     two_sided: bool,
 ) -> list[Tensor]:
-    """Losses at weights that are moved while their layers compute."""
+    """Losses at weights that are moved while their layers compute.
+
+    Raises:
+        ValueError: If a part of a model is compiled, or nothing moved.
+    """
+    _check_hooks_run(lender.models, directions)
     found: list[Tensor] = []
     for direction in plan:
         for mirrored in (False, True) if two_sided else (False,):
             with _moved_while_computing(lender.models, directions, direction, mirrored):
                 found.append(lender.evaluate(closure))
     return found
+
+
+def _check_hooks_run(models: Sequence[nn.Module], directions: Directions) -> None:
+    """Raise a `ValueError` if a weight lies in a compiled part, where it would not move."""
+    # What is compiled implies that this module is loaded.
+    compiled: Any = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    names = {id(weight.param): weight.name for weight in directions.weights}
+    # A closure may run a model eagerly that is known as compiled. If not, nothing moves at all.
+    parts = [part for model in models for part in model.modules() if part is not model]
+    for part in parts:
+        for param in part.parameters() if isinstance(part, compiled) else ():
+            if id(param) in names:
+                raise ValueError(
+                    f"{names[id(param)]!r} is in a compiled part of the model, which runs "
+                    'without the hooks that lean probes need: evaluate="in_place"'
+                    + caveat("Stacked and lean probes")
+                )
 
 
 @contextmanager

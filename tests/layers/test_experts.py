@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fogzo
 import fogzo.export
 from fogzo.layers.experts import ExpertMatrices
+from fogzo.quantizers.experts import ExpertQuantizer
 from toolbox import (
     PRESETS,
     WAYS,
@@ -59,6 +60,16 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen = torch.arange(len(x)) % (EXPERTS - 1)  # nothing goes to the last
         return self.head(self.experts(self.inner(x), chosen))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_zeros_get_the_step_size_of_a_matrix_of_zeros(transposed, granularity):
+    quantizer = fogzo.lsq(2, granularity=granularity)
+    alone, _ = quantizer.find_step_size(torch.zeros(8, 4))  # outputs, inputs
+    weight = torch.zeros(3, 4, 8) if transposed else torch.zeros(3, 8, 4)
+    steps, empty = ExpertQuantizer(quantizer, transposed).find_step_size(weight)
+    assert torch.equal(steps, alone.repeat(3, 1)) and empty == len(steps)
 
 
 def test_experts_that_a_batch_leaves_out_are_not_called_dead():

@@ -85,7 +85,8 @@ class ExpertQuantizer:
 
     def find_step_size(self, weight: Tensor, dim: int = 0) -> tuple[Tensor | None, int]:
         """As `Quantizer.find_step_size`."""
-        return self._of_rows.find_step_size(self._rows(weight))
+        fan_in = weight.shape[1 if self.transposed else 2]
+        return self._of_rows.find_step_size(self._rows(weight), 0, fan_in)
 
     def initial_step_size(self, weight: Tensor, dim: int = 0) -> Tensor | None:
         """As `Quantizer.initial_step_size`."""

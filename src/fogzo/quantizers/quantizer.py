@@ -121,11 +121,18 @@ class Quantizer:
         """Step sizes to keep for this weight, of shape (groups, 1); None for dynamic scales."""
         return self.find_step_size(weight, output_dim)[0]
 
-    def find_step_size(self, weight: Tensor, output_dim: int = 0) -> tuple[Tensor | None, int]:
+    def find_step_size(
+        self, weight: Tensor, output_dim: int = 0, fan_in: int | None = None
+    ) -> tuple[Tensor | None, int]:
         """`initial_step_size`, and of how many groups it could not be measured.
 
         Those are zero, or so small beside the others that they are as good as zero, and get a step
         size from the layer's other groups (see `Scale.measure_once`).
+
+        Args:
+            weight: Of the layer.
+            output_dim: Which dimension holds the output channels.
+            fan_in: Inputs of an output, where the weight's shape does not tell.
 
         Raises:
             ValueError: If the weight's dtype cannot hold the step size that was given.
@@ -135,7 +142,7 @@ class Quantizer:
         self.check_dtype(weight.dtype)
         groups = self._groups(weight.detach(), output_dim)
         wide = torch.promote_types(groups.dtype, torch.float32)
-        fan_in = weight.numel() // weight.shape[output_dim]
+        fan_in = fan_in or weight.numel() // weight.shape[output_dim]
         smallest = smallest_step_size(weight.dtype, self.scale_dtype)
         step, empty = self.scale.measure_once(groups.to(wide), self.grid, fan_in, smallest)
         return step.to(weight.dtype), int(empty.sum())

@@ -91,7 +91,7 @@ def test_pure_noise_is_sent_to_the_estimator_made_for_it():
         fogzo.SpsaEstimator(setup.weights, noise_share=0.5)
 
 
-@pytest.mark.parametrize("kappa", [-1e-3, math.inf, math.nan])
+@pytest.mark.parametrize("kappa", [-1e-3, math.inf, math.nan, True, "1e-3"])
 def test_a_kappa_that_is_no_power_is_refused(kappa):
     with refused("kappa=1e-3"):
         fogzo.linear_noise_share(num_weights=1000, total_steps=10, kappa=kappa)
@@ -222,6 +222,14 @@ def test_a_step_size_that_does_not_fit_its_weight_is_refused(shape):
         fogzo.FogzoEstimator([("w", weight, torch.ones(shape))])
     with refused("step.reshape(-1, 1, 1)"):
         fogzo.FogzoEstimator([fogzo.QuantizedWeight("w", weight, lambda: torch.ones(shape))])
+
+
+@pytest.mark.parametrize("held", [torch.ones(4, 1), torch.ones(3, 1).bool(), [True], True])
+def test_held_entries_that_are_no_mask_of_the_weight_are_refused(held):
+    weight = nn.Parameter(torch.ones(4, 2))
+    record = fogzo.QuantizedWeight("w", weight, lambda: torch.tensor(0.1), held=held)
+    with refused("to the weight's (4, 2), got"):
+        fogzo.FogzoEstimator([record])
 
 
 def test_a_step_size_larger_than_its_weight_is_refused():
@@ -420,7 +428,7 @@ def test_a_loss_that_merely_stays_the_same_at_first_is_not_refused():
     assert torch.equal(weight.grad, torch.ones(4, 4))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan, "8", None, torch.ones(2)])
 def test_a_gradient_scale_that_cannot_be_undone_is_refused(scale):
     setup = Setup()
     with refused("scaler.get_scale()"):

@@ -1,5 +1,6 @@
 """How much noise, and when: shares, kappas, schedules and the steps that they leave out."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import mse_loss
@@ -39,6 +40,11 @@ def test_the_default_share_gives_noise_a_thousandth_of_the_signals_power(n):
     assert d == 128
     assert stats.noise_share == pytest.approx(1e-3 * n / (d + 1e-3 * n), rel=1e-12)
     assert stats.kappa == pytest.approx(1e-3, rel=1e-12)
+
+
+def test_a_kappa_of_numpys_makes_a_plain_share():
+    schedule = fogzo.linear_noise_share(total_steps=2, kappa=np.float32(0.5), num_weights=9)
+    assert type(schedule(1)) is float
 
 
 @pytest.mark.parametrize(("num_weights", "kappa"), [(7940, 1.0), (5_000_000, None)])

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,6 +62,17 @@ def test_gradients_of_a_grad_scaler_give_the_same_result_at_their_scale(preset):
     for p, s in zip(plain, scaled, strict=True):
         assert_bits_equal(s, p * 65536)
         assert_bits_equal(s / 65536, p)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1024.0), torch.tensor([1024.0]), np.float32(1024)])
+def test_statistics_are_plain_numbers_whatever_number_the_scale_is(scale):
+    model = quantized_net(dropout=0.0)
+    x, y = batch()
+    (1024 * mse_loss(model(x), y)).backward()
+    weights = fogzo.quantized_weights(model)
+    estimator = fogzo.FogzoEstimator(weights, noise_share=np.float32(0.3))
+    stats = estimator.refine_grads_(lambda: mse_loss(model(x), y), grad_scale=scale)
+    assert type(stats.gradient_norm) is type(stats.agreement) is type(stats.noise_share) is float
 
 
 @pytest.mark.parametrize("cls", [fogzo.PlaceboEstimator, fogzo.ControlVariateEstimator])

@@ -35,6 +35,7 @@ from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender
 from fogzo.probing.measure import NOT_FINITE, Evaluate, Measurement, check_evaluate, measure
 from fogzo.probing.window import Window
+from fogzo.quantizers.checks import is_number
 
 _Arguments = ParamSpec("_Arguments")
 _Output = TypeVar("_Output")
@@ -256,10 +257,9 @@ class GradientEstimator(ABC):
                 that loss. Weights, gradients, buffers, modes and random streams are then as
                 before the call.
         """
-        if not (grad_scale > 0 and math.isfinite(grad_scale)):
-            raise ValueError(f"grad_scale must be positive, got {grad_scale}: scaler.get_scale()")
+        scale = _check_grad_scale(grad_scale)
         try:
-            stats = self._refine(closure, expected_loss, grad_scale)
+            stats = self._refine(closure, expected_loss, scale)
         finally:
             self._lender.recorded_rng = None  # it belonged to this step
         self._window.clear()
@@ -443,6 +443,22 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(
             f'{name} must be one of {", ".join(choices)}, got {value!r}: {name}="{choices[0]}"'
         )
+
+
+def _check_grad_scale(grad_scale: object) -> float:
+    """The scale as a Python float.
+
+    Raises:
+        ValueError: If it is no positive, finite number, of Python, NumPy or in a tensor.
+    """
+    is_one = isinstance(grad_scale, Tensor) and grad_scale.numel() == 1
+    scale = grad_scale.item() if is_one else grad_scale
+    if not (is_number(scale) and 0 < scale < math.inf):
+        raise ValueError(
+            f"grad_scale must be a positive, finite number, got {grad_scale!r:.80}: "
+            "grad_scale=scaler.get_scale()"
+        )
+    return float(scale)
 
 
 def _check_seed(seed: object) -> int:

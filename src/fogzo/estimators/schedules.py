@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from fogzo.quantizers.checks import is_number
+
 NoiseShare = Callable[[int], float | None]
 """The noise share at a step, or None while the first-order gradient is to be left alone."""
 
@@ -127,13 +129,14 @@ def linear_noise_share(
     [None, 0.0, 0.0005, 0.001]
     """
     total_steps = require_count("total_steps", total_steps, "total_steps=1000")
-    if isinstance(start, bool) or not isinstance(start, float | int) or not 0 <= start < 1:
+    if not (is_number(start) and 0 <= start < 1):
         raise ValueError(
             f"start is the fraction of steps before FOGZO, in [0, 1), got {start!r}: "
             "start=0.7 for 70% STE and 30% FOGZO"
         )
     if kappa is not None:
         check_kappa(kappa)
+        kappa = float(kappa)  # of NumPy perhaps, whose float32 would spread to every share
     if num_weights is not None:
         require_count(
             "num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)"
@@ -245,8 +248,7 @@ def check_noise_share(noise_share: float) -> float:
 
 def check_kappa(kappa: float) -> None:
     """Raise a `ValueError` unless it is a power: 0 or more, and finite."""
-    number = isinstance(kappa, float | int) and not isinstance(kappa, bool)
-    if not (number and kappa >= 0 and math.isfinite(kappa)):
+    if not (is_number(kappa) and 0 <= kappa < math.inf):
         raise ValueError(
             f"kappa is a noise-to-signal power, 0 or more and finite, got {kappa!r}: for "
             "example kappa=1e-3; small networks under SGD bear 0.1 to 1"

@@ -85,7 +85,7 @@ def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]
 
     Raises:
         ValueError: If the list is empty, a weight appears twice, is not a floating-point
-            parameter with memory of its own, or has a step size that does not fit it.
+            parameter with memory of its own, or has a step size or held entries that do not fit it.
     """
     if isinstance(weights, nn.Module) or not isinstance(weights, Iterable):
         raise ValueError(
@@ -110,6 +110,7 @@ def as_quantized_weights(weights: Iterable[WeightLike]) -> list[QuantizedWeight]
             )
         seen[id(record.param)] = record.name
         _check_step(record)
+        _check_held(record)
     _check_memory(records)
     return records
 
@@ -182,11 +183,7 @@ def _check_step(record: QuantizedWeight) -> None:
             f"step_size() of {record.name!r} returned {type(step).__name__}: return a tensor"
         )
     shape = tuple(record.param.shape)
-    try:
-        fits = torch.broadcast_shapes(step.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not _broadcasts(step, shape):
         raise ValueError(
             f"the step size of {record.name!r} has shape {tuple(step.shape)}, which does not "
             f"broadcast to the weight's {shape}: give a scalar, or "
@@ -199,3 +196,23 @@ def _check_step(record: QuantizedWeight) -> None:
             f"{step.min().item():g} to {step.max().item():g}: the distance of neighbouring levels "
             "of the quantized weight, (name, parameter, step_size)"
         )
+
+
+def _check_held(record: QuantizedWeight) -> None:
+    held, shape = record.held, tuple(record.param.shape)
+    if held is None:
+        return
+    is_tensor = isinstance(held, Tensor)
+    if not (is_tensor and held.dtype == torch.bool and _broadcasts(held, shape)):
+        came = f"{held.dtype} of shape {tuple(held.shape)}" if is_tensor else type(held).__name__
+        raise ValueError(
+            f"held of {record.name!r} must be a tensor of torch.bool, True where an entry must not "
+            f"move, that broadcasts to the weight's {shape}, got {came}: held=mask.bool()"
+        )
+
+
+def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == shape
+    except RuntimeError:
+        return False

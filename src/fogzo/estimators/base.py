@@ -451,8 +451,9 @@ def _check_grad_scale(grad_scale: object) -> float:
     Raises:
         ValueError: If it is no positive, finite number, of Python, NumPy or in a tensor.
     """
-    is_one = isinstance(grad_scale, Tensor) and grad_scale.numel() == 1
-    scale = grad_scale.item() if is_one else grad_scale
+    scale = grad_scale
+    if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1:
+        scale = grad_scale.item()
     if not (is_number(scale) and 0 < scale < math.inf):
         raise ValueError(
             f"grad_scale must be a positive, finite number, got {grad_scale!r:.80}: "

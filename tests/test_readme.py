@@ -498,34 +498,51 @@ def test_what_is_said_of_a_float_phase_on_llama_is_what_was_measured():
     assert said in words("docs/methods.md")
 
 
-def test_what_is_said_of_a_float_phase_on_resnet_is_what_was_measured():
-    page, name, phase = words("docs/research.md"), "resnet-identity", "float-then-ste"
-    long = Comparison.from_dict(committed(f"long-{name}"))
-    assert long.find(phase).learning_rate == max(long.grid)
+def test_what_is_said_of_a_float_phase_on_images_is_what_was_measured():
+    page, phase = words("docs/research.md"), "float-then-ste"
 
-    def points(row, budget="steps", form=".1f"):
-        gap = minus_at_length(name, phase, row, budget=budget)
-        mean, low, high = (100 * end for end in (gap.mean, gap.low, gap.high))
-        return f"{mean:{form}} [{low:{form}}, {high:{form}}]", excludes_zero(gap)
+    def points(network, row, budget="steps", form=".1f", differs=True):
+        gap = minus_at_length(f"{network}-identity", phase, row, budget=budget)
+        assert excludes_zero(gap) == differs
+        mean, low, high = (f"{100 * end:{form}}" for end in (gap.mean, gap.low, gap.high))
+        return f"{mean} [{low}, {high}]"
 
-    (from_ste, ste_differs), (from_fogzo, fogzo_differs) = points("ste"), points("fogzo")
-    lead = from_ste.replace(" [", " points [")
-    assert f"it is {lead} ahead of the masked STE and {from_fogzo} of FOGZO, at the" in page
-    levels = [points("ste-unmasked", budget, "+.1f") for budget in ("steps", "time")]
-    assert (
-        "unmasked STE, {}, as for the same time, {}.".format(*(said for said, _ in levels)) in page
+    for network, rivals in (("resnet", ("fogzo",)), ("deit", ("ste-unmasked", "fogzo"))):
+        lead = points(network, "ste").replace(" [", " points [")
+        names = {"fogzo": " and {} of FOGZO", "ste-unmasked": ", {} of the unmasked one"}
+        others = "".join(names[row].format(points(network, row)) for row in rivals)
+        assert f"it is {lead} ahead of the masked STE{others}" in page
+    levels = (
+        points("resnet", "ste-unmasked", budget, "+.1f", differs=False)
+        for budget in ("steps", "time")
     )
-    assert [ste_differs, fogzo_differs, *(differs for _, differs in levels)] == [True] * 2 + [
-        False
-    ] * 2
-    rows = [long.find("ste"), long.find(phase)]
-    rows.append(Comparison.from_dict(committed("long-resnet-lsq-w2")).find("ste"))
-    ends = [f"{100 * row.summary('test_accuracy').mean:.1f}%" for row in rows]
-    assert "a ResNet-18 in 4,000 steps {1} instead of {0}".format(*ends) in words("README.md")
-    said = "on ResNet-18, in 4,000, from {} to {}, where learned ones end at {}.".format(*ends)
+    assert "unmasked STE, {}, as for the same time, {}.".format(*levels) in page
+    points("resnet", "ste", "time")
+    ahead = points("deit", "ste", "time")
+    points("deit", "ste-unmasked", "time", differs=False)
+    loss = minus_at_length("deit-identity", phase, "ste-unmasked", "train_loss", "time")
+    said = f"training loss alone, by {-loss.mean:.3f} nats [{-loss.high:.3f}, {-loss.low:.3f}]."
+    assert f"it is {ahead} ahead of the masked STE, and of the unmasked one in {said}" in page
+    resnet, deit = (
+        Comparison.from_dict(committed(f"long-{name}-identity")) for name in ("resnet", "deit")
+    )
+    assert resnet.find(phase).learning_rate == max(resnet.grid)
+    ends = {}
+    for name, found in (("resnet", resnet), ("deit", deit)):
+        learned = Comparison.from_dict(committed(f"long-{name}-lsq-w2")).find("ste")
+        rows = found.find("ste"), found.find(phase), learned
+        ends[name] = [f"{100 * row.summary('test_accuracy').mean:.1f}%" for row in rows]
+    said = f"a ResNet-18 {ends['resnet'][1]} instead of {ends['resnet'][0]} and DeiT "
+    assert f"{said}{ends['deit'][1]} instead of {ends['deit'][0]}" in words("README.md")
+    said = "on ResNet-18, in 4,000, from {} to {}, where learned ones end at {}, and on DeiT from "
+    said = said.format(*ends["resnet"]) + "{} to {}, where they end at {}.".format(*ends["deit"])
     assert said in words("docs/choosing.md")
-    gain = 100 * minus_at_length(name, phase, "ste").mean
-    assert f"a ResNet-18 {gain:.1f} points in 4,000, as removing" in words("docs/methods.md")
+    gains = [
+        100 * minus_at_length(f"{network}-identity", phase, row).mean
+        for network, row in (("deit", "ste"), ("deit", "ste-unmasked"), ("resnet", "ste"))
+    ]
+    said = "DeiT {:.1f} points, {:.1f} beside the unmasked STE, and a ResNet-18 {:.1f}, as much as"
+    assert said.format(*gains) in words("docs/methods.md")
 
 
 def test_what_is_said_of_masked_shares_is_what_was_measured():

@@ -225,7 +225,8 @@ def test_a_rows_own_parameter_is_its_authors_or_tuned(tmp_path):
     }  # fmt: skip
     base = config(tmp_path)
     for name, parameter in own.items():
-        tuned = CompareConfig(base=base, rows=(name,), kappas=(0.1, 1.0))
+        kappas = (0.1, 1.0) if parameter.published is None else None
+        tuned = CompareConfig(base=base, rows=(name,), kappas=kappas)
         authors = replace(tuned, tune_methods=False, kappas=None)
         if parameter.published is None:
             assert tuned.values(name) == (0.1, 1.0) and authors.values(name) == (base.kappa,)

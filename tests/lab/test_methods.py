@@ -243,6 +243,13 @@ def test_a_row_puts_its_own_parameter_where_it_belongs(tmp_path):
     assert ROWS["ste-bbq"].config(base, None).quantizer.build().companding is not None
 
 
+@pytest.mark.parametrize("name", ["cage", "winq", "dampening", "cewt"])
+def test_the_default_rows_go_with_every_method(tmp_path, name):
+    base = replace(config(tmp_path), method=MethodConfig(name=name))
+    for row in CompareConfig(base=base).rows:
+        ROWS[row].config(base, None)
+
+
 # What makes no sense
 
 

@@ -48,7 +48,7 @@ class CompareConfig(Options):
 
     base: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe; its seed is the first one, its learning rate the centre of the grid."""
-    rows: tuple[str, ...] = ("float", "ste", "ste-unmasked", "placebo", "fogzo")
+    rows: tuple[str, ...] = ("float", "ste", "ste-unmasked", "float-then-ste", "placebo", "fogzo")
     """What to compare; `fogzo --help` lists the rows."""
     learning_rates: Annotated[tuple[PositiveFloat, ...] | None, Example((1e-3, 3e-3, 1e-2))] = None
     """The grid for every row; by default half-decades around the recipe's learning rate."""

@@ -11,10 +11,12 @@ import pytest
 import tables
 import torch
 
+from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.comparison.intervals import Interval
 from fogzo_lab.comparison.metrics import METRICS
 from fogzo_lab.comparison.overview import best_free_rival
 from fogzo_lab.comparison.results import Comparison
+from fogzo_lab.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -365,6 +367,11 @@ def minus_at_length(name, row, other, key=None, budget="steps"):
 
 def excludes_zero(interval):
     return interval.low * interval.high > 0
+
+
+def test_the_demo_compares_as_many_ways_as_the_readme_says():
+    assert len(CompareConfig(base=RECIPES["digits-mlp"]()).rows) == 6
+    assert "compares six ways on real digits" in words("README.md")
 
 
 def test_what_is_said_of_networks_at_length_is_what_was_measured():

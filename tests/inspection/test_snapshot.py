@@ -74,6 +74,11 @@ def test_a_kept_step_size_is_held_against_what_would_be_measured_now(bits, granu
     assert fogzo.inspect(model).findings == []
 
 
+def test_weights_that_have_diverged_have_outgrown_their_step_sizes_by_a_finite_number():
+    found = layer_of(1e30 * draw(8, 8), fogzo.fixed(2, step_size=0.01))
+    assert 1e30 < found.outgrown < math.inf
+
+
 def test_step_sizes_that_follow_the_weights_are_outgrown_by_none():
     for quantizer in (fogzo.lsq(2), fogzo.quest(2), fogzo.bbq(2)):
         assert layer_of(draw(8, 8), quantizer).outgrown is None

@@ -64,21 +64,21 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
         return [finding for finding in (broken, _learning_rate(counted)) if finding is not None]
     if last.float_phase:
         return [_float_phase()]
+    too_fast = _learning_rate(counted)
+    # Whatever moves so far flips, or is out of reach of any level.
+    settles = [] if too_fast is not None else [_oscillating(counted), _still(counted)]
     found = [
-        _learning_rate(counted),
+        too_fast,
         _masked(_last_counted(last, counted)),
         _outgrown(last),
         _dead(last),
-        _oscillating(counted),
-        _still(counted),
+        *settles,
         _levels(last),
         _clipped(last),
         _fp16(last),
         _in_float(last),
         _agreement(last),
     ]
-    if found[0] is not None:
-        found[4] = found[5] = None  # whatever moves so far flips, or is out of reach of any level
     return [finding for finding in found if finding is not None]
 
 

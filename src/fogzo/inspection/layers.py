@@ -164,9 +164,11 @@ def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
         return {}
     # At no distance that divides a row, or they might all be of one column.
     count = min(x.numel(), _SAMPLE)
-    places = torch.linspace(0, x.numel() - 1, count, dtype=torch.float64, device=x.device).long()
+    places = torch.linspace(0, x.numel() - 1, count, dtype=torch.float64).long()
+    # The squares of weights that have diverged do not fit float32.
+    sample = x.reshape(-1)[places.to(x.device)].cpu().double()
     rule = replace(quantizer.scale, value=None)
-    return {"outgrown": float(rule.measure(x.reshape(-1)[places][None], quantizer.grid))}
+    return {"outgrown": float(rule.measure(sample[None], quantizer.grid))}
 
 
 def _used_levels(layer: QuantizedLayer, x: Tensor) -> float:

@@ -73,3 +73,19 @@ def test_a_model_of_which_a_part_is_compiled_is_refused():
     model.first = model.first._orig_mod
     model.head = torch.compile(model.head, backend="eager")  # in float
     assert estimator.refine_grads_(loss_of).probe_losses
+
+
+def test_a_layer_that_computes_without_its_hooks_is_refused():
+    model = quantized_net("lsq")
+    x, y = batch()
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), evaluate="lean")
+
+    def loss_by(call):
+        return mse_loss(model.head(call(model.first(x))), y)
+
+    loss_by(model.second).backward()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"'second\.weight' has a gradient, but its layer did not"):
+        estimator.refine_grads_(lambda: loss_by(model.second.forward))
+    before.assert_same()
+    assert estimator.refine_grads_(lambda: loss_by(model.second)).probe_losses

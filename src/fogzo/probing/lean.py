@@ -63,15 +63,14 @@ def _moved_while_computing(
     """While it lasts, every layer computes with its weight moved, mirrored to the other side.
 
     Raises:
-        ValueError: If nothing moved, as no layer's forward ran.
+        ValueError: If a weight did not move that the loss depends on, or nothing moved.
     """
     index_of = {id(weight.param): index for index, weight in enumerate(directions.weights)}
     # Stack of active forward passes: the module, and what it moved with its copies.
     calls: list[tuple[nn.Module, list[tuple[Tensor, Tensor]]]] = []
-    moved = False
+    moved: set[int] = set()
 
     def before(module: nn.Module, arguments: Any) -> None:
-        nonlocal moved
         busy = {id(param) for _, pairs in calls for param, _ in pairs}
         own = [p for p in module._parameters.values() if id(p) in index_of and id(p) not in busy]
         calls.append((module, []))
@@ -80,10 +79,10 @@ def _moved_while_computing(
                 assert param is not None
                 copy = param.detach().clone()
                 calls[-1][1].append((param, copy))
+                moved.add(index_of[id(param)])
                 directions.move_(param, index_of[id(param)], direction)
                 if mirrored:  # to the bit what Lender.mirror_ does
                     param.lerp_(copy, 2.0)
-                moved = True
 
     def after(module: nn.Module, *_: Any) -> None:
         # Another hook's exception may have kept `before` from running.
@@ -114,6 +113,15 @@ def _moved_while_computing(
             'another model: use evaluate="in_place", or list the weights of that model'
             + caveat("Stacked and lean probes")
         )
+    # What backward gave a gradient was computed with, unless the closure is another loss.
+    for index, weight in enumerate(directions.weights):
+        if directions.norms[index] > 0 and index not in moved:
+            raise ValueError(
+                f"{weight.name!r} has a gradient, but its layer did not run as a module, so lean "
+                "probes did not move it. Call the layer, layer(x), and not layer.forward(x) or a "
+                'function of its weight, or use evaluate="in_place"'
+                + caveat("Stacked and lean probes")
+            )
 
 
 def _put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

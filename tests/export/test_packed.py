@@ -144,6 +144,21 @@ def test_tied_embedding_and_head_are_written_once(inputs, tmp_path):
     assert torch.equal(logits(served, x), logits(model, x))
 
 
+@pytest.mark.parametrize("build", [bert, llama, tied_llama])
+def test_what_was_loaded_is_saved_as_it_was_packed(build, tmp_path):
+    model = fogzo.quantize_(build(), fogzo.lsq(2), lambda *_: True).eval()
+    export(model, tmp_path / "out", verify=False)
+    config = model.config.to_dict()
+    loaded = load_(type(model)(model.config), tmp_path / "out").eval()
+    for number, each in enumerate((loaded, type(model).from_pretrained(tmp_path / "out"))):
+        each.save_pretrained(tmp_path / str(number))
+        again = type(model).from_pretrained(tmp_path / str(number)).eval()
+        assert torch.equal(logits(again), logits(model))
+        again = load_(build(), tmp_path / str(number)).eval()
+        assert torch.equal(logits(again), logits(model))
+    assert model.config.to_dict() == config  # which the new model began with
+
+
 def test_what_is_tied_beside_packed_weights_stays_tied(tmp_path):
     model = bert()
     fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True)

@@ -2,10 +2,15 @@
 
 import fogzo.export.transformers
 model = AutoModelForCausalLM.from_pretrained("out")
+
+What is loaded so, or by `load_`, can be saved again: `save_pretrained` and `push_to_hub` write the
+packed weights and how they are packed.
 """
 
+import copy
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -58,13 +63,29 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *unused: Any) -> bool:
-        """Not by ``save_pretrained``: the folder is there already."""
-        return False
+        """By ``save_pretrained``."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
         """Packed weights are no parameters."""
         return False
+
+
+def note_packed_(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Note in a model's config how it was packed, as transformers does of what it loads itself."""
+    take_own_config(model)
+    model.config.quantization_config = PackedConfig(**config)
+
+
+def take_own_config(model: PreTrainedModel) -> None:
+    """A copy of the config in place of one that models may share, as teacher and student do."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        shared = module.__dict__.get("config")
+        if id(shared) in copies:  # also one of a part, which the whole holds
+            module.config = copies[id(shared)]
 
 
 def register(

@@ -14,7 +14,6 @@ to serve a model, export it (`fogzo.export`).
 Importing this also lets transformers load folders of the packed format.
 """
 
-import copy
 import logging
 import re
 import warnings
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fogzo.export.transformers import register
+from fogzo.export.transformers import register, take_own_config
 from fogzo.integrations.trainer import refine
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.activations import Activations
@@ -202,7 +201,7 @@ def update_config_(model: PreTrainedModel) -> None:
     was_quantized = isinstance(getattr(model.config, "quantization_config", None), FogzoConfig)
     if not (is_quantized or was_quantized):
         return
-    _take_own_config(model)
+    take_own_config(model)
     if was_quantized:
         del model.config.quantization_config
     if not is_quantized:
@@ -215,16 +214,6 @@ def update_config_(model: PreTrainedModel) -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-def _take_own_config(model: PreTrainedModel) -> None:
-    """A copy of the config in place of one that models may share, as teacher and student do."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        shared = module.__dict__.get("config")
-        if id(shared) in copies:  # also one of a part, which the whole holds
-            module.config = copies[id(shared)]
 
 
 @contextmanager

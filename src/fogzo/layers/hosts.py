@@ -21,7 +21,7 @@ def tell_transformers(model: nn.Module) -> None:
         model: As it was given to `quantize_` or `dequantize_`: a model of transformers, or one
             that holds some.
     """
-    for own in _models_of_transformers(model):
+    for own in models_of_transformers(model):
         import_module(_INTEGRATION).update_config_(own)
 
 
@@ -30,7 +30,7 @@ def check_loaded_as_saved(model: nn.Module) -> None:
 
     It does so, with no more than a warning, where the method that its config names is unknown.
     """
-    for own in _models_of_transformers(model):
+    for own in models_of_transformers(model):
         found: Any = getattr(own.config, "quantization_config", None)
         if isinstance(found, dict) and found.get("quant_method") == _INTEGRATION:
             raise ValueError(
@@ -40,7 +40,7 @@ def check_loaded_as_saved(model: nn.Module) -> None:
             )
 
 
-def _models_of_transformers(model: nn.Module) -> Iterator[Any]:
+def models_of_transformers(model: nn.Module) -> Iterator[Any]:
     """The outermost models of transformers in a model."""
     # A model of theirs implies that this module is loaded.
     modeling = sys.modules.get("transformers.modeling_utils")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from networks import (
     grouped_query_llama,
+    inputs_of,
     llama,
     logits,
     quantized,
@@ -72,7 +73,7 @@ def test_other_networks(make, tmp_path):
     assert ("output.weight" in types_in(tmp_path)) == (make is not tied_llama)
 
 
-def test_biases_of_queries_and_keys_are_permuted_too(tmp_path):
+def test_biases_are_written_and_read(tmp_path):
     model = grouped_query_llama(attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for module in model.modules():
@@ -80,6 +81,8 @@ def test_biases_of_queries_and_keys_are_permuted_too(tmp_path):
                 module.bias.normal_()
     source = source_of(quantized(model, fogzo.lsq(4, scale_dtype=HALF)))
     gguf.write(source, tmp_path)
+    served = gguf.read_back(source, tmp_path)
+    assert torch.equal(served.call(inputs_of(model)), logits(model))
     tensors = {t.name: t.data for t in reader.GGUFReader(tmp_path / gguf.FILE).tensors}
     bias = source.other_tensors()["model.layers.0.self_attn.k_proj.bias"]
     # Of a head (16 outputs), llama.cpp rotates neighbours, transformers the i-th with the 8 + i-th.

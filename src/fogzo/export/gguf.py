@@ -90,7 +90,10 @@ def read_back(source: Source, folder: Path) -> ReadBack | None:
     if any(_block_type(source, name).name in _LLAMA_CPP_ALONE for name in source.layers):
         return None
     own: Any = source.model
-    model = type(own).from_pretrained(folder, gguf_file=FILE, dtype=own.dtype)
+    config = type(own.config).from_pretrained(folder, gguf_file=FILE)
+    # The tensors are in the file, but no entry of it tells transformers to look for them.
+    config.attention_bias, config.mlp_bias = own.config.attention_bias, own.config.mlp_bias
+    model = type(own).from_pretrained(folder, gguf_file=FILE, config=config, dtype=own.dtype)
     weights = {name: model.get_submodule(name).weight for name in source.layers}
     return ReadBack("transformers with gguf-py", weights, lambda example: answer(model, example))
 

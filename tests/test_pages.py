@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fogzo
+import fogzo.export
 from fogzo.quantizers import SURROGATE_NAMES
 from fogzo_lab.cli import bench, commands, doctor, export, parsing
 
@@ -98,6 +99,12 @@ def test_pages_with_commands_are_found():
 def test_the_api_reference_holds_every_public_name():
     shown = set(re.findall(r"^::: fogzo\.(\w+)$", PAGES["api.md"], re.MULTILINE))
     assert shown == set(fogzo.__all__)
+
+
+@pytest.mark.parametrize("room", [fogzo.methods, fogzo.export], ids=["methods", "export"])
+def test_the_api_reference_holds_every_name_of_a_room(room):
+    shown = set(re.findall(rf"^::: {room.__name__}\.(\w+)$", PAGES["api.md"], re.MULTILINE))
+    assert shown == set(room.__all__)
 
 
 def test_the_table_of_surrogates_is_complete():

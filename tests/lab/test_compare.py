@@ -680,6 +680,7 @@ IN_FLOAT = replace(RECIPES["digits-mlp"](), quantizer=QuantizerConfig())
     ("changes", "message"),
     [
         ({"rows": ("ste", "fogso")}, "no such row: fogso; did you mean --rows fogzo?"),
+        ({"rows": ("ste,fogzo",)}, "no such row: ste,fogzo; did you mean --rows ste fogzo?"),
         ({"rows": ()}, "none given"),
         ({"rows": ("ste", "fogzo", "ste")}, "--rows ste fogzo$"),
         ({"num_seeds": 0}, "--num-seeds"),

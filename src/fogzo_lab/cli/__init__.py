@@ -1,1 +1,1 @@
-"""The commands: fogzo train, eval, compare and bench."""
+"""The commands: fogzo train, eval, compare, doctor, export and bench."""

@@ -49,7 +49,8 @@ class ExportConfig(Options):
     allow_wider: bool = False
     """Use more bits than the quantizer, where the format has no narrower type."""
     variant: Annotated[_Variant | None, Example("tq1_0")] = None
-    """A type of gguf (tq1_0, q1_0, ...) or a style of onnx (nbits, qdq)."""
+    """A type of gguf (tq1_0, q1_0, ...), or a style of onnx (nbits, qdq) or of bitnet (bitlinear,
+    autobitlinear)."""
     tokenizer: Annotated[PathOrName, Example("none")] = "auto"
     """The tokenizer to write too: auto takes the run's own, none leaves it out; or a hub id or a
     folder with tokenizer.json."""

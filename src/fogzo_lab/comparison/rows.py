@@ -286,8 +286,9 @@ def check_rows(names: Sequence[str]) -> None:
         )
     for name in names:
         if name not in ROWS:
-            close = nearest(name, ROWS)
-            hint = f"did you mean --rows {close}?" if close else "for example --rows ste fogzo"
+            listed = " ".join(name.split(","))  # other programs take lists with commas
+            close = listed if listed != name else nearest(name, ROWS)
+            hint = f"did you mean --rows {close}?" if close else "for example --rows ste fogzo."
             raise ValueError(f"no such row: {name}; {hint} Choose from {', '.join(ROWS)}")
     if len(set(names)) < len(names):
         raise ValueError(

@@ -68,8 +68,9 @@ def main() -> None:
             agreement = "-" if stats.agreement is None else f"{stats.agreement:.2f}"
             print(f"step {step + 1}: loss {loss:.3f}, agreement {agreement}")
 
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "estimator": estimator.state_dict()}, file)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts["estimator"] = estimator  # each has load_state_dict, to resume by
+    torch.save({name: part.state_dict() for name, part in parts.items()}, io.BytesIO())
 
     fogzo.dequantize_(model).eval()  # a plain model again, with its quantized weights baked in
     images, labels = batch(500, generator, device)

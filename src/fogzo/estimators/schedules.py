@@ -113,8 +113,8 @@ def linear_noise_share(
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        kappa: Noise-to-signal power at the end. Small networks and plain SGD bear 0.1 to 1, which
-            revives masked weights faster; Adam and Muon less.
+        kappa: Noise-to-signal power at the end, by default 1e-3. Small networks and plain SGD
+            tolerate 0.1 to 1, which revives masked weights faster; Adam and Muon less.
         start: Fraction of the run that is plain STE before; .7 is the paper's
             "70% STE + 30% FOGZO".
         num_weights: d, how many weights are perturbed. Only to read a schedule that no estimator

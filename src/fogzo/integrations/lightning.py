@@ -47,8 +47,8 @@ class FogzoCallback(Callback):
         weights: Lists the quantized weights of the module, for example
             `fogzo.integrations.torchao.quantized_weights`.
         kappa: Noise-to-signal power at the end of the run; the noise grows linearly until then,
-            by `linear_noise_share`. By default the estimator's own constant one. In manual
-            optimization a batch counts as a step; where it is none, give
+            by `linear_noise_share`. Without it and ``start``, the estimator's own constant one. In
+            manual optimization a batch counts as a step; where it is none, give
             ``noise_share=fogzo.linear_noise_share(total_steps=1000)`` instead.
         start: Fraction of the run that is plain STE before.
         **options: More options of the estimator.

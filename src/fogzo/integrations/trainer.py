@@ -40,15 +40,15 @@ def refine(
 
     Accumulation, precision, clipping, callbacks, loggers, checkpoints and resuming stay the
     trainer's. Its log gains ``agreement`` (mean since the last log), ``kappa`` and ``fallbacks``
-    (steps that kept STE's gradient); its checkpoints gain the estimator's state; learned step
-    sizes do not decay. What `compute_loss` counts in the trainer, it counts once.
+    (steps since then that kept STE's gradient); its checkpoints gain the estimator's state; learned
+    step sizes do not decay. What `compute_loss` counts in the trainer, it counts once.
 
     Args:
         trainer: A `transformers.Trainer`, or a subclass's, that trains a quantized model and
             has not begun to train.
         estimator: A member of the family.
         kappa: Noise-to-signal power at the end of the run; the noise grows linearly until then,
-            by `linear_noise_share`. By default the estimator's own constant one.
+            by `linear_noise_share`. Without it and ``start``, the estimator's own constant one.
         start: Fraction of the run that is plain STE before.
         **options: More options of the estimator. ``seed`` is the trainer's by default.
 
@@ -226,8 +226,8 @@ def _warn_of_decaying_steps(trainer: Any) -> None:
     if decaying:
         warnings.warn(
             f"the optimizer that the trainer was given decays the learned step sizes "
-            f"{listed(decaying)}: put parameters whose names end in _step into a group with "
-            f"weight_decay=0.0, or let the trainer make the optimizer{caveat('Weight decay')}",
+            f"{listed(decaying)}: make it of fogzo.parameter_groups(model, weight_decay=0.01), or "
+            f"let the trainer make the optimizer{caveat('Weight decay')}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -72,9 +72,9 @@ def quantize_(
         filter_fn: ``filter_fn(module, name)`` says which supported layers to quantize.
         activations: How the first input of each of these layers is quantized, embeddings apart:
             a preset, or ``activations(module, name)`` that returns one or None. None leaves
-            inputs in float, as those of fused experts always are. `fixed` and `lsq` measure theirs
-            in the first training pass or by `calibrate_`, and take unsigned levels where no
-            input is negative (after a ReLU); ``levels="unsigned"`` decides that beforehand.
+            inputs in float, as those of fused experts always are. `fixed`, `lsq` and `bbq` measure
+            theirs in the first training pass or by `calibrate_`; the first two take unsigned levels
+            where no input is negative (after a ReLU), as ``levels="unsigned"`` does beforehand.
 
     Returns:
         The same model.

@@ -3,8 +3,9 @@
 fogzo.quantize_(model, fogzo.lsq(bits=2))
 estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
 ...
+loss = estimator.record(compute_loss, x, y)
 loss.backward()
-estimator.refine_grads_(lambda: loss_fn(model(x), y), expected_loss=loss)
+estimator.refine_grads_()
 optimizer.step()
 """
 

@@ -172,7 +172,7 @@ def _doubt(agreement: float, error: float, grad_scale: float, first: bool) -> st
             f"the loss's slope is {agreement:.3g} times what the gradient predicts, with a "
             f"standard error of {error:.2g}. Usual causes: dropout that the probes draw anew "
             "(`with estimator.record_rng(): loss = ...` around the first forward pass), a closure "
-            "over another batch, a sum against a mean, gradients clipped before. Pass "
-            f"expected_loss=loss to have that checked{caveat('An agreement far from 1')}"
+            "over another batch, a sum against a mean, all of which expected_loss=loss checks, and "
+            f"gradients clipped before{caveat('An agreement far from 1')}"
         )
     return None

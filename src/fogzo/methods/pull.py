@@ -329,8 +329,9 @@ def weights_with_levels(weights: Weights) -> list[QuantizedWeight]:
         if record.grid is None:
             raise ValueError(
                 f"the levels of {record.name!r} are not known, or not evenly spaced, so it has no "
-                "nearest one: a hand-written fake quantization says them by "
-                "fogzo.QuantizedWeight(name, param, step_size, grid=fogzo.quantizers.uniform(2))"
+                "nearest one: take fogzo.quest(2) for fogzo.bbq(2), and say those of a fake "
+                "quantization of your own, fogzo.QuantizedWeight(name, param, step_size, "
+                "grid=fogzo.quantizers.uniform(2))"
             )
     return records
 

@@ -12,6 +12,7 @@ import fogzo
 import fogzo.export
 from fogzo.quantizers import SURROGATE_NAMES
 from fogzo_lab.cli import bench, commands, doctor, export, parsing
+from fogzo_lab.comparison.rows import ROWS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -111,6 +112,16 @@ def test_the_table_of_surrogates_is_complete():
     section = PAGES["quantizers.md"].partition("\n## Surrogates\n")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
     assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(SURROGATE_NAMES)
+
+
+def test_the_table_of_rows_is_complete():
+    section = PAGES["comparing.md"].partition("\n## Rows\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|(.*)", section, re.MULTILINE)
+    listed = set()
+    for names, meaning in cells:
+        found = re.findall(r"`([\w-]+)`", names)
+        listed |= {*found, *(f"{n}-published" for n in found if "also `-published`" in meaning)}
+    assert listed == set(ROWS)
 
 
 def test_contributing_names_every_room():

@@ -92,6 +92,18 @@ def test_half_precision_rounds_up_as_often_as_it_should():
     assert (draws.float().mean(0) - expected).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("levels", ["half", "integer"])
+def test_sums_of_half_precision_do_not_round_onto_thresholds(levels):
+    quantizer = replace(fogzo.fixed(8, step_size=1.0, levels=levels), stochastic=True)
+    x = torch.arange(64, 96, 0.5, dtype=torch.bfloat16)  # neighbours, of which half are ties
+    x = torch.cat([x, -x])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = quantizer(x.expand(5_000, -1), torch.ones(1, 1, dtype=x.dtype), training=True)
+    assert draws.dtype == torch.bfloat16
+    assert (draws.double().mean(0) - x.double()).abs().max() < 0.05
+
+
 def _rounds_at_random(name):
     quantizer = replace(fogzo.fixed(2, step_size=1.0, surrogate=name), stochastic=True)
     return lambda w: quantizer(w, torch.ones(1, 1), training=True)

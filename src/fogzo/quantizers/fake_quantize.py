@@ -84,11 +84,12 @@ class _FakeQuantize(Function):
         dither: Tensor | None,
         second: Tensor | None,
     ) -> Tensor:
-        x = weight / step
+        # In the noise's dtype, as half precision would round the sum onto thresholds.
+        x = (weight if dither is None else weight.to(dither.dtype)) / step
         if dither is not None:
             x.add_(dither)
         rounded = grids[0].round_(x) if second is None else _of_chosen(second, grids, _round(x))
-        return rounded.mul_(step)
+        return rounded.mul_(step).to(weight.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ from fogzo.quantizers import Bell, Quantizer, learned_scale, rms_scale, uniform
 from fogzo.quantizers.scales import Scale
 
 F64 = torch.float64
+FOLLOWING = {"detach_scale": False, "granularity": "tensor"}
 
 
 def gaussian(*shape, seed=0):
@@ -156,6 +157,16 @@ def test_zeros_and_half_precision_stay_finite(make, dtype):
     quantized = quantizer(w, step)
     quantized.square().sum().backward()
     assert quantized.dtype == dtype and quantized.isfinite().all() and w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [fogzo.bbq, lambda bits, **_: fogzo.quest(bits, **FOLLOWING)])
+def test_a_norm_beyond_float16_follows_the_inputs_too(make):
+    quantizer = make(2, learned=False, granularity="tensor")
+    wide = (200 * gaussian(512, 512)).requires_grad_()  # of norm 100,000
+    half = wide.detach().half().requires_grad_()
+    for x in (wide, half):
+        quantizer.quantize_input(x).double().square().mean().backward()
+    assert (half.grad - wide.grad).norm() < 0.1 * wide.grad.norm()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -409,10 +409,11 @@ def _check_step(step: object) -> None:
 
 def _following(step: Tensor, groups: Tensor) -> Tensor:
     """A step size in proportion to its group's rms, with the gradient of that."""
-    norm = torch.linalg.vector_norm(groups, dim=1, keepdim=True)
-    norm = norm.clamp(min=torch.finfo(groups.dtype).tiny)
+    wide = torch.promote_types(groups.dtype, torch.float32)  # or the norm is infinite in float16
+    norm = torch.linalg.vector_norm(groups, dim=1, keepdim=True, dtype=wide)
+    norm = norm.clamp(min=torch.finfo(wide).tiny)
     # A quotient that is 1 exactly. Where all weights share one there is one norm.
-    return step * (norm / norm.detach())
+    return (step.to(wide) * (norm / norm.detach())).to(step.dtype)
 
 
 def _scale_grad(step: Tensor, factor: float) -> Tensor:

@@ -265,6 +265,23 @@ def test_a_ramp_that_begins_with_quantization_has_nothing_to_warn_of(method):
     assert moved == [step >= begins for step in range(STEPS)]
 
 
+@pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("steps", [3, 5, 7, 11])
+def test_ramps_begin_with_quantization_where_it_begins_between_two_steps(start, steps):
+    model = network("fixed")
+    switch, optimizer = quantize_from(model, start, total_steps=steps), adamw(model)
+    for weight in (model[0].weight, model[2].weight):
+        weight.grad = torch.zeros_like(weight)
+    pull = cage(model, optimizer, total_steps=steps, start=start)
+    penalty = dampening(model, total_steps=steps, start=start)
+    moved = []
+    for _ in range(steps):  # warnings are errors
+        penalty.add_grads_()
+        moved.append(pulled(model, pull.pull_))
+        switch.advance_()
+    assert moved == [step >= switch.switch_step for step in range(steps)]
+
+
 def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match="nothing in this model is quantized"):
         quantize_from(network(), 0.5, total_steps=10)

@@ -32,6 +32,9 @@ class LinearRamp(_Ramp):
 
     def __call__(self, step: int) -> float:
         """The strength at a step."""
+        # Not in the last step in float of `quantize_from` with this start, which rounds so.
+        if step < min(round(self.start * self.total_steps), self.total_steps - 1):
+            return 0.0
         return self.strength * _done((step + 1) / self.total_steps, self.start)
 
 

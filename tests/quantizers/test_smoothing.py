@@ -196,6 +196,18 @@ def test_what_perturbs_instead_of_the_law_leaves_the_slope_alone(name, perturbat
     assert torch.equal(changed.slope(x, grid), surrogate.slope(x, grid))
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("cells", [1, 2, 3])
+def test_where_two_cells_meet_one_of_them_counts(grid, cells):
+    law = Uniform(cells * grid.spacing)
+    # Levels and thresholds, and so all ends of cells; a sum of clips has one slope on either side.
+    x = torch.arange(-6, 7, dtype=F64) * grid.spacing / 2
+    slope, before, after = (
+        Surrogate("own", law, law).slope(p, grid) for p in (x, x - 0.1, x + 0.1)
+    )
+    assert torch.allclose(slope, torch.maximum(before, after))
+
+
 def test_the_masks_end_where_their_papers_say():
     grid = uniform(2, "half")
     x = torch.tensor([-2.01, -2.0, -1.51, -1.5, 0.0, 1.5, 1.51, 2.0, 2.01])

@@ -109,10 +109,14 @@ class Surrogate:
         """``h'(x)`` for ``x = weight / step_size``, in x's shape; a bool mask if it is 0 or 1."""
         if self.range_slack is not None:
             return (x >= grid.low - self.range_slack) & (x <= grid.high + self.range_slack)
-        density = self.kernel or (self.law or self.perturbation).pdf
+        law = self.law or self.perturbation
+        density = self.kernel or law.pdf
         total = density(x - grid.thresholds[0])
         for threshold in grid.thresholds[1:]:
             total = total + density(x - threshold)
+        if self.kernel is None and isinstance(law, Uniform):
+            # Exactly where the noise of one threshold ends and that of another begins, one counts.
+            total = total.clamp(max=math.ceil(law.width / grid.spacing) / law.width)
         return total if grid.spacing == 1 else total * grid.spacing
 
     def slope_of_drawn(self, x: Tensor, level: Tensor, grid: Grid) -> Tensor:

@@ -101,6 +101,17 @@ def test_one_step_a_group_of_consecutive_features(make, shape, dim):
     assert torch.allclose(layer(x), plain(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("activations", [fogzo.lsq(4), fogzo.abs_max(8), fogzo.fixed(2)])
+def test_channels_stay_last(activations):
+    x, layer = draw(2, 8, 4, 5), _layer(nn.Conv2d(8, 4, 3), activations)
+    expected, last = layer(x), x.to(memory_format=torch.channels_last)
+    seen = layer.with_quantized_input((last,))[0]
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen, layer.with_quantized_input((x,))[0])
+    assert layer(last).is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(layer(last), expected, atol=1e-5)
+
+
 def test_eight_bits_of_bitnet():
     x = draw(6, 32)
     scale = 127 / x.abs().amax(-1, keepdim=True)

@@ -356,9 +356,11 @@ class Quantizer:
         return law.sample_(to_be_drawn(groups, wide)).mul_(law.radius)
 
     def _features_last(self, x: Tensor, feature_dim: int) -> Tensor:
-        # Where all values share one step size, any order will do and none is copied.
+        # Where all values share one step size any order will do: that of memory, which copies none
+        # and keeps channels last. Draws take that of indices (see `to_be_drawn`).
         one_step = self.granularity == "tensor" and self.rotation is None
-        return x if one_step else x.movedim(feature_dim, -1)
+        in_order = one_step and (self.stochastic or x.is_contiguous())
+        return x if in_order else x.movedim(feature_dim, -1)
 
     def _measure(self, groups: Tensor) -> Tensor:
         # The squares of half precision overflow in float16 and are coarse in bfloat16.

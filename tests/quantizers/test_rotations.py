@@ -116,6 +116,14 @@ def test_the_quantizer_rotates_along_the_inputs_of_any_layout(output_dim, shape)
     assert torch.allclose(once.square().sum(rest), x.square().sum(rest))
 
 
+@pytest.mark.parametrize("quantizer", [fogzo.quest(2), fogzo.bbq(2)], ids=["quest", "bbq"])
+def test_codes_of_transposed_weights_dequantize_exactly(quantizer):
+    w = _draw(64, 128).float()  # so large that products depend on the order of memory
+    step = quantizer.initial_step_size(w, 1)
+    codes, used = quantizer.codes(w, step, 1), quantizer.current_step_size(w, step, 1)
+    assert torch.equal(quantizer.dequantize(codes, used, 1), quantizer(w, step, 1))
+
+
 def test_without_rotation_rotate_is_the_identity():
     x = _draw(2, 3)
     assert fogzo.lsq(2).rotate(x) is x

@@ -378,7 +378,8 @@ class Quantizer:
     def _ungroup(self, groups: Tensor, like: Tensor, output_dim: int) -> Tensor:
         if self.rotation is None:
             return self._arrange(groups, like, output_dim)
-        rows = self.rotation(groups.reshape(like.shape[output_dim], -1))
+        # Contiguous, as codes that are given may not be, and their product would round differently.
+        rows = self.rotation(groups.reshape(like.shape[output_dim], -1).contiguous())
         return _like_a_parameter(rows, like, output_dim)
 
     def _arrange(self, groups: Tensor, like: Tensor, output_dim: int) -> Tensor:

@@ -66,6 +66,16 @@ def test_what_only_code_knows_is_refused():
 
 
 @pytest.mark.parametrize("quantizer", CASES.values(), ids=CASES.keys())
+def test_on_the_meta_device_there_are_gradients(quantizer):
+    weight = torch.empty(8, 16, device="meta", requires_grad=True)
+    step = quantizer.empty_step_size(weight)
+    step = step.requires_grad_() if step is not None and quantizer.scale.kind == "learned" else step
+    quantizer(weight, step, training=True).sum().backward()
+    assert weight.grad.shape == weight.shape
+    assert step is None or not step.requires_grad or step.grad.shape == step.shape
+
+
+@pytest.mark.parametrize("quantizer", CASES.values(), ids=CASES.keys())
 def test_on_the_meta_device_there_are_shapes(quantizer):
     weight, real = torch.empty(8, 16, device="meta"), torch.randn(8, 16)
     step, expected = quantizer.empty_step_size(weight), quantizer.initial_step_size(real)

@@ -97,7 +97,8 @@ class _FakeQuantize(Function):
         ctx.is_drawn = dither is not None and ctx.surrogate.is_of_drawn_level
         if ctx.needs_input_grad[1]:
             # Under autocast the layer keeps a copy of lower precision, and only that.
-            half = torch.is_autocast_enabled(weight.device.type)
+            kind = weight.device.type
+            half = kind != "meta" and torch.is_autocast_enabled(kind)
             ctx.save_for_backward(weight, step, dither, second, None if half else output)
         elif ctx.is_drawn:
             ctx.save_for_backward(weight, step, None, second, output)

@@ -469,6 +469,13 @@ def test_a_state_dict_round_trip_is_exact(quantizer):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("shape", [(16, 6), (), (16,)])
+def test_a_checkpoint_of_other_shapes_is_refused_by_torch(shape):
+    model = fogzo.quantize_(_mlp(), fogzo.lsq(2, granularity=4))
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        model.load_state_dict({"0.weight": torch.ones(shape)}, strict=False)
+
+
 @EVERY_QUANTIZER
 def test_a_float_checkpoint_measures_the_steps_anew(quantizer):
     x, checkpoint = draw(4, 8), fill(_mlp(), seed=9, std=1.5).state_dict()

@@ -279,6 +279,8 @@ class QuantizedLayer(QuantizedInput):
         """
         if self.weight_step is None or step in state_dict or weight not in state_dict:
             return
+        if state_dict[weight].shape != self.weight.shape:
+            return  # as loading will say
         own = full(state_dict[weight]).to(self.weight.dtype)
         measured, empty = self.quantizer.find_step_size(own, self.output_dim)
         assert measured is not None

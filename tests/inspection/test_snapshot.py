@@ -98,6 +98,14 @@ def test_steps_are_held_against_float16():
     assert "scale_dtype=torch.float16" in finding.code
 
 
+def test_the_step_sizes_of_bbq_are_those_of_its_levels():
+    model = fogzo.quantize_(fill(nn.Linear(8, 4)), fogzo.bbq(2), everything)
+    model.load_state_dict({"weight_step": torch.full((4, 1), 3e-7)}, strict=False)
+    found = fogzo.inspect(model)
+    assert found.layers[0].step_size == pytest.approx(3e-7)
+    assert "fp16" in [finding.kind for finding in found.findings]
+
+
 def _inspect(quantizer):
     return fogzo.inspect(fogzo.quantize_(fill(nn.Linear(4, 4)), quantizer, everything))
 

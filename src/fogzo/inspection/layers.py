@@ -73,7 +73,7 @@ def numbers_of(layer: QuantizedLayer, x: Tensor) -> Numbers:
         x: Its `in_step_sizes`.
     """
     grid = layer.quantizer.grid
-    step = layer.step_size().detach()
+    step = _step_size(layer)
     not_finite = _not_finite(layer, step)
     finite = x.isfinite()
     if not finite.all():
@@ -144,6 +144,15 @@ def dead_channels(layer: QuantizedLayer, alive: Tensor | None) -> float:
     if alive is not None:
         dead = dead | ~alive
     return _share(dead)
+
+
+def _step_size(layer: QuantizedLayer) -> Tensor:
+    """Step sizes as files hold them."""
+    quantizer = layer.quantizer
+    if quantizer.companding is None:
+        return layer.step_size().detach()
+    # There a layer's are the widths of cells before the curve, those of its levels are others.
+    return quantizer.current_step_size(layer._whole_weight(), layer._step(), layer.output_dim)
 
 
 def _not_finite(layer: QuantizedLayer, step: Tensor) -> float:

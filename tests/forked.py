@@ -17,6 +17,10 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import psutil
+
+from fogzo_lab.executors import local
+
 _SERVER = multiprocessing.get_context("forkserver")
 _IMPORTED = [
     "fogzo_lab.cli.commands",
@@ -43,6 +47,9 @@ class Python:
         arguments: A file and its arguments, or ``-m``, a module and its arguments.
         environment: Variables that it has besides.
         new_session: Whether it leads a process group of its own.
+
+    Processes that compute for it (`fogzo_lab.executors.local`) are forked from the server too, so
+    that they are no children of it, nor of its group; test_processes.py has real ones.
     """
 
     def __init__(self, *arguments, environment=None, new_session=False):
@@ -61,6 +68,11 @@ class Python:
 
     def poll(self):
         return self.returncode
+
+    def workers(self):
+        """The processes that compute for it, where no other program has been forked meanwhile."""
+        server = psutil.Process(forkserver._forkserver._forkserver_pid)
+        return [process for process in server.children() if process.pid != self.pid]
 
     def send_signal(self, number):
         if self.poll() is None:
@@ -95,6 +107,9 @@ def _run(arguments, environment, new_session, outputs):
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
+    # A forked process knows the server's address, and yet would start another.
+    forkserver._forkserver.ensure_running = lambda: None
+    local._SPAWN = _SERVER
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -37,7 +37,9 @@ def wait_for_a_run(process, folder, finished=0):
     ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    return psutil.Process(process.pid).children(recursive=True)
+    workers = process.workers()
+    assert workers
+    return workers
 
 
 def is_alive(process):
@@ -91,7 +93,7 @@ def test_whatever_ends_a_comparison_the_next_one_goes_on_from_there(undisturbed,
     before = times_of(tmp_path, "result.json")
     process = Python("-m", "fogzo_lab.cli.main", *command(tmp_path), new_session=True)
     workers = wait_for_a_run(process, tmp_path)
-    trainer = next(worker for worker in workers if worker.cmdline()[-1].endswith("fork"))
+    (trainer,) = workers
     trainer.kill()  # as the system does where memory runs out
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err

@@ -18,6 +18,6 @@ def shrunk(config, **changes):
     if isinstance(data, TextConfig):
         data = TextConfig(context=16, max_eval_blocks=8)
     else:
-        data = ImagesConfig(augmentation=data.augmentation)
+        data = ImagesConfig(augmentation=data.augmentation, max_eval_images=64)
     small = {"max_steps": 2, "batch_size": 8, "accumulation": 2, "checkpoint_every": -1}
     return replace(config, **({"model": model, "data": data} | small | changes))

@@ -437,13 +437,24 @@ def test_probes_that_cross_the_same_thresholds_average_nothing_out(n, share, one
     assert 0.8 * scatter < sum(errors) / trials < 1.35 * scatter
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 96), (8192, 8), (4, 3, 2, 4096)], ids=str)
+HALF = slice(None, None, 2)
+SHAPES = {
+    "experts": ((2, 64, 96), HALF),
+    "tokens": ((8192, 8), HALF),
+    "channels": ((4, 3, 2, 4096), HALF),
+    "inputs": ((64, 192), (..., slice(None, None, 3))),
+    # Of a convolution that pads pictures of one pixel, all but the centre.
+    "kernel": ((64, 64, 3, 3), (..., torch.arange(9).reshape(3, 3) != 4)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_a_sample_of_a_large_weight_meets_what_has_a_gradient(shape, per_channel, monkeypatch):
-    # Every other expert, token or channel has none, the first among them.
+def test_a_sample_of_a_large_weight_meets_what_has_a_gradient(name, per_channel, monkeypatch):
+    shape, without = SHAPES[name]
     param = nn.Parameter(randn(*shape).float().round())  # on levels
     param.grad = randn(*shape, seed=1).float()
-    param.grad[::2] = 0.0
+    param.grad[without] = 0.0
     step = torch.ones(shape[0], *[1] * (len(shape) - 1)) if per_channel else torch.ones(())
     weight = fogzo.QuantizedWeight("w", param, lambda: step, grid=uniform(3))
     directions = Directions(as_quantized_weights([weight]), 0)

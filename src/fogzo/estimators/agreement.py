@@ -149,7 +149,9 @@ def _sampled(part: Part, tensor: Tensor) -> Tensor:
         return tensor
     if tensor.numel() == 1:
         return tensor.reshape(())
-    stride = math.ceil(count / _SAMPLE) | 1  # an even one might stay in a few columns
+    stride = math.ceil(count / _SAMPLE)
+    while math.gcd(stride, count) > 1:  # else it might stay in a few columns, or kernel positions
+        stride += 1
     tensor = tensor.expand(part.param.shape)
     if tensor.is_contiguous():
         return tensor.view(-1)[::stride]

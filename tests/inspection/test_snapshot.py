@@ -75,8 +75,33 @@ def test_a_kept_step_size_is_held_against_what_would_be_measured_now(bits, granu
 
 
 def test_weights_that_have_diverged_have_outgrown_their_step_sizes_by_a_finite_number():
-    found = layer_of(1e30 * draw(8, 8), fogzo.fixed(2, step_size=0.01))
-    assert 1e30 < found.outgrown < math.inf
+    for dtype, size in ((torch.float32, 1e30), (torch.float64, 1e200)):
+        model = fogzo.quantize_(
+            nn.Sequential(nn.Linear(8, 8).to(dtype)), fogzo.fixed(2), everything
+        )
+        with torch.no_grad():
+            model[0].weight.mul_(size)
+        (layer,) = fogzo.inspect(model).layers
+        assert layer.outgrown == pytest.approx(size, rel=0.08)
+
+
+def test_a_channel_that_ran_away_is_not_taken_for_all():
+    model = nn.Sequential(nn.Linear(64, 64))
+    fogzo.quantize_(model, fogzo.fixed(4, granularity="channel"), everything)
+    with torch.no_grad():
+        model[0].weight[0] *= 10
+    assert fogzo.inspect(model).layers[0].outgrown == pytest.approx(1 + 9 / 64, rel=0.01)
+
+
+def test_a_step_size_that_was_given_is_not_said_to_be_measured_later():
+    model = fogzo.quantize_(
+        nn.Sequential(nn.Linear(8, 8)), fogzo.fixed(2, step_size=1e-3), everything
+    )
+    code = next(f.code for f in fogzo.inspect(model).findings if f.kind == "outgrown")
+    assert "quantize_from" in code and "unless a step_size was given" in code
+    switch = fogzo.methods.quantize_from(model, 0.5, total_steps=2)
+    switch.advance_()
+    assert switch.is_quantized and model[0].step_size().unique().item() == pytest.approx(1e-3)
 
 
 def test_step_sizes_that_follow_the_weights_are_outgrown_by_none():

@@ -198,7 +198,7 @@ def _outgrown(inspection: Inspection) -> Finding | None:
         f"larger, {', '.join(said)}{_more(layers)} ({THRESHOLDS['outgrown']} times or more is "
         "reported)",
         code="fogzo.methods.quantize_from(model, 0.5, total_steps=steps), which measures them on "
-        "trained weights, or fogzo.lsq(bits), which learns them",
+        "trained weights unless a step_size was given, or fogzo.lsq(bits), which learns them",
         options="--quantize-from 0.5, or --quantizer.preset lsq",
     )
 

@@ -167,17 +167,27 @@ def _not_finite(layer: QuantizedLayer, step: Tensor) -> float:
 
 def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
     """What the rule would measure of weights that are in kept step sizes already."""
-    quantizer = layer.quantizer
+    quantizer, kept = layer.quantizer, layer.weight_step
     # What a companding quantizer rounds is not in step sizes.
-    if quantizer.scale.kind != "fixed" or quantizer.companding is not None or not x.numel():
+    if quantizer.scale.kind != "fixed" or quantizer.companding is not None or kept is None:
         return {}
-    # At no distance that divides a row, or they might all be of one column.
-    count = min(x.numel(), _SAMPLE)
-    places = torch.linspace(0, x.numel() - 1, count, dtype=torch.float64).long()
-    # The squares of weights that have diverged do not fit float32.
-    sample = x.reshape(-1)[places.to(x.device)].cpu().double()
+    if x.shape != layer.weight.shape or not x.numel():  # some are not finite, or there are none
+        return {}
+    groups = to_rows(x, layer.output_dim).reshape(kept.numel(), -1)
+    groups = groups[_spread(len(groups), 64)]
+    groups = groups[:, _spread(groups.shape[1], _SAMPLE // len(groups))].cpu().double()
+    # The squares of weights that have diverged may fit no dtype.
+    largest = groups.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     rule = replace(quantizer.scale, value=None)
-    return {"outgrown": float(rule.measure(sample[None], quantizer.grid))}
+    return {"outgrown": float((rule.measure(groups / largest, quantizer.grid) * largest).mean())}
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Up to so many indices below a count, at no distance that divides it.
+
+    Or weights might all be of one column.
+    """
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
 
 
 def _used_levels(layer: QuantizedLayer, x: Tensor) -> float:

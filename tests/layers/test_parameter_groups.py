@@ -51,6 +51,22 @@ def test_matrices_from_which_parametrizations_compute_weights_decay():
     assert set(decayed["params"]) | set(plain["params"]) == set(model.parameters())
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, None])  # 2 is that of wav2vec 2.0
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_lengths_of_weight_norm_do_not_decay(dim):
+    for weight_norm in (parametrizations.weight_norm, nn.utils.weight_norm):
+        model = nn.Sequential(weight_norm(nn.Conv1d(4, 3, 5), dim=dim))
+        decayed, plain = parameter_groups(model, 0.1)
+        assert [tuple(param.shape) for param in decayed["params"]] == [(3, 4, 5)]
+        assert len(plain["params"]) == 2  # lengths and the bias
+
+
+def test_a_matrix_of_one_column_decays_behind_a_parametrization_too():
+    model = nn.Sequential(nn.Linear(1, 8), parametrizations.spectral_norm(nn.Linear(1, 8)))
+    decayed, _ = parameter_groups(model, 0.1)
+    assert len(decayed["params"]) == 2
+
+
 @pytest.mark.parametrize("given", [-0.1, "0.1", None, True])
 def test_a_wrong_decay_is_named(given):
     with pytest.raises(ValueError, match=r"weight_decay must be .* got .*weight_decay=0\.1\)"):

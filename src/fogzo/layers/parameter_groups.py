@@ -55,13 +55,13 @@ def decaying(model: nn.Module) -> dict[nn.Parameter, bool]:
     for path, module in model.named_modules():
         norm = "Norm" in type(module).__name__
         experts = {matrices.parameter for matrices in fused_parameters(module)}
-        # What a weight is computed from is called original; that of weight_norm with its lengths.
+        # What a weight is computed from is called original, or original1 and so on.
         computed = isinstance(module, ParametrizationList) and "weight" in path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
             # By name, as step sizes are of shape (groups, 1) and class tokens of (1, 1, width).
-            weight = "weight" in name and not name.endswith("_step")
-            if computed:
-                weight = parameter.ndim >= 2 and parameter.numel() > len(parameter)
+            weight = "weight" in name and not name.endswith(("_step", "weight_g"))
+            if computed:  # by shape too, as weight_norm has lengths beside, along any dimension
+                weight = name == "original" or sum(size > 1 for size in parameter.shape) > 1
             if parameter.requires_grad:
                 matrix = (weight and parameter.ndim >= 2 and not norm) or name in experts
                 decays.setdefault(parameter, matrix)

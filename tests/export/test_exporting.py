@@ -382,6 +382,8 @@ def test_tensors_are_named_as_on_the_hub(make, format, tmp_path):
 def test_readers_take_the_dtype_of_the_quantized_weights(format, tmp_path):
     model = llama()
     model.model.embed_tokens.bfloat16()
+    if format != "compressed-tensors":  # which would not round the first one's products to it
+        model.model.layers[0].self_attn.q_proj.bfloat16()
     report = export(quantized(model, fogzo.lsq(2)), tmp_path / "out", format)
     assert all(layer.exact for layer in report.layers)
     assert type(model).from_pretrained(tmp_path / "out").dtype == torch.float32

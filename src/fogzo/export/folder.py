@@ -3,9 +3,11 @@
 import copy
 import json
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fogzo.layers import QuantizedLayer
@@ -37,9 +39,10 @@ def write_config(
         return
     config = copy.deepcopy(own)
     config.architectures = [type(model).__name__]
-    # Readers load all in one dtype: in that of the quantized weights, these are the trained ones.
+    # Readers load all in one dtype: in one that holds all quantized weights, these are as trained.
     layers = (module for module in model.modules() if isinstance(module, QuantizedLayer))
-    config.dtype = str(next(layers).weight.dtype).removeprefix("torch.")
+    widest = reduce(torch.promote_types, (layer.weight.dtype for layer in layers))
+    config.dtype = str(widest).removeprefix("torch.")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the latent weights, which are not what is written
     for name, value in entries.items():

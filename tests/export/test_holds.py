@@ -298,6 +298,18 @@ def test_a_class_that_takes_more_than_a_config(tmp_path):
     assert report.reader == "torch load_state_dict" and report.logits_difference == 0
 
 
+def test_a_head_of_ones_own(tmp_path):
+    for number, outputs in enumerate((96, 4)):  # what the config says, and another number
+        model = llama()
+        model.lm_head = nn.Sequential(nn.Linear(64, outputs))
+        quantized(model, fogzo.lsq(2))
+        state = torch.get_rng_state()
+        assert "config, and LlamaForCausalLM is not built from one" in check(model, "mlx")[0]
+        assert torch.equal(torch.get_rng_state(), state)
+        report = export(model, tmp_path / f"{number}", "float")
+        assert report.reader == "torch load_state_dict" and report.logits_difference == 0
+
+
 def test_float64(tmp_path):
     model = fogzo.quantize_(mlp().double(), fogzo.lsq(2))
     no(

@@ -1,10 +1,10 @@
 """What is exported: a quantized model, seen as integers, quantizers of inputs and the rest."""
 
 import copy
-import inspect
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -130,17 +130,20 @@ class Source:
             )
         return cls(model, layers, options)
 
-    @property
+    @cached_property
     def of_transformers(self) -> bool:
         """Whether a config of transformers says how the model is built."""
         config = getattr(self.model, "config", None)
         if not (hasattr(config, "save_pretrained") and hasattr(self.model, "save_pretrained")):
             return False  # not of a module of one's own that holds the config of a part, say
         try:
-            inspect.signature(type(self.model)).bind(config)
+            with torch.device("meta"):
+                built = type(self.model)(copy.deepcopy(config))
         except TypeError:  # nor of a class that takes more than a config
             return False
-        return True
+        except Exception:  # of one that reads numbers while it is built, which are not there
+            return True
+        return _shapes(built) == _shapes(self.model)  # nor with a head of one's own
 
     def with_weights(self, weights: dict[str, IntegerWeight]) -> "Source":
         """The same with other weights."""
@@ -216,6 +219,14 @@ _OF_QUANTIZERS = (
     "input_step_knee",
     "input_state",
 )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {
+        name: tensor.shape
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[2] not in _OF_QUANTIZERS[1:]
+    }
 
 
 def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:

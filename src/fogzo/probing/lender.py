@@ -234,15 +234,17 @@ class _BufferCopies:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._versions = [0 if b.is_inference() else b._version for _, _, b, _ in self._kept]
+        self._versions = [_version(buffer) for _, _, buffer, _ in self._kept]
 
     def reset_(self, every: bool = False) -> None:
         """Put back those that count a change since the last time, or every one."""
         for index, (module, name, buffer, saved) in enumerate(self._kept):
             if every or buffer.is_inference() or buffer._version != self._versions[index]:
-                if not _is_expanded(buffer):  # into such a one nothing can write
-                    buffer.copy_(saved)
-                self._versions[index] = 0 if buffer.is_inference() else buffer._version
+                # Those that were made in inference mode can be written to there alone.
+                with torch.inference_mode(buffer.is_inference()):
+                    if not _is_expanded(buffer):  # into such a one nothing can write
+                        buffer.copy_(saved)
+                self._versions[index] = _version(buffer)
             module._buffers[name] = buffer  # the closure may have assigned another tensor
 
     def moved(self) -> list[nn.Module]:
@@ -257,7 +259,12 @@ class _BufferCopies:
         if now.layout is saved.layout is torch.strided:
             return not torch.equal(now, saved)
         # Sparse ones cannot be compared, but count their changes.
-        return now is not buffer or now._version != self._versions[index]
+        return now is not buffer or _version(now) != self._versions[index]
+
+
+def _version(buffer: Tensor) -> int:
+    """How often it was written to, which is not counted in inference mode."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _is_expanded(buffer: Tensor) -> bool:

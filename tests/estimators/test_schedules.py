@@ -42,8 +42,13 @@ def test_the_default_share_gives_noise_a_thousandth_of_the_signals_power(n):
     assert stats.kappa == pytest.approx(1e-3, rel=1e-12)
 
 
-def test_a_kappa_of_numpys_makes_a_plain_share():
-    schedule = fogzo.linear_noise_share(total_steps=2, kappa=np.float32(0.5), num_weights=9)
+@pytest.mark.parametrize(
+    "numbers",
+    [{"kappa": np.float32(0.5)}, {"num_weights": np.int64(9)}, {"num_samples": np.int64(1)}],
+    ids=str,
+)
+def test_numbers_of_numpys_make_a_plain_share(numbers):
+    schedule = fogzo.linear_noise_share(**{"total_steps": 2, "num_weights": 9, **numbers})
     assert type(schedule(1)) is float
 
 

@@ -307,7 +307,7 @@ def test_what_theory_cannot_tell_is_said():
         regression_dynamics(BASE, times, cells=7)
     for weights in (0, -5, 10.0, True):
         for solve in (regression_dynamics, partial(simulate, seed=0)):
-            with pytest.raises(ValueError, match=r"weights must be an integer of 1 or more, got"):
+            with pytest.raises(ValueError, match=r"weights must be a positive integer, got"):
                 solve(BASE, times, weights=weights)
     with pytest.raises(ValueError, match=r"depends on the number of weights.*weights=1000"):
         regression_dynamics(replace(BASE, estimator="fogzo"), times)

@@ -138,11 +138,11 @@ def linear_noise_share(
         check_kappa(kappa)
         kappa = float(kappa)  # of NumPy perhaps, whose float32 would spread to every share
     if num_weights is not None:
-        require_count(
+        num_weights = require_count(
             "num_weights", num_weights, "num_weights=sum(w.param.numel() for w in weights)"
         )
     if num_samples is not None:
-        require_count("num_samples", num_samples, "num_samples=1")
+        num_samples = require_count("num_samples", num_samples, "num_samples=1")
     # At least the last step is refined, or a short run would never see what was asked for.
     start_step = min(round(start * total_steps), total_steps - 1)
     return LinearNoiseShare(kappa, start_step, total_steps, num_weights, num_samples)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import lapack
 
+from fogzo.estimators.schedules import require_count
 from fogzo.quantizers import adjacent
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.probes import (
@@ -32,7 +33,7 @@ from fogzo_lab.dynamics.probes import (
     gradient_variance,
     measure,
 )
-from fogzo_lab.dynamics.setting import Array, Regression, check_times, check_weights
+from fogzo_lab.dynamics.setting import Array, Regression, check_times
 
 SPAN = 6.0
 """How far the grid reaches; of standard normals 2e-9 lie beyond."""
@@ -84,7 +85,7 @@ def regression_dynamics(
             "regression_dynamics(setting, times, weights=1000)"
         )
     if weights is not None:
-        check_weights(weights)
+        weights = require_count("weights", weights, "weights=1000")
     chain = _Chain(setting, weights, cells, nodes)
     points = [chain.look(0.0)]
     knots = _knots(setting, time_steps, end)

@@ -200,12 +200,6 @@ def check_times(times: Sequence[float]) -> Array:
     return found
 
 
-def check_weights(weights: int) -> None:
-    """Raise a `ValueError` unless there may be so many weights."""
-    if not (type(weights) is int and weights >= 1):
-        raise ValueError(f"weights must be an integer of 1 or more, got {weights!r}: weights=1000")
-
-
 def _require_number(name: str, value: object, example: str, *, positive: bool | None) -> None:
     number = value if isinstance(value, int | float) and type(value) is not bool else math.nan
     wrong = (positive and number <= 0) or (positive is False and number < 0)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.estimators.schedules import LinearNoiseShare
+from fogzo.estimators.schedules import LinearNoiseShare, require_count
 from fogzo.methods import project_
 from fogzo_lab.dynamics.curve import Curve, Density
-from fogzo_lab.dynamics.setting import Regression, check_times, check_weights
+from fogzo_lab.dynamics.setting import Regression, check_times
 
 
 class Refiner(Protocol):
@@ -57,7 +57,7 @@ def simulate(
         ValueError: If times are no ascending numbers from 0, or there are no weights.
     """
     checked = check_times(times)
-    check_weights(weights)
+    weights = require_count("weights", weights, "weights=1000")
     stops = [round(time * weights) for time in checked]
     source = iter(data if data is not None else batches(setting, weights, stops[-1], seed))
     start, teacher = next(source)

@@ -98,6 +98,9 @@ def test_what_divides_by_the_norm_of_latent_weights_cannot_be_merged(first):
     with pytest.raises(ValueError, match=r"DoRA divides .*model\.up.*keep the adapters apart"):
         merge_and_unload(model)
     assert isinstance(model.base_model.model.down, fogzo.QuantizedLayer)
+    model.add_adapter("plain", peft.LoraConfig(target_modules=["up"]))
+    merged = merge_and_unload(model, adapter_names=["plain"])
+    assert type(merged.up) is nn.Linear
 
 
 def test_readers_that_build_the_network_know_no_adapters():

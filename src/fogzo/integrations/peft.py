@@ -40,8 +40,10 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
     of_dora = [
         name
         for name, module in model.named_modules()
-        if getattr(module, "lora_magnitude_vector", None)
+        if (found := getattr(module, "lora_magnitude_vector", None))
         and isinstance(module.get_base_layer(), QuantizedLayer)
+        # The others are left out of what is merged.
+        and not found.keys().isdisjoint(options.get("adapter_names") or module.active_adapters)
     ]
     if of_dora:
         raise ValueError(

@@ -703,10 +703,11 @@ def test_a_comparison_that_cannot_work_is_refused(changes, message):
         CompareConfig(**{"base": RECIPES["digits-mlp"](), **changes})
 
 
-def test_recipes_in_float_can_be_tuned_alone(tmp_path, capsys):
-    options = ("--quantizer.preset", "none", "--rows", "float", "--max-steps", "2", "--plan")
-    main(["compare", "digits-mlp", *options, "--output-dir", str(tmp_path)])
-    assert "25 runs" in capsys.readouterr().out
+@pytest.mark.parametrize("rows", [("float",), ("float", "ste-bbq")])
+def test_recipes_in_float_have_rows_that_need_no_quantizer(rows, tmp_path, capsys):
+    options = ("--quantizer.preset", "none", "--rows", *rows, "--max-steps", "2", "--plan")
+    main(["compare", "digits-mlp", *options, "--no-equal-time", "--output-dir", str(tmp_path)])
+    assert f"{25 * len(rows)} runs" in capsys.readouterr().out
 
 
 def test_a_time_too_short_for_one_step_is_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -28,7 +28,14 @@ from fogzo_lab.comparison.run_cache import RunCache, code_version, config_hash
 from fogzo_lab.comparison.runs import Run, missing
 from fogzo_lab.comparison.summary import best_candidate, summarise, validation_losses
 from fogzo_lab.executors.calls import Call, Executor
-from fogzo_lab.options import Example, NonNegativeFloat, Options, PositiveFloat, PositiveInt
+from fogzo_lab.options import (
+    Example,
+    NonNegativeFloat,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    deferred_checks,
+)
 from fogzo_lab.system.devices import find_device
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import dumps, write_text
@@ -79,12 +86,8 @@ class CompareConfig(Options):
     def check_together(self, prefix: str) -> None:
         """Raise a `ValueError` where options, each of which can be meant, do not go together."""
         check_rows(self.rows)
-        quantized = [name for name in self.rows if name != "float"]
-        if quantized and self.base.quantizer.preset == "none":
-            raise ValueError(
-                f"{' '.join(quantized)} would train in float, as the recipe quantizes no weights: "
-                "--quantizer.preset lsq, or --rows float"
-            )
+        if self.base.quantizer.preset == "none":
+            self._check_rows_in_float()
         if self.tuning_seeds is not None and self.tuning_seeds > self.num_seeds:
             raise ValueError(
                 f"the {self.tuning_seeds} tuning seeds are some of the {self.num_seeds} seeds: "
@@ -101,6 +104,17 @@ class CompareConfig(Options):
             raise ValueError(
                 f"none of the rows {' '.join(self.rows)} has a kappa to try: leave --kappas out, "
                 f"or --rows {' '.join(self.rows)} fogzo"
+            )
+
+    def _check_rows_in_float(self) -> None:
+        """Raise a `ValueError` if a row of a recipe in float would have nothing to quantize."""
+        with deferred_checks():  # of what goes with quantized weights alone
+            configs = {name: ROWS[name].config(self.base, None) for name in self.rows}
+        in_float = [name for name, config in configs.items() if config.quantizer.preset == "none"]
+        if named := [name for name in in_float if name != "float"]:
+            raise ValueError(
+                f"{' '.join(named)} would train in float, as the recipe quantizes no weights: "
+                "--quantizer.preset lsq, or --rows float"
             )
 
     @property

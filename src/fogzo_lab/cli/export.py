@@ -14,6 +14,7 @@ from fogzo.export.format_table import FORMATS
 from fogzo_lab.cli import display
 from fogzo_lab.cli.parsing import parse
 from fogzo_lab.data.batches import load
+from fogzo_lab.data.tokens import pretrained_tokenizer
 from fogzo_lab.options import Example, OneOf, Options, PathOrName
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table, in_digits
@@ -138,16 +139,7 @@ def _tokenizer(name: str, settings: TrainConfig) -> Any:
         name = settings.data.tokenizer if settings.data.kind == "text" else "none"
     if name in ("none", "bytes"):
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever the hub, the disk or a parser has to say
-        raise ValueError(
-            f"could not load the tokenizer {name!r} ({str(error).strip().partition(chr(10))[0]}): "
-            "give a hub id or a folder with tokenizer.json, as in --tokenizer gpt2, or "
-            "--tokenizer none"
-        ) from error
+    return pretrained_tokenizer(name, "--tokenizer", "none")
 
 
 def _example(task: Task) -> Tensor:

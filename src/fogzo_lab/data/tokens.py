@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,39 @@ class Tokenizer:
     """UTF-8 bytes of text in `separator`: none if it is a special token."""
 
 
+def pretrained_tokenizer(name: str, option: str, otherwise: str) -> Any:
+    """What AutoTokenizer finds under a hub id or in a folder.
+
+    Args:
+        name: Of the hub or of the folder.
+        option: The option that it was given by.
+        otherwise: What else the option takes.
+
+    Raises:
+        ValueError: If there is no such tokenizer.
+    """
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(  # transformers would look for it on the hub, for a minute
+            f"there is no folder {name!r}: give one with tokenizer.json, a hub id such as "
+            f"{option} gpt2, or {option} {otherwise}"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(
+            f"the tokenizer {name!r} needs transformers: pip install 'fogzo[lab]', or "
+            f"{option} {otherwise}"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever the hub, the disk or a parser has to say
+        raise ValueError(
+            f"could not load the tokenizer {name!r} ({str(error).strip().partition(chr(10))[0]}): "
+            f"give a hub id or a folder with tokenizer.json, as in {option} gpt2, or "
+            f"{option} {otherwise}"
+        ) from error
+
+
 @lru_cache(maxsize=2)
 def load_tokenizer(name: str) -> Tokenizer:
     """`bytes`, or the tokenizer that AutoTokenizer finds under a hub id or in a folder.
@@ -42,26 +75,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer(_encode_bytes, 256, _encode_bytes(["\n\n"])[0], 2)
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise ValueError(  # transformers would look for it on the hub, for a minute
-            f"there is no folder {name!r}: give one with tokenizer.json, a hub id such as "
-            "--data.tokenizer gpt2, or --data.tokenizer bytes"
-        )
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ValueError(
-            f"the tokenizer {name!r} needs transformers: pip install 'fogzo[lab]', or "
-            "--data.tokenizer bytes"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever the hub, the disk or a parser has to say
-        raise ValueError(
-            f"could not load the tokenizer {name!r} ({str(error).strip().partition(chr(10))[0]}): "
-            "give a hub id or a folder with tokenizer.json, as in --data.tokenizer gpt2, or "
-            "--data.tokenizer bytes"
-        ) from error
+    tokenizer = pretrained_tokenizer(name, "--data.tokenizer", "bytes")
     tokenizer.model_max_length = 2**62  # or it warns of texts longer than some model's context
 
     def encode(texts: list[str]) -> list[Tensor]:

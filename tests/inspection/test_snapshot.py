@@ -93,6 +93,18 @@ def test_a_channel_that_ran_away_is_not_taken_for_all():
     assert fogzo.inspect(model).layers[0].outgrown == pytest.approx(1 + 9 / 64, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:no step size can be measured")
+def test_channels_of_zeros_hide_no_others():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[::2] = 0
+    fogzo.quantize_(model, fogzo.fixed(2, granularity="channel"), everything)
+    for size, expected in ((1, 1), (3, 3), (0, 0)):
+        with torch.no_grad():
+            model[0].weight.mul_(size)
+        assert fogzo.inspect(model).layers[0].outgrown == pytest.approx(expected, rel=0.01)
+
+
 def test_a_step_size_that_was_given_is_not_said_to_be_measured_later():
     model = fogzo.quantize_(
         nn.Sequential(nn.Linear(8, 8)), fogzo.fixed(2, step_size=1e-3), everything

@@ -176,8 +176,11 @@ def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
     groups = to_rows(x, layer.output_dim).reshape(kept.numel(), -1)
     groups = groups[_spread(len(groups), 64)]
     groups = groups[:, _spread(groups.shape[1], _SAMPLE // len(groups))].cpu().double()
+    groups = groups[groups.any(1)]  # of zeros nothing can be measured
+    if not len(groups):
+        return {"outgrown": 0.0}
     # The squares of weights that have diverged may fit no dtype.
-    largest = groups.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    largest = groups.abs().amax(1, keepdim=True)
     rule = replace(quantizer.scale, value=None)
     return {"outgrown": float((rule.measure(groups / largest, quantizer.grid) * largest).mean())}
 

@@ -34,7 +34,8 @@ class LayerInspection:
         empty: Share of output channels whose weights are all zero, or nothing beside those of the
             other channels.
         outgrown: The step size that its rule would measure now over the one in use, a mean over
-            the groups that have one each; None unless step sizes are kept and weights finite.
+            the groups that have one each and are not zero; None unless step sizes are kept and
+            weights finite.
         near_thresholds: Of the weights within the range of levels, the share nearer to a threshold
             than a twentieth of the levels' distance: 0.1 where weights are spread evenly.
         flips: Share of codes that change per step.

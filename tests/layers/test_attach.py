@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -546,6 +547,15 @@ def test_the_compiled_model_agrees(preset):
     assert torch.allclose(compiled, output, rtol=1e-6, atol=1e-7)
     for name, param in model.named_parameters():
         assert torch.allclose(param.grad, expected[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_model_is_compiled_that_has_never_run():
+    torch.compiler.reset()
+    quantizer = fogzo.lsq(2, surrogate="tanh")
+    quantizer = replace(quantizer, grid=replace(quantizer.grid, name="no other layer's"))
+    model, x = fogzo.quantize_(_mlp(), quantizer), draw(4, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    assert torch.equal(compiled, model(x))
 
 
 @pytest.mark.parametrize("inputs", [None, fogzo.lsq(4)], ids=["float", "quantized"])

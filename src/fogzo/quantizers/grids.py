@@ -64,6 +64,8 @@ class Grid:
                 f"the margin must be from 0 to less than half of the spacing, got {self.margin!r}: "
                 "for example for_inputs(uniform(2))"
             )
+        # Now, as torch.compile cannot enter the lock of Python 3.11's cached_property.
+        _ = self.thresholds
 
     @property
     def num_levels(self) -> int:

@@ -23,7 +23,7 @@ from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.attach import leave_fast_path
-from fogzo.layers.hosts import models_of_transformers
+from fogzo.layers.hosts import models_of_transformers, take_own_config
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
@@ -118,9 +118,8 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
             f"is built: fogzo.export.load_({type(model).__name__}(...), folder), built on the CPU"
         )
     if next(models_of_transformers(model), None) is model:
-        from fogzo.export.transformers import note_packed_
-
-        note_packed_(model, config)
+        take_own_config(model)
+        cast(Any, model).config.quantization_config = config  # for its save_pretrained
     return model
 
 

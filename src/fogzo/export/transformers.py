@@ -7,10 +7,8 @@ What is loaded so, or by `load_`, can be saved again: `save_pretrained` and `pus
 packed weights and how they are packed.
 """
 
-import copy
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -70,22 +68,6 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights are no parameters."""
         return False
-
-
-def note_packed_(model: PreTrainedModel, config: dict[str, Any]) -> None:
-    """Note in a model's config how it was packed, as transformers does of what it loads itself."""
-    take_own_config(model)
-    model.config.quantization_config = PackedConfig(**config)
-
-
-def take_own_config(model: PreTrainedModel) -> None:
-    """A copy of the config in place of one that models may share, as teacher and student do."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        shared = module.__dict__.get("config")
-        if id(shared) in copies:  # also one of a part, which the whole holds
-            module.config = copies[id(shared)]
 
 
 def register(

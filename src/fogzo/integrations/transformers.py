@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fogzo.export.transformers import register, take_own_config
+from fogzo.export.transformers import register
 from fogzo.integrations.trainer import refine
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.activations import Activations
@@ -38,6 +38,7 @@ from fogzo.layers.described import (
     forms_of,
     settle_,
 )
+from fogzo.layers.hosts import take_own_config
 from fogzo.layers.selection import FilterFn, quantizable_layers
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.description import describe, from_description

@@ -1,5 +1,6 @@
 """transformers saves and loads models by its own means, and is told what became of them."""
 
+import copy
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -38,6 +39,16 @@ def check_loaded_as_saved(model: nn.Module) -> None:
                 f"without their step sizes: import {_INTEGRATION} before from_pretrained. Of a "
                 "new model of that config: del model.config.quantization_config"
             )
+
+
+def take_own_config(model: Any) -> None:
+    """A copy of the config in place of one that models may share, as teacher and student do."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        shared = module.__dict__.get("config")
+        if id(shared) in copies:  # also one of a part, which the whole holds
+            module.config = copies[id(shared)]
 
 
 def models_of_transformers(model: nn.Module) -> Iterator[Any]:

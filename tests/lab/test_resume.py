@@ -23,16 +23,18 @@ RUNS = {
     "deit": (
         *("digits-deit", "--model.depth", 1, "--model.width", 24, "--model.dropout", 0.1),
         *("--batch-size", 16, "--accumulation", 2, "--ema-decay", 0.9),
-        *("--data.augmentation.mixup", 0.8),
+        *("--data.augmentation.mixup", 0.8, "--data.max-eval-images", 64),
     ),
     # Running statistics, quantized activations, fp16's gradient scaler.
     "resnet": (
         *("digits-resnet", "--model.widths", 8, 8, "--model.depths", 1, 1, "--batch-size", 16),
         *("--activations.preset", "lsq", "--activations.bits", 4, "--precision", "fp16"),
+        *("--data.max-eval-images", 64),
     ),
     "llama": (
         *("pydoc-llama", "--model.depth", 1, "--model.width", 16, "--batch-size", 4),
         *("--optimizer", "muon", "--schedule", "wsd", "--quantizer.preset", "quest"),
+        *("--data.max-eval-blocks", 16),
     ),
 }
 STEPS = 30

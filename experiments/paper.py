@@ -222,6 +222,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-resnet-lsq-w2": long(
             replace(resnet, quantizer=LSQ), 4000, (*rates[1:], 3.16e-2), WIDE_ROWS, num_seeds=5
         ),
+        "long-resnet-quest-w2a2": long(
+            replace(resnet, quantizer=QUEST, activations=QUEST), 4000, (*rates[1:], 3.16e-2)
+        ),
     }
 
 

@@ -94,6 +94,7 @@ LONG = {
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
     "ResNet-18, 4,000 steps: fixed, tanh": "long-resnet-tanh",
     "ResNet-18, 4,000 steps: LSQ": "long-resnet-lsq-w2",
+    "ResNet-18, 4,000 steps: QuEST, W2A2": "long-resnet-quest-w2a2",
 }
 """Comparisons at the length where quantization decides, each with a plot, length.svg."""
 

@@ -616,6 +616,21 @@ def test_what_is_said_of_quest_at_length_is_what_was_measured():
     assert f"with {long.find('ste').curve[-1]['masked']:.1%} of the weights masked at STE" in page
 
 
+def test_what_is_said_of_quest_on_images_is_what_was_measured():
+    page, name = words("docs/research.md"), "resnet-quest-w2a2"
+    long = Comparison.from_dict(committed(f"long-{name}"))
+    for row in ("ste-unmasked", "placebo", "fogzo"):
+        for key in (None, "train_loss"):
+            assert not excludes_zero(minus_at_length(name, row, "ste", key))
+        at_the_end = long.find(row).learning_rate == max(long.grid)
+        assert at_the_end == (row != "fogzo")
+    gap = minus_at_length(name, "fogzo", "ste")
+    said = f"between {-100 * gap.low:.1f} points behind it and {100 * gap.high:.1f} ahead, at "
+    assert f"{said}{long.run_seconds['fogzo'] / long.run_seconds['ste']:.2f} times the cost" in page
+    masked = [point["masked"] for point in long.find("ste").curve if "masked" in point]
+    assert f"with {masked[-1]:.1%} of the weights masked at STE's end. FOGZO lies" in page
+
+
 def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
     page, long = words("docs/research.md"), Comparison.from_dict(committed("long-llama-lsq-w2"))
     assert {row.learning_rate for row in long.rows} == {sorted(long.grid)[1]}

@@ -19,10 +19,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three at a time for two cores, as much of it waits for processes; with bytecode kept, as it starts
-# some hundred interpreters.
+# One worker for each of CI's two cores, as a third one's collection takes more than it gives; with
+# bytecode kept, as it starts some hundred interpreters. WORKERS=8 where there are more cores.
+WORKERS ?= 2
 suite: .venv/installed
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed  ## build the documentation in site/, an error on any broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -282,6 +282,34 @@ def test_ramps_begin_with_quantization_where_it_begins_between_two_steps(start, 
     assert moved == [step >= switch.switch_step for step in range(steps)]
 
 
+@pytest.mark.parametrize("way", ["closure", "recorded"])
+def test_estimators_leave_the_exact_gradients_of_a_float_phase_alone(way):
+    model = network("lsq per channel")
+    switch = quantize_from(model, 0.5, total_steps=2)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    spsa = fogzo.SpsaEstimator(fogzo.quantized_weights(model))
+    x, y = batch(0)
+    calls = []
+
+    def loss_of():
+        calls.append(model[0].is_in_float)
+        return mse_loss(model(x), y)
+
+    for is_in_float in (True, False):
+        model.zero_grad()
+        loss = estimator.record(loss_of) if way == "recorded" else loss_of()
+        loss.backward()
+        grad = model[0].weight.grad.clone()
+        calls.clear()
+        stats = estimator.refine_grads_(*([loss_of, loss] if way == "closure" else []))
+        assert torch.equal(model[0].weight.grad, grad) == is_in_float
+        assert (calls == []) == (stats.agreement is None) == is_in_float
+        model.zero_grad()
+        assert spsa.refine_grads_(loss_of).probe_losses  # it has no other gradient
+        switch.advance_()
+    assert estimator.step == 2
+
+
 def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match="nothing in this model is quantized"):
         quantize_from(network(), 0.5, total_steps=10)

@@ -28,6 +28,7 @@ from fogzo.estimators.schedules import (
 )
 from fogzo.estimators.stats import RefineStats
 from fogzo.layers.audit import LayerAudit
+from fogzo.layers.quantized_layer import QuantizedLayer
 from fogzo.layers.weights import QuantizedWeight, WeightLike, as_quantized_weights
 from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions, NoiseShape, mix_seed
@@ -156,6 +157,8 @@ class GradientEstimator(ABC):
         self.evaluate: Evaluate = evaluate
         self._window = Window(self.weights, self._lender)
         self._audit = Audit()
+        modules = (module for model in self._lender.models for module in model.modules())
+        self._layers = [module for module in modules if isinstance(module, QuantizedLayer)]
         self._layer_audits = [LayerAudit(model) for model in self._lender.models]
         self._num_refined = 0
         self._warned: set[str] = set()
@@ -199,7 +202,8 @@ class GradientEstimator(ABC):
         multiplied its loss by: a division by the number of micro-batches, a `GradScaler`, the
         weight of one loss among several. The loop may then skip a micro-batch, unscale or clip.
 
-        Under `torch.no_grad`, and in steps whose noise share is None, it calls the function only.
+        Under `torch.no_grad`, and in steps that measure nothing, as their noise share is None or
+        the layers compute in float (`quantize_from`), it calls the function only.
 
         Args:
             compute_loss: Returns the scalar loss, alone, first in a tuple, as "loss" of a dict or
@@ -216,7 +220,7 @@ class GradientEstimator(ABC):
             ValueError: If there is no loss in what the function returns, or the function changes
                 its arguments in place.
         """
-        if self.noise_share(self.step) is None or not torch.is_grad_enabled():
+        if self._share_now() is None or not torch.is_grad_enabled():
             return compute_loss(*args, **kwargs)
         return self._window.record(compute_loss, args, kwargs)
 
@@ -270,7 +274,7 @@ class GradientEstimator(ABC):
     def _refine(
         self, closure: Closure | None, expected_loss: Tensor | float | None, grad_scale: float
     ) -> RefineStats:
-        share = self.noise_share(self.step)
+        share = self._share_now()
         if share is None:
             return RefineStats(self.step)
         directions = self._directions(grad_scale)
@@ -353,6 +357,13 @@ class GradientEstimator(ABC):
     def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
         return bind(as_noise_share(noise_share), self.num_weights, self.num_samples)
 
+    def _share_now(self) -> float | None:
+        """The noise share of this step; None leaves the gradient as it is."""
+        # In the float phase of `quantize_from` backward's gradient is exact.
+        if self.needs_gradient and self._layers and all(each.is_in_float for each in self._layers):
+            return None
+        return self.noise_share(self.step)
+
     def _directions(self, grad_scale: float = 1.0) -> Directions:
         return Directions(
             weights_to_refine(self.weights, self._lender.models, self.needs_gradient),
@@ -365,7 +376,7 @@ class GradientEstimator(ABC):
 
     def _coming(self) -> tuple[float, Directions, list[Direction]] | None:
         """The noise share, directions and plan of the coming step; None if it measures nothing."""
-        share = self.noise_share(self.step)
+        share = self._share_now()
         if share is None:
             return None
         directions = self._directions()

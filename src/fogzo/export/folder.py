@@ -93,14 +93,24 @@ def write_tensors(
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote, on the CPU.
+    """What `write_tensors` wrote, or transformers of it, in several files if it is large.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
-        ValueError: If there is no model.safetensors.
+        ValueError: If a file is missing.
     """
     from safetensors.torch import load_file
 
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}: export the model again")
-    return load_file(path)
+    index = folder / f"{WEIGHTS}.index.json"
+    files = [WEIGHTS]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {name}: export the model again")
+        tensors |= load_file(path)
+    return tensors

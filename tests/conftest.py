@@ -2,11 +2,9 @@
 
 import gc
 import signal
-from collections.abc import Generator
 
 import pytest
 import torch
-from _pytest.doctest import DoctestModule
 
 gc.set_threshold(10_000, 20, 20)  # by default, collecting garbage takes 5 to 10% of the time
 
@@ -46,13 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device != "cpu":
         torch.set_default_device(device)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
-    """Look for examples in docstrings of the packages only; here are none."""
-    found = yield
-    return [collector for collector in found if not isinstance(collector, DoctestModule)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,19 +64,14 @@ def pairwise(**choices: Collection[Any]) -> pytest.MarkDecorator:
         choices: The values of each argument; of a mapping its keys.
     """
     cases = list(itertools.product(*choices.values()))
-    # Pairs of values are bits of a number, as every process that collects tests comes by here.
-    bits: dict[object, int] = {}
     pairs = [
-        sum(
-            1 << bits.setdefault(pair, len(bits))
-            for pair in itertools.combinations(enumerate(range_of), 2)
-        )
+        set(itertools.combinations(enumerate(range_of), 2))
         for range_of in itertools.product(*(range(len(values)) for values in choices.values()))
     ]
-    missing, chosen = (1 << len(bits)) - 1, []
+    missing, chosen = set().union(*pairs), []
     while missing:
-        best = max(range(len(cases)), key=lambda i: (pairs[i] & missing).bit_count())
-        missing &= ~pairs[best]
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
         chosen.append(cases[best])
     return pytest.mark.parametrize(
         list(choices), chosen, ids=lambda value: getattr(value, "__name__", str(value))[:40]

@@ -119,7 +119,7 @@ def no(model, format, message, tmp_path, **options):
 def test_rotations(format, tmp_path):
     message = (
         r"cannot write 'model.layers.0.self_attn.q_proj' as .*: its weights are rotated "
-        r"\(Hadamard\), and .* has no rotation of inputs: --format packed, --format float"
+        r'\(Hadamard\), and .* has no rotation of inputs: format="packed", format="float"'
     )
     no(small_llama(fogzo.quest(2, **F16)), format, message, tmp_path)
 
@@ -141,7 +141,7 @@ def test_groups_without_a_type_of_as_many_bits(tmp_path):
     model = small_llama(QUANTIZERS["half2"](64))
     message = (
         "it has the levels uniform2-half in groups of 64, and Q2_K shares a step over 256; it "
-        "would take Q4_0, 4.5 bits per weight: add --allow-wider, or train with "
+        "would take Q4_0, 4.5 bits per weight: allow_wider=True, or train with "
         'granularity="channel"'
     )
     no(model, "gguf", message, tmp_path)
@@ -152,14 +152,14 @@ def test_widths_without_a_type_of_as_many_bits(tmp_path):
     model = small_llama(QUANTIZERS["ternary"](), width=192)
     message = (
         "it has 192 inputs, and TQ2_0 needs a multiple of 256; it would take Q4_0, 4.5 bits per "
-        "weight: add --allow-wider, or --variant q2_0, or --format packed"
+        'weight: allow_wider=True, or variant="q2_0", or format="packed"'
     )
     no(model, "gguf", message, tmp_path)
     assert stored(model, "gguf", allow_wider=True) == {"Q4_0"}
     assert stored(model, "gguf", variant="q2_0") == {"Q2_0"}
     narrow = small_llama(QUANTIZERS["int4"](), width=16)
-    no(narrow, "gguf", "has 16 inputs, and Q4_0 needs a multiple of 32: --format", tmp_path)
-    no(narrow, "mlx", "has 16 inputs, and 4 bit needs a multiple of 32: --format", tmp_path)
+    no(narrow, "gguf", "has 16 inputs, and Q4_0 needs a multiple of 32: format=", tmp_path)
+    no(narrow, "mlx", "has 16 inputs, and 4 bit needs a multiple of 32: format=", tmp_path)
 
 
 def test_groups_that_onnx_does_not_have(tmp_path):
@@ -182,8 +182,8 @@ TOKEN = fogzo.abs_max(8, granularity="token")
 @pytest.mark.parametrize(
     ("format", "activations", "message"),
     [
-        ("float", LSQ8, "which float weights cannot say: --activations drop exports the weights"),
-        ("gguf", LSQ8, "which gguf cannot say; llama.cpp rounds them to 8 bits itself: --activ"),
+        ("float", LSQ8, 'which float weights cannot say: activations="drop" exports the weights'),
+        ("gguf", LSQ8, "which gguf cannot say; llama.cpp rounds them to 8 bits itself: activ"),
         ("mlx", TOKEN, "which mlx cannot say"),
         ("torchao", TOKEN, "which torchao's weight-only layers cannot say"),
         *(
@@ -231,10 +231,10 @@ class LlamaWithHead(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("format", "elsewhere"),
     [
-        ("compressed-tensors", "--format packed or onnx"),
-        ("mlx", "--format packed or onnx"),
-        ("bitnet", "--format packed or onnx"),
-        ("torchao", "--format packed"),
+        ("compressed-tensors", 'format="packed" or "onnx"'),
+        ("mlx", 'format="packed" or "onnx"'),
+        ("bitnet", 'format="packed" or "onnx"'),
+        ("torchao", 'format="packed"'),
     ],
 )
 @pytest.mark.parametrize("kind", ["Conv2d", "ConvTranspose1d", "Embedding"])
@@ -276,7 +276,7 @@ def test_bitnet(tmp_path):
 def test_architectures(tmp_path):
     ternary = fogzo.ternary(**F16)
     image_model, plain_model = quantized(vit(), ternary), quantized(mlp(), ternary)
-    message = "gguf is written for LlamaForCausalLM only, got ViTForImageClassification: --format"
+    message = "gguf is written for LlamaForCausalLM only, got ViTForImageClassification: format="
     no(image_model, "gguf", message, tmp_path)
     for format in ("compressed-tensors", "mlx", "bitnet"):
         message = f"the readers of {format} build the network from transformers' config, and Seq"
@@ -349,7 +349,7 @@ def test_a_module_of_two_names(format, tmp_path):
     model = fogzo.quantize_(shared(llama(num_hidden_layers=2)), fogzo.ternary(**F16), inner_linear)
     message = (
         "'model.layers.1.mlp.gate_proj.weight' is 'model.layers.0.mlp.gate_proj.weight' by another "
-        f"name, and the readers of {format} build both .* --format packed for fogzo.export.load_"
+        f'name, and the readers of {format} build both .* format="packed" for fogzo.export.load_'
     )
     no(model, format, message, tmp_path)
     assert check(model, "packed") == check(model, "onnx") == check(model, "torchao") == []

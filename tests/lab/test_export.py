@@ -92,6 +92,8 @@ def test_other_options_reach_the_exporter(run, tmp_path, capsys):
     code, _, err = command(capsys, "export", run, "--format", "float")
     assert code == 2
     assert "cannot write '1' as float: its inputs are quantized" in err
+    assert ": --activations drop exports the weights alone (logits will differ)" in err
+    assert ", or --format packed or onnx (and 1 more: fogzo.export.check)\n" in err
     code, out, _ = command(
         capsys,
         *("export", run, "--format", "float", "--activations", "drop", "--no-verify"),
@@ -104,9 +106,9 @@ def test_other_options_reach_the_exporter(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "gguf"], "gguf is written for LlamaForCausalLM only, got Sequential"),
+        (["--format", "gguf"], "LlamaForCausalLM only, got Sequential: --format packed or onnx\n"),
         (["--format", "zip"], "format must be one of packed, float"),
-        (["--variant", "tq1_0"], "packed has no variant 'tq1_0', expected none"),
+        (["--variant", "tq1_0"], "packed has no variant 'tq1_0', expected none: leave variant out"),
         (["--variant", "small"], "variant must be one of tq2_0"),
     ],
 )

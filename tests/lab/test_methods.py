@@ -218,6 +218,15 @@ def test_a_runs_phases_are_timed_each_for_its_share():
 # Rows
 
 
+def test_a_float_phase_leaves_the_recipes_method_out():
+    recipe = replace(RECIPES["digits-mlp"](), method=MethodConfig(name="winq"))
+    methods = [
+        ROWS[name].config(recipe, None).method.name
+        for name in ("ste", "fogzo", "float-then-ste", "float-then-fogzo")
+    ]
+    assert methods == ["winq", "winq", "none", "none"]
+
+
 def test_a_rows_own_parameter_is_its_authors_or_tuned(tmp_path):
     own = {name: row.parameter for name, row in ROWS.items() if row.parameter is not None}
     assert {name for name, parameter in own.items() if parameter.published is not None} == {

@@ -113,7 +113,7 @@ def check(
     >>> check(model, "packed")
     []
     >>> check(model, "gguf")[0]
-    'gguf is written for LlamaForCausalLM only, got Sequential: --format packed or onnx'
+    'gguf is written for LlamaForCausalLM only, got Sequential: format="packed" or "onnx"'
     """
     _check_format(format, FORMATS)
     options = Options(round_steps, activations, allow_wider, variant)

@@ -108,7 +108,7 @@ class Format:
     of_model: Callable[[Source], str | None] = lambda source: None
     float64: bool = False
     expected: str = ""
-    elsewhere: str = "--format packed or onnx"
+    elsewhere: str = 'format="packed" or "onnx"'
 
 
 def _within(low: int, high: int) -> Holds:
@@ -129,14 +129,14 @@ def _is_bitnet(weight: IntegerWeight) -> bool:
     return weight.quantizer.grid == TERNARY and weight.quantizer.granularity == "tensor"
 
 
-_WEIGHTS_ALONE = "--activations drop exports the weights alone (logits will differ)"
+_WEIGHTS_ALONE = 'activations="drop" exports the weights alone (logits will differ)'
 
 
 def _no_inputs(what: str) -> Callable[[InputForm], str]:
     def wrong(form: InputForm) -> str:
         return (
             f"its inputs are quantized ({form.quantizer.grid.name}), which {what}: "
-            f"{_WEIGHTS_ALONE}, or --format packed or onnx"
+            f'{_WEIGHTS_ALONE}, or format="packed" or "onnx"'
         )
 
     return wrong
@@ -147,7 +147,7 @@ def _static_integer_inputs(form: InputForm) -> str | None:
     if quantizer.rotation is not None:
         return (
             "its inputs are rotated before they are rounded, which readers of compressed-tensors "
-            f"ignore: {_WEIGHTS_ALONE}, or --format packed"
+            f'ignore: {_WEIGHTS_ALONE}, or format="packed"'
         )
     if grid.offset:
         first, second = (f"±{grid.spacing * (code + 0.5):g}" for code in range(2))
@@ -159,18 +159,19 @@ def _static_integer_inputs(form: InputForm) -> str | None:
         return (
             f"its inputs are measured in every forward pass ({grid.name} per "
             f"{quantizer.granularity}), which its readers do by other constants: train with "
-            f"activations=fogzo.lsq(8), which keeps its step, {_WEIGHTS_ALONE}, or --format packed"
+            f"activations=fogzo.lsq(8), which keeps its step, {_WEIGHTS_ALONE}, or "
+            'format="packed"'
         )
     if grid.low_code == 0:
         return (
             f"its inputs have unsigned levels ({grid.name}), as none was negative, and only "
-            f"symmetric ones are written: {_WEIGHTS_ALONE}, or --format packed or onnx"
+            f'symmetric ones are written: {_WEIGHTS_ALONE}, or format="packed" or "onnx"'
         )
     if grid.num_levels & (grid.num_levels - 1):
         return (
             f"its inputs have {grid.num_levels} levels ({grid.name}), and compressed-tensors has "
             "whole numbers of bits: train with activations=fogzo.lsq(2, "
-            'levels="integer"), or --format packed or onnx'
+            'levels="integer"), or format="packed" or "onnx"'
         )
     return None
 
@@ -187,7 +188,7 @@ def _one_config_group(source: Source) -> str | None:
             return (
                 f"cannot write {name!r} as compressed-tensors: its inputs are {other} and those of "
                 f"{first!r} are {one}, which makes two config groups, and transformers reads the "
-                f"first alone: quantize all inputs alike, {_WEIGHTS_ALONE}, or --format packed"
+                f'first alone: quantize all inputs alike, {_WEIGHTS_ALONE}, or format="packed"'
             )
     return None
 
@@ -197,13 +198,13 @@ def _llama_cpp_computes_it(source: Source) -> str | None:
     rope = config.rope_parameters.get("rope_type", "default")
     if rope != "default":
         return (
-            f"the rotary embedding is {rope!r}, and gguf is written for 'default' only: --format "
-            "packed or onnx"
+            f"the rotary embedding is {rope!r}, and gguf is written for 'default' only: "
+            'format="packed" or "onnx"'
         )
     if config.hidden_act != "silu":
         return (
             f"the activation function is {config.hidden_act!r}, and llama.cpp computes 'silu' for "
-            "a LLaMA: --format packed or onnx"
+            'a LLaMA: format="packed" or "onnx"'
         )
     return None
 
@@ -287,14 +288,14 @@ FORMATS: Mapping[str, Format] = {
         rotation=True,
         shares=True,
         float64=True,
-        elsewhere="--format float",
+        elsewhere='format="float"',
     ),
     "float": Format(
         (StoredType("float", 32, 32, lambda weight: True, numbers=0),),
         rotation=True,
         inputs=_no_inputs("float weights cannot say"),
         float64=True,
-        elsewhere="--format packed",
+        elsewhere='format="packed"',
     ),
     "compressed-tensors": Format(
         # Other widths changed their layout in 2026 and kept their name: one of two readers is
@@ -321,7 +322,7 @@ FORMATS: Mapping[str, Format] = {
         group_multiple=16,
         shares=True,
         of_model=_is_float32,
-        elsewhere="--format packed",
+        elsewhere='format="packed"',
     ),
     "mlx": Format(
         tuple(_affine(f"{bits} bit", bits, 32, (128, 64, 32)) for bits in (2, 3, 4, 5, 6, 8)),
@@ -342,6 +343,6 @@ FORMATS: Mapping[str, Format] = {
         tuple(_affine(f"int{bits}", bits) for bits in range(1, 9)),
         inputs=_no_inputs("torchao's weight-only layers cannot say"),
         shares=True,
-        elsewhere="--format packed",
+        elsewhere='format="packed"',
     ),
 }

@@ -142,6 +142,6 @@ def _pre(state: dict[str, Any]) -> str | None:
 
 def _refusal(why: str) -> str:
     return (
-        f"gguf cannot say this tokenizer, as {why}: leave it out with tokenizer=None "
-        "(--tokenizer none), and give llama.cpp token ids"
+        f"gguf cannot say this tokenizer, as {why}: leave it out with tokenizer=None, "
+        "and give llama.cpp token ids"
     )

@@ -53,7 +53,7 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
         yield (
             f"the model has adapters of PEFT, of which the readers of {format} know nothing: "
             "model.unload() takes them off, fogzo.integrations.peft.merge_and_unload(model) makes "
-            "a float model of both, and --format packed for fogzo.export.load_ keeps both"
+            'a float model of both, and format="packed" for fogzo.export.load_ keeps both'
         )
     elif rules.architectures and name not in rules.architectures:
         yield (
@@ -69,13 +69,14 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
         for other, first in source.shared().items():
             yield (
                 f"{other!r} is {first!r} by another name, and the readers of {format} build both "
-                "from transformers' config and would fill one: --format packed for "
-                "fogzo.export.load_, --format onnx, or give the model a copy of its own"
+                "from transformers' config and would fill one: "
+                'format="packed" for fogzo.export.load_, format="onnx", or give the model a copy '
+                "of its own"
             )
             break
     if variant is not None and variant not in rules.variants:
         known = f"one of {', '.join(rules.variants)}" if rules.variants else "none"
-        yield f"{format} has no variant {variant!r}, expected {known}: leave --variant out"
+        yield f"{format} has no variant {variant!r}, expected {known}: leave variant out"
 
 
 def _unready(layer: SourceLayer) -> str | None:
@@ -119,7 +120,7 @@ def _choose(layer: SourceLayer, format: str, rules: Format, source: Source) -> S
     if weight.quantizer.rotation is not None and not rules.rotation:
         return (
             f"its weights are rotated (Hadamard), and {format} has no rotation of inputs: "
-            "--format packed, --format float (rotation folded into float weights), or train with "
+            'format="packed", format="float" (rotation folded into float weights), or train with '
             "rotation=None"
         )
     if weight.dtype == torch.float64 and not rules.float64:
@@ -134,13 +135,13 @@ def _choose(layer: SourceLayer, format: str, rules: Format, source: Source) -> S
     if size is not None and size % rules.group_multiple:
         return (
             f"its groups of {size} inputs are no multiple of {rules.group_multiple}: train with "
-            'granularity="channel", or --format packed'
+            'granularity="channel", or format="packed"'
         )
     if not options.round_steps and (error := step_error(weight, format)):
         dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in rules.step_dtypes)
         return (
             f"its step sizes are no {dtypes} (worst rounding {error:.1e}): train with "
-            f"scale_dtype={rules.step_dtypes[0]}, or export with --round-steps, which keeps the "
+            f"scale_dtype={rules.step_dtypes[0]}, or export with round_steps=True, which keeps the "
             "codes and moves the weights by that much"
         )
     return chosen
@@ -163,14 +164,14 @@ def _type_of(layer: SourceLayer, format: str, rules: Format, options: Options) -
         half = f", as integers {weight.low} to {weight.high}" if weight.stride == 2 else ""
         return (
             f"{' or '.join(t.name for t in types)} cannot hold its {weight.num_levels} levels "
-            f'({grid}{half}): train with fewer bits or levels="integer", or --format packed'
+            f'({grid}{half}): train with fewer bits or levels="integer", or format="packed"'
         )
     narrowest = min(t.width for t in holding)
     fitting = [t for t in holding if t.misfit(weight) is None]
     for candidate in fitting:
         if candidate.width == narrowest or options.allow_wider:
             return candidate
-    ways_out, wider = ["--format packed"], ""
+    ways_out, wider = ['format="packed"'], ""
     if weight.group_size is not None:
         ways_out.insert(0, 'train with granularity="channel"')
     for name, others in rules.variants.items():
@@ -179,8 +180,8 @@ def _type_of(layer: SourceLayer, format: str, rules: Format, options: Options) -
             and others[0].holds(weight)
             and not others[0].misfit(weight)
         ):
-            ways_out.insert(0, f"--variant {name}")
+            ways_out.insert(0, f'variant="{name}"')
     if fitting:
-        ways_out.insert(0, "add --allow-wider")
+        ways_out.insert(0, "allow_wider=True")
         wider = f"; it would take {fitting[0].name}, {fitting[0].bits:g} bits per weight"
     return f"{holding[0].misfit(weight)}{wider}: {', or '.join(ways_out)}"

@@ -1,5 +1,6 @@
 """fogzo export: a run's network in the format of a program that serves it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ from fogzo_lab.training.tasks import Task, load_task
 
 _VARIANTS = tuple(name for rules in FORMATS.values() for name in rules.variants)
 _Variant = Annotated[str, OneOf(_VARIANTS)]
+# Of `export`, as errors show them to those who call it from Python.
+_ARGUMENT = re.compile(
+    r"\b(format|variant|activations|tokenizer|allow_wider|round_steps)="
+    r'("[\w-]+"(?: or "[\w-]+")?|True|None)'
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +73,10 @@ def run(arguments: Sequence[str]) -> None:
 
     config = parse(ExportConfig, arguments, "fogzo export", ExportConfig.__doc__)
     disable_progress_bar()  # of loading what was written; it would go between the lines here
-    report = export_run(config)
+    try:
+        report = export_run(config)
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from error
     if config.json:
         print(dumps(report.to_dict()))
         return
@@ -127,6 +136,21 @@ def report_table(report: ExportReport) -> Table:
     if report.note is not None:
         caption += f"\n{report.note}"
     return Table(f"{report.format} export", heading, rows, caption)
+
+
+def _in_options(message: str) -> str:
+    """What the library says of its arguments, in this command's options.
+
+    >>> _in_options('rounded by round_steps=True: train with bits=2, or format="float" or "onnx"')
+    'rounded by --round-steps: train with bits=2, or --format float or onnx'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        value = {"True": "", "None": "none"}.get(value, value.replace('"', ""))
+        return f"--{name.replace('_', '-')} {value}".rstrip()
+
+    return _ARGUMENT.sub(option, message)
 
 
 def _tokenizer(name: str, settings: TrainConfig) -> Any:

@@ -213,7 +213,7 @@ ROWS: dict[str, Row] = {
     "float-then-fogzo": Row(
         "float, then FOGZO",
         "half of the steps in float, then FOGZO",
-        _to(estimator="fogzo", quantize_from=0.5),
+        _to(estimator="fogzo", quantize_from=0.5, method=MethodConfig()),
         parameter=KAPPA,
     ),
     "ste-cage": Row(

@@ -65,11 +65,9 @@ def collect() -> dict[str, Any]:
     """The masked share of every STE run, the gains of the others, and their rank correlations."""
     masked, losses = {}, {row: {} for row in ("ste", *OTHERS)}
     for name, (folder, _) in NETWORKS.items():
-        steps = read(EXPERIMENTS / folder / "config.json")["base"]["max_steps"]
-        for path in sorted((EXPERIMENTS / folder / "runs").iterdir()):
-            named = _NAME.match(path.name)
-            if named is None or named["row"] not in losses or int(named["steps"]) != steps:
-                continue  # those at equal time among them
+        for named, path in kept_runs(folder):
+            if named["row"] not in losses:
+                continue
             result = read(path / "result.json")
             if result.get("diverged"):
                 continue
@@ -93,6 +91,15 @@ def collect() -> dict[str, Any]:
         for point in sorted(masked)
     ]
     return {"points": points, "correlations": correlations(points)}
+
+
+def kept_runs(folder: str) -> Iterator[tuple[re.Match[str], Path]]:
+    """The runs that a comparison keeps, with what their names say, less those at equal time."""
+    steps = read(EXPERIMENTS / folder / "config.json")["base"]["max_steps"]
+    for path in sorted((EXPERIMENTS / folder / "runs").iterdir()):
+        named = _NAME.match(path.name)
+        if named is not None and int(named["steps"]) == steps:
+            yield named, path
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -216,6 +216,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, lower, kept, num_seeds=5)),
+        "long-deit-quest-w2a2": long(
+            replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
+        ),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
         "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),

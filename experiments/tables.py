@@ -91,6 +91,7 @@ LONG = {
     "LLaMA, 3,000 steps: QuEST, W2A2": "long-llama-quest-w2a2",
     "DeiT, 4,000 steps: fixed, identity": "long-deit-identity",
     "DeiT, 4,000 steps: LSQ": "long-deit-lsq-w2",
+    "DeiT, 4,000 steps: QuEST, W2A2": "long-deit-quest-w2a2",
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",
     "ResNet-18, 4,000 steps: fixed, tanh": "long-resnet-tanh",
     "ResNet-18, 4,000 steps: LSQ": "long-resnet-lsq-w2",
@@ -149,6 +150,7 @@ COLUMNS = 6
 """The most that a table has."""
 SCRIPTS = (
     "agreement",
+    "agreement-scatter",
     "doctor",
     "dynamics",
     "embedded",
@@ -446,6 +448,9 @@ TABLES: dict[str, Callable[[Results], Table]] = {
         {"MLP: fixed, identity": results.comparison("linear-mnist-mlp")},
         ("fogzo", "fogzo-linear", "ste-unmasked"),
         base="placebo",
+    ),
+    "agreement-scatter-short": lambda results: script("agreement_scatter").short_table(
+        results.experiment("agreement-scatter")
     ),
     "latents-toy": lambda results: script("latents").toy_table(results.experiment("latents")),
     "overheads": overheads,

@@ -338,6 +338,12 @@ def test_gains_by_masked_share_are_those_of_the_kept_runs():
                 assert len(gains) >= 2
 
 
+def test_agreements_of_long_comparisons_are_those_of_the_kept_runs():
+    script, results = import_module("agreement_scatter"), committed("agreement_scatter")
+    assert script.collect() == results["comparisons"]
+    assert set(results["short"]) == set(script.SHORT)
+
+
 def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out():
     script = import_module("masked_share")
     points = [

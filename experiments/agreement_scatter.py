@@ -1,0 +1,168 @@
+"""Does the standard error of an agreement say how far agreements scatter?
+
+    python experiments/agreement_scatter.py [--output-dir FOLDER]
+
+Reads FOGZO's finished runs that the long comparisons keep, at the learning rate that it chose: the
+agreements of the steps that were logged, and the errors that the estimator gave them. Then trains a
+DeiT for a few steps with inputs of several bits, a minute in all, to tell their part from that of
+the weights' quantizer. Needs data/cifar10.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import paper
+import torch
+from masked_share import EXPERIMENTS, kept_runs, read
+from tables import LONG
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import fogzo
+from fogzo_lab.comparison.results import Comparison
+from fogzo_lab.comparison.tables import where
+from fogzo_lab.data.batches import load
+from fogzo_lab.system.environment import environment
+from fogzo_lab.system.json_files import dumps, write_text
+from fogzo_lab.table import Table
+from fogzo_lab.training.models import float_model, logits
+from fogzo_lab.training.run_folder import read_metrics
+from fogzo_lab.training.state import own_random_streams
+from fogzo_lab.training.tasks import load_task
+
+FOLDER = EXPERIMENTS / "agreement-scatter"
+FAR = 3  # standard errors
+STEPS, MEASURED = 160, 80
+SHORT = {
+    "LSQ, W2": (fogzo.lsq(2), None),
+    "LSQ, W2A4": (fogzo.lsq(2), fogzo.lsq(4)),
+    "LSQ, W2A2": (fogzo.lsq(2), fogzo.lsq(2)),
+    "QuEST, W2": (fogzo.quest(2), None),
+    "QuEST, W2A8": (fogzo.quest(2), fogzo.quest(8)),
+    "QuEST, W2A2": (fogzo.quest(2), fogzo.quest(2)),
+}
+
+
+def main() -> None:
+    """Read and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output-dir", type=Path, default=FOLDER)
+    folder = parser.parse_args().output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    short = {name: short_run(*quantizers) for name, quantizers in SHORT.items()}
+    results = {"environment": environment(), "comparisons": collect(), "short": short}
+    write_text(folder / "results.json", dumps(results, indent=1) + "\n")
+
+
+def collect() -> dict[str, dict[str, float]]:
+    """Of every long comparison how agreements scatter, and how far their errors say they do."""
+    found = {}
+    for label, folder in LONG.items():
+        comparison = Comparison.from_dict(read(EXPERIMENTS / folder / "results.json"))
+        rate = comparison.find("fogzo").learning_rate
+        lines = [
+            line
+            for named, path in kept_runs(folder)
+            if named["row"] == "fogzo" and float(named["rate"]) == rate
+            for line in read_metrics(path / "metrics.jsonl")
+            if line.get("agreement_error")
+        ]
+        found[label] = numbers(
+            [line["agreement"] for line in lines], [line["agreement_error"] for line in lines]
+        )
+    return found
+
+
+def numbers(agreements: Sequence[float], errors: Sequence[float]) -> dict[str, float]:
+    """How they scatter."""
+    pairs = zip(agreements, errors, strict=True)
+    return {
+        "steps": len(agreements),
+        "mean": round(mean(agreements), 4),
+        "sd": round(stdev(agreements), 4),
+        "error": round(median(errors), 4),
+        "far": round(mean(abs(agreement - 1) > FAR * error for agreement, error in pairs), 4),
+    }
+
+
+def short_run(quantizer: fogzo.Quantizer, activations: fogzo.Quantizer | None) -> dict[str, float]:
+    """Agreements of a DeiT early in its training, by STE and then FOGZO with its defaults."""
+    recipe = paper.deep_images()["cifar-deit"]
+    task = load_task(recipe)
+    examples, chosen = task.splits["train"], torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        indices = torch.randint(len(examples), (recipe.batch_size,), generator=chosen)
+        raw = next(load(examples, [indices]))
+        return task.prepare(raw, torch.device("cpu"), training=False)
+
+    def compute_loss(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(logits(model, x), y)
+
+    with own_random_streams(0):
+        model = float_model(recipe.model, task.shapes)
+    # Patches of three channels cannot be rotated.
+    fogzo.quantize_(
+        model, quantizer, lambda _, name: "projection" not in name and name != "classifier",
+        activations=activations,
+    )  # fmt: skip
+    if activations is not None and activations.scale.has_state:
+        with fogzo.calibrate_(model):
+            model(batch()[0])
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found, gaps = [], []
+    for step in range(STEPS):
+        x, y = batch()
+        if step < STEPS - MEASURED:
+            compute_loss(x, y).backward()
+        else:
+            loss = estimator.record(compute_loss, x, y)
+            loss.backward()
+            stats = estimator.refine_grads_()
+            found.append((stats.agreement, stats.agreement_error))
+            gaps.append((mean(stats.probe_losses) - loss.item()) / stats.gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    gap = math.sqrt(mean(gap**2 for gap in gaps))
+    return {**numbers(*zip(*found, strict=True)), "gap": round(gap, 4)}
+
+
+def table(results: dict[str, Any]) -> Table:
+    """A line for each comparison."""
+    cells = [[name, *_cells(found)] for name, found in results["comparisons"].items()]
+    caption = (
+        "Steps of FOGZO that were logged, of all seeds at the learning rate that it chose, and the "
+        "mean ± standard deviation of their agreements."
+    )
+    return Table("", ["comparison", *_HEADING], cells, caption)
+
+
+def short_table(results: dict[str, Any]) -> Table:
+    """A line for each pair of quantizers."""
+    cells = [
+        [name, *_cells(found), f"{found['gap']:.2f}"] for name, found in results["short"].items()
+    ]
+    caption = (
+        f"DeiT, {MEASURED} steps of FOGZO with its defaults after {STEPS - MEASURED} of STE, one "
+        "seed. Second difference: the root mean square of (L+ + L−) / 2 − L, over the slope that "
+        f"STE predicts. {where(results['environment'])}"
+    )
+    return Table("", ["quantizers", *_HEADING, "second difference"], cells, caption)
+
+
+_HEADING = ["steps", "agreement", "its standard error, median", f"more than {FAR} errors from 1"]
+
+
+def _cells(found: dict[str, float]) -> list[str]:
+    scatter = f"{found['mean']:.2f} ± {found['sd']:.2f}"
+    return [str(found["steps"]), scatter, f"{found['error']:.2f}", f"{found['far']:.0%}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,10 @@ in scaled coordinates, for one two-sided probe. It needs no forward pass. More p
 less of it than their number says: all follow the same gradient, and where their noise is smaller
 they cross the same thresholds. Where weights are not spread evenly between thresholds, how far
 their density there is from even is the larger error.
+
+Quantized inputs round differently, too. By how much the loss changes is seen in how far the loss
+at the weights lies off the middle of a probe's two, which is no slope: where inputs are quantized
+`FogzoEstimator` adds the mean square of that over steps, if it knows the loss at the weights.
 """
 
 import math

@@ -336,11 +336,11 @@ class GradientEstimator(ABC):
         with self._lender.lend(directions.weights):
             return flip_rate(directions, plan[0], self.one_sided)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         """The step and the seed, from which a resumed run draws the same directions."""
         return {"step": self.step, "seed": self.seed}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Continue where `state_dict` was taken.
 
         Raises:

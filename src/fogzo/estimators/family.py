@@ -26,6 +26,9 @@ from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.linearized import LinearizedLoss
 from fogzo.probing.measure import Measurement, measure
 
+# Of the mean over steps by which the scatter of quantized inputs is known: of about ten.
+_PACE = 0.1
+
 
 class FogzoEstimator(GradientEstimator):
     """First-order-guided zeroth-order gradient descent (Yang & Aamodt, arXiv 2510.23926).
@@ -55,6 +58,8 @@ class FogzoEstimator(GradientEstimator):
         super().__init__(weights, **options)
         check_choice("agreement", agreement, ("shrunk", "measured"))
         self.agreement = agreement
+        self._rounds_inputs = any(each.activation_quantizer is not None for each in self._layers)
+        self._input_variance: float | None = None
 
     def default_noise_share(self) -> float:
         """That of the default kappa."""
@@ -78,10 +83,38 @@ class FogzoEstimator(GradientEstimator):
         error = agreement_error(
             directions, noise_share, measured.loss_error, len(plan), self.one_sided
         )
+        if self._rounds_inputs:
+            self._take_in(measured.second_differences, directions.norm)
+            error = math.hypot(error, math.sqrt((self._input_variance or 0.0) / len(plan)))
         if shrink(agreement, error) != 1:  # no accident, if the weights are spread evenly
             error = math.hypot(error, unevenness(directions))
         guide = agreement if self.agreement == "measured" else shrink(agreement, error)
         return Refined(guide, mean.noise, agreement, error)
+
+    def _take_in(self, second_differences: Sequence[float], norm: float) -> None:
+        """Follow the variance of a slope, over N squared, through the steps."""
+        squares = [(difference / norm) ** 2 for difference in second_differences]
+        if squares and all(map(math.isfinite, squares)):
+            now, before = math.fsum(squares) / len(squares), self._input_variance
+            self._input_variance = now if before is None else before + _PACE * (now - before)
+
+    def state_dict(self) -> dict[str, float]:
+        """The step and the seed, and where inputs are quantized the variance that they add."""
+        state = super().state_dict()
+        if self._input_variance is not None:
+            state["input_variance"] = self._input_variance
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it is not a state of an estimator.
+        """
+        given = dict(state_dict) if isinstance(state_dict, dict) else {}
+        variance = given.pop("input_variance", None)
+        super().load_state_dict(given if isinstance(variance, float | None) else state_dict)
+        self._input_variance = variance
 
     @torch.no_grad()
     def predicted_agreement(self, linear: LinearizedLoss) -> float | None:

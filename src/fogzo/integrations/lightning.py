@@ -79,7 +79,7 @@ class FogzoCallback(Callback):
         self.estimator: GradientEstimator | None = None
         self.stats: RefineStats | None = None
         self._fallbacks = 0
-        self._loaded: dict[str, int] | None = None
+        self._loaded: dict[str, float] | None = None
         self._recorder: Recorder
         self._is_refined = False
         self._patches = ExitStack()

@@ -98,7 +98,7 @@ class TrainerRefinement:
         self.estimator: GradientEstimator | None = None
         self.stats: RefineStats | None = None
         self._unlogged: list[RefineStats] = []
-        self._loaded: dict[str, int] | None = None
+        self._loaded: dict[str, float] | None = None
         self._in_step = False
         wrappers: dict[str, Callable[..., Any]] = {
             "compute_loss": self._compute_loss,

@@ -32,6 +32,8 @@ class Measurement:
         losses: In the order ``L1+, L1-, L2+, ...``, one-sided ``L1+, L2+, ...``.
         slopes: Half the loss's change from one side of each direction to the other.
         base: The loss at the weights themselves, one-sided only.
+        second_differences: How far the mean of both sides lies above the loss between them, one per
+            direction; none where that is not known, and one-sided.
         loss_error: Rounding error of one loss, in the loss's units.
         dtype: In which the closure computes it.
         failure: Why the losses tell no slopes, if they do not.
@@ -40,6 +42,7 @@ class Measurement:
     losses: Sequence[float] = ()
     slopes: Sequence[float] = ()
     base: float | None = None
+    second_differences: Sequence[float] = ()
     loss_error: float = 0.0
     dtype: torch.dtype = torch.float32
     failure: str | None = None
@@ -103,14 +106,16 @@ def measure(
         losses = losses_of(lender, directions, plan, closure, not one_sided)
         values = mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)], device)
         values, expected = values[: len(losses)], values[len(losses) :]
+        base, seconds = None, []
         if one_sided:
             base, slopes = expected[0], [loss - expected[0] for loss in values]
         else:
-            pairs = zip(values[::2], values[1::2], strict=True)
-            base, slopes = None, [(plus - minus) / 2 for plus, minus in pairs]
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            slopes = [(plus - minus) / 2 for plus, minus in pairs]
+            seconds = [(plus + minus) / 2 - loss for plus, minus in pairs for loss in expected]
         dtype = _loss_dtype(losses[0], values, directions.weights)
         error = torch.finfo(dtype).eps * max(map(abs, values))
-        measured = Measurement(values, slopes, base, error, dtype)
+        measured = Measurement(values, slopes, base, seconds, error, dtype)
         if not all(map(math.isfinite, slopes)):
             return replace(measured, failure=NOT_FINITE)
         if not all(map(math.isfinite, expected)):

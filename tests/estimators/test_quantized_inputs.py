@@ -1,0 +1,89 @@
+"""The error of an agreement where inputs are quantized, too, which scatters more."""
+
+import math
+from statistics import median, stdev
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fogzo
+
+STEPS, FIRST = 80, 10
+
+
+def network(activations):
+    torch.manual_seed(0)
+    layers = (nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    model = fogzo.quantize_(
+        nn.Sequential(*layers), fogzo.lsq(2), lambda *_: True, activations=activations
+    )
+    if activations is not None:
+        with fogzo.calibrate_(model):
+            model(torch.randn(200, 32))
+    return model
+
+
+def train(model, steps=STEPS, estimator=None, expects=True):
+    """The estimator, and the agreements and errors of its steps."""
+    estimator = estimator or fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(steps):
+        x = torch.randn(64, 32)
+        y = x[:, :10].argmax(1)
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        expected = loss if expects else None
+        stats = estimator.refine_grads_(lambda x=x, y=y: cross_entropy(model(x), y), expected)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((stats.agreement, stats.agreement_error))
+    return estimator, *zip(*found, strict=True)
+
+
+def test_it_is_as_wide_as_agreements_scatter():
+    _, _, of_weights = train(network(None))
+    estimator, agreements, errors = train(network(fogzo.lsq(2)))
+    scatter = stdev(agreements[FIRST:])
+    assert median(of_weights[FIRST:]) < 0.8 * scatter
+    # The loss between a probe's two scatters, too, which makes it up to sqrt(3) times too wide.
+    assert scatter < median(errors[FIRST:]) < 2 * scatter
+    variance = estimator.state_dict()["input_variance"]
+    assert math.sqrt(variance) == pytest.approx(scatter, rel=0.7)
+
+
+def test_inputs_of_8_bits_hardly_change_it():
+    _, _, of_weights = train(network(None))
+    _, _, errors = train(network(fogzo.lsq(8)))
+    assert median(errors[FIRST:]) < 2 * median(of_weights[FIRST:])
+
+
+def test_it_is_that_of_weights_where_nobody_knows_the_loss_at_the_weights():
+    estimator, _, errors = train(network(fogzo.lsq(2)), expects=False)
+    assert estimator.state_dict() == {"step": STEPS, "seed": 0}
+    _, _, wider = train(network(fogzo.lsq(2)))
+    assert median(errors[FIRST:]) < 0.7 * median(wider[FIRST:])
+
+
+def test_a_resumed_run_knows_it():
+    first, *_ = train(network(fogzo.lsq(2)), steps=5)
+    saved = first.state_dict()
+    assert set(saved) == {"step", "seed", "input_variance"}
+    model = network(fogzo.lsq(2))
+    second = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    second.load_state_dict({"step": 1, "seed": 0})  # of a version that did not know it
+    assert second.state_dict() == {"step": 1, "seed": 0}
+    second.load_state_dict(saved)
+    assert second.state_dict() == saved
+    runs = []
+    for estimator in (first, second):
+        model = network(fogzo.lsq(2))
+        fresh = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+        fresh.load_state_dict(estimator.state_dict())
+        runs.append(train(model, 3, fresh)[1:])
+    assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="expected two integers"):
+        second.load_state_dict({**saved, "input_variance": "0.3"})
+    assert second.state_dict() == saved

@@ -115,6 +115,9 @@ MASKS = {
 }
 """Step sizes that are kept, by network, bits and length: what a mask costs."""
 
+ALONE = ("linear-mnist-mlp", "long-deit-quest-w2a2-inputs")
+"""Comparisons of one question."""
+
 METHODS = {
     "MLP, methods: fixed, identity": "methods-mnist-mlp",
     "MLP, methods: LSQ, W2": "methods-mnist-mlp-lsq",
@@ -409,7 +412,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "leaders": leaders,
     **{
         folder: lambda results, folder=folder: beside_table(results.comparison(folder))
-        for folder in (*METHODS.values(), *LONG.values(), "linear-mnist-mlp")
+        for folder in (*METHODS.values(), *LONG.values(), *ALONE)
     },
     **{
         f"network-{network.lower()}": lambda results, own=own: differences_table(

@@ -4,8 +4,8 @@
 
 Reads FOGZO's finished runs that the long comparisons keep, at the learning rate that it chose: the
 agreements of the steps that were logged, and the errors that the estimator gave them. Then trains a
-DeiT for a few steps with inputs of several bits, a minute in all, to tell their part from that of
-the weights' quantizer. Needs data/cifar10.
+DeiT for a few steps with inputs of several bits, to tell their part from that of the weights'
+quantizer, which takes two minutes. Needs data/cifar10.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import paper
 import torch
 from masked_share import EXPERIMENTS, kept_runs, read
 from tables import LONG
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fogzo
@@ -106,11 +106,12 @@ def short_run(quantizer: fogzo.Quantizer, activations: fogzo.Quantizer | None) -
 
     with own_random_streams(0):
         model = float_model(recipe.model, task.shapes)
-    # Patches of three channels cannot be rotated.
-    fogzo.quantize_(
-        model, quantizer, lambda _, name: "projection" not in name and name != "classifier",
-        activations=activations,
-    )  # fmt: skip
+
+    def is_inner(_: nn.Module, name: str) -> bool:
+        return "projection" not in name and name != "classifier"
+
+    # Its patches of three channels could not be rotated.
+    fogzo.quantize_(model, quantizer, is_inner, activations=activations)
     if activations is not None and activations.scale.has_state:
         with fogzo.calibrate_(model):
             model(batch()[0])

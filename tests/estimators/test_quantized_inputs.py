@@ -84,6 +84,9 @@ def test_a_resumed_run_knows_it():
         fresh.load_state_dict(estimator.state_dict())
         runs.append(train(model, 3, fresh)[1:])
     assert runs[0] == runs[1]
-    with pytest.raises(ValueError, match="expected two integers"):
-        second.load_state_dict({**saved, "input_variance": "0.3"})
+    for wrong in ("0.3", -0.3, math.nan):
+        with pytest.raises(ValueError, match="input_variance must be a number, 0 or more, got"):
+            second.load_state_dict({**saved, "input_variance": wrong})
+    with pytest.raises(ValueError, match=r"expected two integers, .* got 'latest"):
+        second.load_state_dict("latest.pt")
     assert second.state_dict() == saved

@@ -25,6 +25,7 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.linearized import LinearizedLoss
 from fogzo.probing.measure import Measurement, measure
+from fogzo.quantizers.checks import is_number
 
 # Of the mean over steps by which the scatter of quantized inputs is known: of about ten.
 _PACE = 0.1
@@ -93,7 +94,8 @@ class FogzoEstimator(GradientEstimator):
 
     def _take_in(self, second_differences: Sequence[float], norm: float) -> None:
         """Follow the variance of a slope, over N squared, through the steps."""
-        squares = [(difference / norm) ** 2 for difference in second_differences]
+        ratios = [difference / norm for difference in second_differences]
+        squares = [ratio * ratio for ratio in ratios]  # where a power would raise, infinite
         if squares and all(map(math.isfinite, squares)):
             now, before = math.fsum(squares) / len(squares), self._input_variance
             self._input_variance = now if before is None else before + _PACE * (now - before)
@@ -111,9 +113,16 @@ class FogzoEstimator(GradientEstimator):
         Raises:
             ValueError: If it is not a state of an estimator.
         """
-        given = dict(state_dict) if isinstance(state_dict, dict) else {}
-        variance = given.pop("input_variance", None)
-        super().load_state_dict(given if isinstance(variance, float | None) else state_dict)
+        variance = None
+        if isinstance(state_dict, dict) and "input_variance" in state_dict:
+            state_dict = state_dict.copy()
+            variance = state_dict.pop("input_variance")
+            if not (is_number(variance) and 0 <= variance < math.inf):
+                raise ValueError(
+                    f"input_variance must be a number, 0 or more, got {variance!r:.80}: "
+                    "estimator.load_state_dict(checkpoint['estimator'])"
+                )
+        super().load_state_dict(state_dict)
         self._input_variance = variance
 
     @torch.no_grad()

@@ -106,16 +106,16 @@ def measure(
         losses = losses_of(lender, directions, plan, closure, not one_sided)
         values = mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)], device)
         values, expected = values[: len(losses)], values[len(losses) :]
-        base, seconds = None, []
+        base, second_differences = None, []
         if one_sided:
             base, slopes = expected[0], [loss - expected[0] for loss in values]
         else:
             pairs = list(zip(values[::2], values[1::2], strict=True))
             slopes = [(plus - minus) / 2 for plus, minus in pairs]
-            seconds = [(plus + minus) / 2 - loss for plus, minus in pairs for loss in expected]
+            second_differences = [(p + m) / 2 - loss for p, m in pairs for loss in expected]
         dtype = _loss_dtype(losses[0], values, directions.weights)
         error = torch.finfo(dtype).eps * max(map(abs, values))
-        measured = Measurement(values, slopes, base, seconds, error, dtype)
+        measured = Measurement(values, slopes, base, second_differences, error, dtype)
         if not all(map(math.isfinite, slopes)):
             return replace(measured, failure=NOT_FINITE)
         if not all(map(math.isfinite, expected)):

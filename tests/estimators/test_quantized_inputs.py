@@ -25,9 +25,9 @@ def network(activations):
     return model
 
 
-def train(model, steps=STEPS, estimator=None, expects=True):
+def train(model, steps=STEPS, estimator=None, expects=True, **options):
     """The estimator, and the agreements and errors of its steps."""
-    estimator = estimator or fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = estimator or fogzo.FogzoEstimator(fogzo.quantized_weights(model), **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     found = []
     for _ in range(steps):
@@ -60,17 +60,27 @@ def test_inputs_of_8_bits_hardly_change_it():
     assert median(errors[FIRST:]) < 2 * median(of_weights[FIRST:])
 
 
-def test_it_is_that_of_weights_where_nobody_knows_the_loss_at_the_weights():
-    estimator, _, errors = train(network(fogzo.lsq(2)), expects=False)
-    assert estimator.state_dict() == {"step": STEPS, "seed": 0}
-    _, _, wider = train(network(fogzo.lsq(2)))
-    assert median(errors[FIRST:]) < 0.7 * median(wider[FIRST:])
+@pytest.mark.parametrize(
+    "options", [{"expects": False}, {"one_sided": True}], ids=["no loss to expect", "one-sided"]
+)
+@pytest.mark.parametrize("samples", [1, 4])
+def test_steps_tell_it_where_one_probe_does_not(options, samples):
+    _, _, of_weights = train(network(None), num_samples=samples, **options)
+    estimator, agreements, errors = train(network(fogzo.lsq(2)), num_samples=samples, **options)
+    scatter = stdev(agreements[FIRST:])
+    assert median(of_weights[FIRST:]) < 0.8 * scatter
+    assert 0.7 * scatter < median(errors[FIRST:]) < 1.5 * scatter
+    assert estimator.state_dict()["last_agreement"] == agreements[-1]
+    first, *_ = train(network(fogzo.lsq(2)), 1, num_samples=samples, **options)
+    assert set(first.state_dict()) == {"step", "seed", "last_agreement"}  # one step tells nothing
 
 
-def test_a_resumed_run_knows_it():
-    first, *_ = train(network(fogzo.lsq(2)), steps=5)
+@pytest.mark.parametrize("expects", [True, False])
+def test_a_resumed_run_knows_it(expects):
+    first, *_ = train(network(fogzo.lsq(2)), steps=5, expects=expects)
     saved = first.state_dict()
-    assert set(saved) == {"step", "seed", "input_variance"}
+    keys = {"step", "seed", "input_variance", *({"last_agreement"} if not expects else ())}
+    assert set(saved) == keys
     model = network(fogzo.lsq(2))
     second = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
     second.load_state_dict({"step": 1, "seed": 0})  # of a version that did not know it
@@ -82,11 +92,13 @@ def test_a_resumed_run_knows_it():
         model = network(fogzo.lsq(2))
         fresh = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
         fresh.load_state_dict(estimator.state_dict())
-        runs.append(train(model, 3, fresh)[1:])
+        runs.append(train(model, 3, fresh, expects)[1:])
     assert runs[0] == runs[1]
     for wrong in ("0.3", -0.3, math.nan):
         with pytest.raises(ValueError, match="input_variance must be a number, 0 or more, got"):
             second.load_state_dict({**saved, "input_variance": wrong})
+    with pytest.raises(ValueError, match="last_agreement must be a number, got inf"):
+        second.load_state_dict({**saved, "last_agreement": math.inf})
     with pytest.raises(ValueError, match=r"expected two integers, .* got 'latest"):
         second.load_state_dict("latest.pt")
     assert second.state_dict() == saved

@@ -3,12 +3,13 @@
 import json
 import math
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 import fogzo
 from fogzo.inspection import Inspection, diagnose
@@ -308,6 +309,42 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     # An error as of a step size of 1e18 says nothing, and ends in no division by zero.
     vague = replace(found, layers=[replace(layer, agreement_error=1e200)])
     assert "agreement" not in [finding.kind for finding in diagnose([vague])]
+
+
+def test_2_bit_inputs_raise_no_false_alarm():
+    layers = [module for _ in range(6) for module in (nn.Linear(32, 32), nn.Tanh())]
+    model = fogzo.quantize_(
+        fill(nn.Sequential(*layers)), fogzo.quest(2), everything, activations=fogzo.quest(2)
+    )
+    distances = []
+    for seed in range(12):  # probes cross thresholds of inputs, too, by more than of weights
+        x, y = draw(64, 32, seed=2 * seed), draw(64, 32, seed=2 * seed + 1).argmax(1)
+
+        def loss(x=x, y=y):
+            return cross_entropy(model(x), y)
+
+        model.zero_grad()
+        backward(loss)
+        found = fogzo.inspect(model, closure=loss)
+        assert "agreement" not in [finding.kind for finding in found.findings]
+        distances += [(each.agreement - 1) / each.agreement_error for each in found.layers]
+    assert len(distances) == 72
+    assert sum(abs(distance) > 3 for distance in distances) <= 1
+    assert 0.5 < statistics.pstdev(distances, 0) < 1.5
+
+
+def test_a_closure_that_returns_another_loss_each_time_is_refused():
+    model = quantized_net()
+    batches = iter([draw(4, 8, seed=seed) for seed in range(3)])
+
+    def loss():
+        return model(next(batches)).square().mean()
+
+    backward(loss)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"and then .* for the same weights.*made outside of it"):
+        fogzo.inspect(model, closure=loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_cannot_be_inspected_is_refused_with_the_way_out():

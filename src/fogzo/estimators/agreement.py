@@ -12,9 +12,7 @@ less of it than their number says: all follow the same gradient, and where their
 they cross the same thresholds. Where weights are not spread evenly between thresholds, how far
 their density there is from even is the larger error.
 
-Quantized inputs round differently, too. By how much the loss changes is seen in how far the loss
-at the weights lies off the middle of a probe's two, which is no slope: where inputs are quantized
-`FogzoEstimator` adds the mean square of that over steps, if it knows the loss at the weights.
+Quantized inputs round differently, too, which `fogzo.estimators.input_scatter` adds.
 """
 
 import math

@@ -14,6 +14,7 @@ from fogzo.estimators.base import (
     check_choice,
     mean_along,
 )
+from fogzo.estimators.input_scatter import InputScatter
 from fogzo.estimators.schedules import (
     DEFAULT_KAPPA,
     ConstantNoiseShare,
@@ -25,10 +26,6 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.linearized import LinearizedLoss
 from fogzo.probing.measure import Measurement, measure
-from fogzo.quantizers.checks import is_number
-
-# Of the mean over steps by which the scatter of quantized inputs is known: of about ten.
-_PACE = 0.1
 
 
 class FogzoEstimator(GradientEstimator):
@@ -60,7 +57,7 @@ class FogzoEstimator(GradientEstimator):
         check_choice("agreement", agreement, ("shrunk", "measured"))
         self.agreement = agreement
         self._rounds_inputs = any(each.activation_quantizer is not None for each in self._layers)
-        self._input_variance: float | None = None
+        self._input_scatter = InputScatter()
 
     def default_noise_share(self) -> float:
         """That of the default kappa."""
@@ -85,27 +82,17 @@ class FogzoEstimator(GradientEstimator):
             directions, noise_share, measured.loss_error, len(plan), self.one_sided
         )
         if self._rounds_inputs:
-            self._take_in(measured.second_differences, directions.norm)
-            error = math.hypot(error, math.sqrt((self._input_variance or 0.0) / len(plan)))
+            error = math.hypot(
+                error, self._input_scatter.error(measured, directions.norm, agreement)
+            )
         if shrink(agreement, error) != 1:  # no accident, if the weights are spread evenly
             error = math.hypot(error, unevenness(directions))
         guide = agreement if self.agreement == "measured" else shrink(agreement, error)
         return Refined(guide, mean.noise, agreement, error)
 
-    def _take_in(self, second_differences: Sequence[float], norm: float) -> None:
-        """Follow the variance of a slope, over N squared, through the steps."""
-        ratios = [difference / norm for difference in second_differences]
-        squares = [ratio * ratio for ratio in ratios]  # where a power would raise, infinite
-        if squares and all(map(math.isfinite, squares)):
-            now, before = math.fsum(squares) / len(squares), self._input_variance
-            self._input_variance = now if before is None else before + _PACE * (now - before)
-
     def state_dict(self) -> dict[str, float]:
-        """The step and the seed, and where inputs are quantized the variance that they add."""
-        state = super().state_dict()
-        if self._input_variance is not None:
-            state["input_variance"] = self._input_variance
-        return state
+        """The step and the seed, and where inputs are quantized what is known of their scatter."""
+        return super().state_dict() | self._input_scatter.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Continue where `state_dict` was taken.
@@ -113,17 +100,12 @@ class FogzoEstimator(GradientEstimator):
         Raises:
             ValueError: If it is not a state of an estimator.
         """
-        variance = None
-        if isinstance(state_dict, dict) and "input_variance" in state_dict:
+        scatter = InputScatter()
+        if isinstance(state_dict, dict):
             state_dict = state_dict.copy()
-            variance = state_dict.pop("input_variance")
-            if not (is_number(variance) and 0 <= variance < math.inf):
-                raise ValueError(
-                    f"input_variance must be a number, 0 or more, got {variance!r:.80}: "
-                    "estimator.load_state_dict(checkpoint['estimator'])"
-                )
+            scatter.load_state_dict(state_dict)
         super().load_state_dict(state_dict)
-        self._input_variance = variance
+        self._input_scatter = scatter
 
     @torch.no_grad()
     def predicted_agreement(self, linear: LinearizedLoss) -> float | None:
@@ -142,7 +124,7 @@ class FogzoEstimator(GradientEstimator):
         coming = self._coming()
         if coming is None:
             return None
-        share, directions, plan = coming
+        _, directions, plan = coming
         predicted = measure(
             self._lender,
             directions,
@@ -155,7 +137,7 @@ class FogzoEstimator(GradientEstimator):
         )
         if predicted.failure is not None:
             return None
-        return self.combine(share, directions, plan, predicted).agreement
+        return mean_along(plan, predicted.slopes, directions.norm).guide
 
 
 class PlaceboEstimator(FogzoEstimator):

@@ -14,8 +14,8 @@ class RefineStats:
             orthogonal to the loss, negative where it climbs. None without such a measurement.
         agreement_error: Its standard error where STE is right, from the number of codes that can
             change and the rounding of the loss, and where inputs are quantized, too, from how far
-            the loss lies off the middle of a probe's losses, if that is known. An agreement within
-            it of 1 says nothing against STE.
+            the loss lies off the middle of a probe's losses, or agreements of two steps lie apart.
+            An agreement within it of 1 says nothing against STE.
         applied_agreement: The factor that the first-order gradient was given: the agreement, drawn
             towards 1 by its error unless ``agreement="measured"``.
         noise_share: q = 1 - beta of this step; None where the gradient was left alone and for

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from fogzo.collectives import compute_device, mean_over_ranks
 from fogzo.estimators.fallbacks import looks_scaled, nothing_measured, nothing_to_follow
 from fogzo.estimators.family import FogzoEstimator
 from fogzo.estimators.refined import weights_to_refine
@@ -16,6 +18,8 @@ from fogzo.probing.measure import measure
 from fogzo.wording import caveat
 
 _SEED = 0
+# Of a loss computed twice: far above rounding, far below what another batch makes of it.
+_SAME = 1e-4
 
 
 @torch.no_grad()
@@ -26,7 +30,7 @@ def agreements(
 
     Each weight is moved alone, along its gradient and ``num_samples`` times as much noise (in
     power), so that the samples do not all cross the same thresholds: ``2 num_samples`` forward
-    passes per layer.
+    passes per layer, and two more.
 
     Args:
         weights: All of a model, with gradients.
@@ -35,7 +39,7 @@ def agreements(
 
     Raises:
         ValueError: If there are no gradients, they have been refined or scaled, or the closure is
-            not the loss.
+            not the loss, or another one each time.
     """
     if all(weight.param.grad is None for weight in weights):
         raise ValueError(
@@ -45,6 +49,9 @@ def agreements(
         )
     lender = Lender(weights)
     used = weights_to_refine(weights, lender.models, needs_gradient=True)
+    between = _loss_at_the_weights(lender, closure, compute_device(used[0].param))
+    audit = Audit()
+    audit.steps = 1  # of this loss, which the closure has just returned twice
     found: dict[str, tuple[float, float]] = {}
     for index, weight in enumerate(used):
         share = noise_share_from_kappa(1.0, weight.param.numel(), num_samples)
@@ -59,9 +66,9 @@ def agreements(
             plan,
             closure,
             evaluate="in_place",
-            expected_loss=None,
+            expected_loss=between,
             one_sided=False,
-            audit=Audit(),
+            audit=audit,
         )
         if nothing_measured(directions, measured):
             continue
@@ -77,3 +84,22 @@ def agreements(
             "fogzo.inspect(model, closure=...)" + caveat("GradScaler")
         )
     return found
+
+
+def _loss_at_the_weights(lender: Lender, closure: Closure, device: torch.device) -> Tensor:
+    """The loss that probes lie about, which tells how much quantized inputs make them scatter.
+
+    Raises:
+        ValueError: On all ranks together, if the closure returns another one the second time.
+    """
+    with lender.lend(()):
+        first, second = lender.evaluate(closure), lender.evaluate(closure)
+    one, other = mean_over_ranks([first, second], device)
+    if abs(one - other) > _SAME * max(abs(one), abs(other)):
+        raise ValueError(
+            f"the closure returned {one:.8g} and then {other:.8g} for the same weights, so its "
+            "changes say nothing of them. It must compute one loss, of the batch that backward "
+            "saw: fogzo.inspect(model, closure=lambda: loss_fn(model(x), y)), with x and y made "
+            "outside of it" + caveat("Same batch")
+        )
+    return first

@@ -54,14 +54,15 @@ def inspect(
         closure: Recomputes the loss that backward differentiated, ``lambda: loss_fn(model(x), y)``,
             to measure the agreement of each layer: call it between backward and zero_grad, and
             after ``scaler.unscale_(optimizer)`` if the loss was scaled. It takes
-            ``2 * num_samples`` forward passes per layer. Dropout must be off, or the probes
-            measure another network than backward saw. It is not called where weights are not
-            finite.
+            ``2 * num_samples`` forward passes per layer, and two more. Dropout must be off, or the
+            probes measure another network than backward saw. It is not called where weights are
+            not finite.
         num_samples: Directions per layer for the agreement.
 
     Raises:
         ValueError: If nothing is quantized, weights are offloaded, or the agreement is asked for
-            without gradients, or after they were refined or scaled.
+            without gradients, after they were refined or scaled, or with a closure that returns
+            another loss each time.
     """
     return inspected(model, quantized_layers(model), {}, forward, closure, num_samples)
 

@@ -1,0 +1,71 @@
+"""How far agreements scatter where inputs are quantized, as the steps of a run show.
+
+Quantized inputs round differently between the two sides of a probe, as weights do, and no formula
+tells by how much the loss jumps for it. Two things show it, neither of which costs a forward pass:
+how far the loss at the weights lies off the middle of a probe's two losses, which is no slope; and,
+where that loss is not known or probes are one-sided, how far the agreements of two steps lie apart.
+"""
+
+import math
+from typing import Any
+
+from fogzo.probing.measure import Measurement
+from fogzo.quantizers.checks import is_number
+
+# Of the mean over steps: of about ten.
+_PACE = 0.1
+
+
+class InputScatter:
+    """The variance of a slope, over N squared, as a mean over steps."""
+
+    def __init__(self) -> None:
+        self._variance: float | None = None
+        self._last_agreement: float | None = None
+
+    def error(self, measured: Measurement, norm: float, agreement: float) -> float:
+        """What it adds to an agreement's standard error, after this step has been taken in.
+
+        Args:
+            measured: Of the step.
+            norm: N.
+            agreement: Measured in it.
+        """
+        probes = len(measured.slopes)
+        seen = [difference / norm for difference in measured.second_differences]
+        if not seen:
+            if self._last_agreement is not None:
+                seen = [(agreement - self._last_agreement) * math.sqrt(probes / 2)]
+            self._last_agreement = agreement if math.isfinite(agreement) else None
+        squares = [ratio * ratio for ratio in seen]  # where a power would raise, infinite
+        if squares and all(map(math.isfinite, squares)):
+            now, before = math.fsum(squares) / len(squares), self._variance
+            self._variance = now if before is None else before + _PACE * (now - before)
+        return math.sqrt((self._variance or 0.0) / probes)
+
+    def state_dict(self) -> dict[str, float]:
+        """What is known so far."""
+        known = {"input_variance": self._variance, "last_agreement": self._last_agreement}
+        return {key: value for key, value in known.items() if value is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned out of a larger state.
+
+        Args:
+            state_dict: Loses the keys that are meant for this.
+
+        Raises:
+            ValueError: If they are no such numbers; nothing is loaded then.
+        """
+        variance = state_dict.pop("input_variance", None)
+        last_agreement = state_dict.pop("last_agreement", None)
+        for key, value, least in (
+            ("input_variance", variance, 0.0),
+            ("last_agreement", last_agreement, -math.inf),
+        ):
+            if value is not None and not (is_number(value) and least <= value < math.inf):
+                raise ValueError(
+                    f"{key} must be a number{'' if least else ', 0 or more'}, got {value!r:.80}: "
+                    "estimator.load_state_dict(checkpoint['estimator'])"
+                )
+        self._variance, self._last_agreement = variance, last_agreement

@@ -23,7 +23,7 @@ from torch import nn
 
 import fogzo
 import fogzo.export.transformers
-from fogzo.export import export, load_
+from fogzo.export import export, load_, unpack_
 from fogzo.export.packed import PackedLayer
 from fogzo.quantizers import Hadamard
 
@@ -283,6 +283,31 @@ def test_packed_layers_hold_their_scales_through_casts_and_copies(tmp_path):
     assert "packed, 4 levels" in repr(loaded[1])
 
 
+def test_packed_layers_become_plain_ones_on_request(tmp_path):
+    model = fogzo.quantize_(tied_llama(), fogzo.lsq(2), lambda *_: True)
+    export(model, tmp_path / "packed", verify=False)
+    x = inputs_of(model)
+    served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"packed weight .* is lost: fogzo\.export\.unpack_"):
+        served.lm_head.weight.data.zero_()
+    with pytest.raises(ValueError, match=r"is lost"), torch.no_grad():
+        served.lm_head.weight[0] = 0
+    plain = unpack_(served)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert not any("Packed" in type(module).__name__ for module in plain.modules())
+    assert torch.equal(logits(plain, x), logits(model, x))
+    plain.save_pretrained(tmp_path / "float")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    assert torch.equal(logits(again, x), logits(model, x))
+    with pytest.raises(ValueError, match=r"nothing in this model is packed: fogzo\.export\.load_"):
+        unpack_(plain)
+    export(quantized(mlp(), fogzo.lsq(2), fogzo.lsq(4)), tmp_path / "inputs", verify=False)
+    served = load_(mlp(), tmp_path / "inputs")
+    with pytest.raises(ValueError, match=r"the inputs of .* are quantized.*activations=\"drop\""):
+        unpack_(served)
+    assert isinstance(served[1], PackedLayer)
+
+
 def test_on_the_meta_device_nothing_is_made_twice(tmp_path):
     model = quantized(mlp(), fogzo.lsq(2))
     export(model, tmp_path / "out", verify=False)
@@ -291,6 +316,19 @@ def test_on_the_meta_device_nothing_is_made_twice(tmp_path):
     loaded = load_(empty, tmp_path / "out")
     x = inputs_of(model)
     assert torch.equal(logits(loaded, x), logits(model, x))
+
+
+def test_on_the_meta_device_a_16_bit_model_becomes_of_the_plain_models_dtype(tmp_path):
+    model = quantized(mlp().bfloat16(), fogzo.lsq(4))
+    export(model, tmp_path / "out", verify=False)
+    x = inputs_of(model)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            empty = mlp().to(dtype)
+        loaded = load_(empty, tmp_path / "out")
+        kept = load_(mlp().to(dtype), tmp_path / "out")
+        assert {tensor.dtype for tensor in loaded.parameters()} == {dtype}
+        assert torch.equal(logits(loaded, x.to(dtype)), logits(kept, x.to(dtype)))
 
 
 @pytest.mark.parametrize("quantized_too", [False, True])

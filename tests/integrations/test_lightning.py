@@ -19,7 +19,7 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 import lightning.pytorch as lightning
 import lightning.pytorch.demos.boring_classes as boring
 import torchmetrics
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -394,6 +394,40 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(tmp_path):
     assert kept_again.all == kept.all[2:]
     assert kept_again.estimator.state_dict() == {"step": 8, "seed": 0}
     assert max(differences(whole.net, resumed.net)) == 0
+
+
+def test_a_checkpoint_that_is_validated_is_not_where_the_next_run_begins(tmp_path):
+    callback = Kept(kappa=0.1)
+    for fold in range(2):
+        callback.all.clear()
+        runner = trainer(callback)
+        module = Module()
+        runner.fit(module, loader())
+        assert (callback.all[0].kappa, callback.estimator.step) == (0.0, 4)
+        runner.save_checkpoint(tmp_path / f"{fold}.ckpt")
+        module.validation_step = lambda batch, batch_idx: None
+        runner.validate(module, loader(), ckpt_path=tmp_path / f"{fold}.ckpt", weights_only=False)
+
+
+class WithBatchNorm(Module):
+    """One of the networks for which weight averaging runs another epoch, forward only."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = fogzo.quantize_(Net(0.0), fogzo.lsq(2))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+
+
+def test_the_last_epoch_of_weight_averaging_is_left_alone():
+    module, callback = WithBatchNorm(), Kept(noise_share=0.1)
+    runner = trainer(callback, max_epochs=2, accumulate_grad_batches=1)
+    runner.callbacks.append(StochasticWeightAveraging(1e-3, swa_epoch_start=1))
+    runner.fit(module, loader())
+    batches = len(loader())
+    assert len(module.begun) == 3 * batches  # what probes add is taken back
+    assert callback.estimator.step == 2 * batches
 
 
 class WithoutManualBackward(Module):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fogzo
-from fogzo.export import check
-from toolbox import draw, fill
+from fogzo.export import check, export, load_
+from toolbox import draw, everything, fill
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -95,12 +95,61 @@ def test_merging_gives_what_was_trained(first):
 @ORDERS
 def test_what_divides_by_the_norm_of_latent_weights_cannot_be_merged(first):
     model = adapted(first, use_dora=True)
-    with pytest.raises(ValueError, match=r"DoRA divides .*model\.up.*keep the adapters apart"):
+    with pytest.raises(ValueError, match=r"model\.up' compute with the latent .*DoRA.*keep the "):
         merge_and_unload(model)
     assert isinstance(model.base_model.model.down, fogzo.QuantizedLayer)
     model.add_adapter("plain", peft.LoraConfig(target_modules=["up"]))
     merged = merge_and_unload(model, adapter_names=["plain"])
     assert type(merged.up) is nn.Linear
+
+
+KINDS = {
+    "LoRA": (peft.LoraConfig, {"r": 2}, True),
+    "LoHa": (peft.LoHaConfig, {"r": 2}, True),
+    "OFT": (peft.OFTConfig, {"oft_block_size": 4}, True),
+    "VeRA": (peft.VeraConfig, {"r": 2}, True),
+    "HRA": (peft.HRAConfig, {"r": 2}, False),
+    "HiRA": (peft.HiraConfig, {"r": 2}, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_merged_if_they_see_the_quantized_weights(kind):
+    config, options, mergeable = KINDS[kind]
+    base = fogzo.quantize_(Net(), fogzo.lsq(2))
+    model = peft.get_peft_model(base, config(target_modules=["up", "head"], **options)).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(draw(*param.shape, seed=param.numel()), alpha=0.1)
+    answer = model(draw(4, 8))
+    if mergeable:
+        torch.testing.assert_close(merge_and_unload(model)(draw(4, 8)), answer)
+        return
+    with pytest.raises(ValueError, match=rf"model\.up' compute with the latent .*{kind}"):
+        merge_and_unload(model)
+    assert torch.equal(model(draw(4, 8)), answer)
+
+
+def test_embeddings_and_convolutions_are_merged_too():
+    base = nn.Sequential(nn.Embedding(10, 8), nn.Conv1d(5, 4, 3), nn.Flatten(), nn.Linear(24, 2))
+    fogzo.quantize_(fill(base), fogzo.lsq(2), everything)
+    config = peft.LoraConfig(target_modules=["0", "1"], r=2, init_lora_weights=False)
+    model, x = peft.get_peft_model(base, config).eval(), torch.arange(10).reshape(2, 5)
+    answer = model(x)
+    torch.testing.assert_close(merge_and_unload(model)(x), answer)
+
+
+def test_adapters_on_packed_weights_are_merged_or_nothing_is(tmp_path):
+    export(fogzo.quantize_(Net(), fogzo.lsq(2)), tmp_path, "packed", verify=False)
+    model = peft.get_peft_model(load_(Net(), tmp_path), peft.LoraConfig(**ADAPTERS)).eval()
+    answer = model(draw(4, 8))
+    for safe in (False, True):
+        with pytest.raises(ValueError, match=r"packed weight .* lost.*unpack_.*merge_and_unload"):
+            copy.deepcopy(model).merge_and_unload(safe_merge=safe)
+    merged = merge_and_unload(model)
+    torch.testing.assert_close(merged(draw(4, 8)), answer)
+    assert not any(param.requires_grad for param in (merged.up.weight, merged.down.weight))
 
 
 def test_readers_that_build_the_network_know_no_adapters():

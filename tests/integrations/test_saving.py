@@ -389,6 +389,26 @@ def test_a_part_that_was_quantized_alone_is_noted_on_request(tmp_path):
     assert torch.equal(load(tmp_path)(BATCH).logits, model(BATCH).logits)
 
 
+def test_a_model_that_was_saved_in_its_float_phase_measures_its_steps(tmp_path):
+    model = fogzo.quantize_(llama(), fogzo.lsq(2), activations=fogzo.lsq(4))
+    switch = fogzo.methods.quantize_from(model, 0.5, total_steps=2)
+    assert "float_phase" not in str(model.config)
+    with torch.no_grad():
+        for weight in fogzo.quantized_weights(model):
+            weight.param.mul_(3)
+    model.save_pretrained(tmp_path / "in float")
+    with pytest.warns(UserWarning, match=r"saved before its quantization began.*quantize_from"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in float")
+    switch.advance_()
+    calibrated(model)
+    calibrated(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(BATCH).logits, model(BATCH).logits)
+    for name, each in {"quantized": model, "quantized, too": loaded}.items():
+        each.save_pretrained(tmp_path / name)
+        assert torch.equal(load(tmp_path / name)(BATCH).logits, model(BATCH).logits)
+
+
 def test_other_models_of_the_same_config_are_not_touched():
     teacher = llama()
     student = transformers.LlamaForCausalLM(teacher.config)

@@ -23,6 +23,6 @@ it holds and as what, and a module of this package with two functions:
 """
 
 from fogzo.export.exporting import ExportReport, LayerReport, check, export, formats
-from fogzo.export.packed import load_
+from fogzo.export.packed import load_, unpack_
 
-__all__ = ["ExportReport", "LayerReport", "check", "export", "formats", "load_"]
+__all__ = ["ExportReport", "LayerReport", "check", "export", "formats", "load_", "unpack_"]

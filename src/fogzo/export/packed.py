@@ -19,11 +19,17 @@ from torch.nn.functional import embedding
 from fogzo.export.folder import read_config, read_tensors, write_config, write_tensors
 from fogzo.export.integers import IntegerWeight, rounding_error
 from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
+from fogzo.export.read_only import ReadOnly
 from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
 from fogzo.layers.attach import leave_fast_path
-from fogzo.layers.hosts import models_of_transformers, take_own_config
+from fogzo.layers.hosts import (
+    forget_quantization_,
+    models_of_transformers,
+    take_own_config,
+)
+from fogzo.layers.quantized_input import plain_class_of
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
@@ -96,12 +102,8 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
     tensors |= {alias: tensors[owner] for alias, owner in config["ties"].items()}
     pack_layers_(model, config["modules"])
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    if on_meta:  # one parameter for all of its names, or each would be assigned one of its own
-        made: dict[int, nn.Parameter] = {}
-        for name, param in model.named_parameters(remove_duplicate=False):
-            if (tensor := tensors.get(name)) is not None:
-                made.setdefault(id(tensor), nn.Parameter(tensor, param.requires_grad))
-                tensors[name] = made[id(tensor)]
+    if on_meta:
+        _fit_to_assign(tensors, model)
     try:
         model.load_state_dict(tensors, assign=on_meta)
     except RuntimeError as error:
@@ -121,6 +123,63 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
         take_own_config(model)
         cast(Any, model).config.quantization_config = config  # for its save_pretrained
     return model
+
+
+def unpack_(model: ModelT) -> ModelT:
+    """Make the packed layers of a model plain ones in float, in place, which can be changed.
+
+    Args:
+        model: Which `load_` or transformers has loaded from a packed folder.
+
+    Returns:
+        The same model. Layers that shared a weight share the parameter.
+
+    Raises:
+        ValueError: If nothing is packed, or inputs are quantized, which plain layers would take in
+            float. The model is then untouched.
+    """
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    if not packed:
+        raise ValueError(
+            "nothing in this model is packed: fogzo.export.load_(model, folder) loads packed "
+            "layers; those that train become float ones by fogzo.dequantize_(model)"
+        )
+    with_input = [name for name, layer in packed.items() if layer._input_quantizer is not None]
+    if with_input:
+        raise ValueError(
+            f"the inputs of {listed(with_input)} are quantized, which float layers would not do: "
+            "export the trained model without them, "
+            'fogzo.export.export(model, folder, "packed", activations="drop")'
+        )
+    made: dict[Tensor, nn.Parameter] = {}
+    for layer in packed.values():
+        if layer.codes not in made:
+            made[layer.codes] = nn.Parameter(layer.unpacked())
+        layer._make_plain(made[layer.codes])
+    for own in models_of_transformers(model):
+        forget_quantization_(own)
+    return model
+
+
+def _fit_to_assign(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Make of a file's tensors what may stand in place of a model's, in the dtypes of the model.
+
+    One parameter for all of its names, or each would be assigned one of its own.
+    """
+    made: dict[int, Tensor] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, own in named:
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if id(tensor) not in made:
+            fitting = tensor.to(own.dtype)
+            is_param = isinstance(own, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(fitting, own.requires_grad) if is_param else fitting
+        tensors[name] = made[id(tensor)]
 
 
 def check_version(config: dict[str, Any], folder: Path | str) -> None:
@@ -184,6 +243,10 @@ class PackedLayer(nn.Module):
     _packing: dict[str, Any]
     _input_quantizer: Quantizer | None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain layer, as of `QuantizedInput`."""
+        return plain_class_of(cls, PackedLayer)(*args, **kwargs)
+
     def _prepare(self, description: dict[str, Any], like: Tensor) -> None:
         self._packing = description
         shape, dim = description["shape"], description["output_dim"]
@@ -206,9 +269,22 @@ class PackedLayer(nn.Module):
             step = torch.empty(1, 1, dtype=getattr(torch, form["step_dtype"]), device=device)
         self.register_buffer("input_step", step)
 
+    def _make_plain(self, weight: nn.Parameter) -> None:
+        """Become the layer that was packed."""
+        for name in ("codes", "scales", "_like", "input_step"):
+            delattr(self, name)
+        del self._packing, self._input_quantizer
+        cast(nn.Module, self).__class__ = plain_class_of(type(self), PackedLayer)
+        cast(nn.Module, self).weight = weight
+
     @property
     def weight(self) -> Tensor:
-        """The weight, of the dtype that the model has been cast to."""
+        """The weight, of the dtype that the model has been cast to, not to be changed in place."""
+        weight = self.unpacked()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnly)
+
+    def unpacked(self) -> Tensor:
+        """The weight, as a tensor of its own."""
         packing, scales = self._packing, self.scales
         shape, dim = torch.Size(packing["shape"]), packing["output_dim"]
         size = shape.numel() // shape[dim]
@@ -248,9 +324,7 @@ class PackedLayer(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        mro = type(self).__mro__
-        plain = mro[mro.index(PackedLayer) + 1]
-        return _new_layer, (plain,), self.__getstate__()
+        return _new_layer, (plain_class_of(type(self), PackedLayer),), self.__getstate__()
 
 
 @cache
@@ -259,8 +333,7 @@ def _packed_class(plain: Any) -> Any:
 
 
 def _new_layer(plain: type) -> nn.Module:
-    cls = _packed_class(plain)
-    return cast(nn.Module, cls.__new__(cls))
+    return cast(nn.Module, object.__new__(_packed_class(plain)))
 
 
 def _scales(weight: IntegerWeight) -> Tensor:

@@ -79,7 +79,7 @@ class FogzoCallback(Callback):
         self.estimator: GradientEstimator | None = None
         self.stats: RefineStats | None = None
         self._fallbacks = 0
-        self._loaded: dict[str, float] | None = None
+        self._loaded: dict[str, Any] | None = None
         self._recorder: Recorder
         self._is_refined = False
         self._patches = ExitStack()
@@ -116,7 +116,8 @@ class FogzoCallback(Callback):
             self.estimator.step = trainer.global_step
             self._fallbacks = self._fallbacks if trainer.global_step else 0
         else:
-            self.estimator.load_state_dict(self._loaded)
+            self.estimator.load_state_dict(self._loaded["estimator"])
+            self._fallbacks = self._loaded["fallbacks"]
         self._loaded = None
 
     def on_before_optimizer_step(
@@ -133,12 +134,13 @@ class FogzoCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back."""
         self._patches.close()
+        self._loaded = None  # validation and tests load checkpoints, too, which no run continues
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """The same."""
-        self._patches.close()
+        self.teardown(trainer, pl_module, "")
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's step and seed, and how many steps fell back."""
@@ -148,8 +150,7 @@ class FogzoCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a `state_dict` until the run begins."""
-        if state_dict:
-            self._loaded, self._fallbacks = state_dict["estimator"], state_dict["fallbacks"]
+        self._loaded = state_dict or None
 
     def _refine(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Refine the gradients of an optimizer's step, unless that is done or they are not ours.
@@ -159,6 +160,8 @@ class FogzoCallback(Callback):
         """
         estimator = self.estimator
         assert estimator is not None
+        if self._recorder.skips_backward:
+            return False  # the gradients are those of the last step
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         params = [w.param for w in estimator.weights if id(w.param) in trained]
         if all(param.grad is None for param in params):

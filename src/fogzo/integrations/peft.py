@@ -5,14 +5,20 @@ model = peft.get_peft_model(model, peft.LoraConfig(...))  # trains adapters on t
 merged = fogzo.integrations.peft.merge_and_unload(model)
 """
 
-from typing import Any
+import copy
+from typing import Any, cast
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
+from fogzo.export.packed import PackedLayer, unpack_
 from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.described import forms_of
 from fogzo.wording import listed
+
+# Of the largest output. Equal weights give equal outputs; those that STE trains differ by more.
+_SAME = 1e-4
 
 
 def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
@@ -20,7 +26,7 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
 
     PEFT's own ``merge_and_unload`` adds adapters to the latent weights, and what comes out is
     rounded again, to other weights than were trained. Here the quantized weights are baked in
-    first, so the result is in float.
+    first, so the result is in float. The base may also have been loaded from a packed folder.
 
     Args:
         model: With adapters on a quantized base.
@@ -28,27 +34,64 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: If nothing in the base is quantized, inputs are quantized, which the merged
-            layers would take in float, or adapters are of DoRA, which divides by the norm of the
-            latent weights. The model is then untouched.
+            layers would take in float, or adapters compute with the latent weights, as those of
+            DoRA, HRA, HiRA and SHiRA do. The model is then untouched.
     """
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        trained = {id(param) for param in model.parameters()}
+        for param in unpack_(model).parameters():
+            param.requires_grad_(param.requires_grad and id(param) in trained)
+        return cast(nn.Module, model.merge_and_unload(**options))
     with_input = [name for name, form in forms_of(model).items() if form.input is not None]
     if with_input:
         raise ValueError(
             f"the inputs of {listed(with_input)} are quantized for the base alone, so one merged "
             "layer cannot compute both: keep the adapters apart, model.save_pretrained(folder)"
         )
-    of_dora = [
+    merged = options.get("adapter_names") or model.active_adapters
+    of_latents = [
         name
         for name, module in model.named_modules()
-        if (found := getattr(module, "lora_magnitude_vector", None))
+        if hasattr(module, "get_base_layer")
         and isinstance(module.get_base_layer(), QuantizedLayer)
-        # The others are left out of what is merged.
-        and not found.keys().isdisjoint(options.get("adapter_names") or module.active_adapters)
+        and not _adds_to_the_quantized_weight(module, merged)
     ]
-    if of_dora:
+    if of_latents:
         raise ValueError(
-            f"DoRA divides what {listed(of_dora)} add up to by the norm of the latent weights, "
-            "and merged with the quantized ones they would answer otherwise than they were "
-            "trained: keep the adapters apart, model.save_pretrained(folder)"
+            f"the adapters of {listed(of_latents)} compute with the latent weights, as those of "
+            "DoRA, HRA, HiRA and SHiRA do, and merged with the quantized ones they would answer "
+            "otherwise than they were trained: keep the adapters apart, "
+            "model.save_pretrained(folder)"
         )
-    return dequantize_(model).merge_and_unload(**options)
+    return cast(nn.Module, dequantize_(model).merge_and_unload(**options))
+
+
+@torch.no_grad()
+def _adds_to_the_quantized_weight(module: Any, adapters: list[str]) -> bool:
+    """Whether adapters answer as before once the quantized weight is baked into their layer."""
+    x = _example(module.get_base_layer())
+    if x is None:
+        return True
+    twin = copy.deepcopy(module).eval()
+    twin.enable_adapters(True)
+    twin.set_adapter(adapters)
+    before = twin(x)
+    after = dequantize_(twin)(x)
+    limit = max(_SAME, 4 * torch.finfo(before.dtype).eps) * float(before.abs().max())
+    return float((after - before).abs().max()) <= limit
+
+
+def _example(layer: nn.Module) -> Tensor | None:
+    """An input of a layer; None where its kind is not known."""
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, nn.Embedding):
+        return torch.arange(layer.num_embeddings, device=weight.device)[:64]
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (4, layer.in_features)
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        reach = (1 + d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        shape = (1, layer.in_channels, *reach)
+    else:
+        return None
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=draws).to(weight)

@@ -103,7 +103,14 @@ class Recorder:
         with _attributes(module, **{n: _InPlaceOf(module, n, w) for n, w in wrappers.items()}):
             yield
 
+    @property
+    def skips_backward(self) -> bool:
+        """Whether batches only run forward now: StochasticWeightAveraging's last epoch does so."""
+        return bool(getattr(self._trainer.fit_loop, "_skip_backward", False))
+
     def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.skips_backward:
+            return self._own_step(*args, **kwargs)
         if self._module.automatic_optimization:
             try:
                 output = self._estimator.record(self._run, *args, **kwargs)

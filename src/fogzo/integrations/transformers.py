@@ -38,7 +38,8 @@ from fogzo.layers.described import (
     forms_of,
     settle_,
 )
-from fogzo.layers.hosts import take_own_config
+from fogzo.layers.hosts import forget_quantization_, take_own_config
+from fogzo.layers.quantized_input import FloatPhase
 from fogzo.layers.selection import FilterFn, quantizable_layers
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.description import describe, from_description
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 # Where this is not imported, transformers says that it does not know this method.
 METHOD, VERSION = __name__, 1
+_STEPS = re.compile(r"\.(weight_step|weight_step_knee|input_step|input_step_knee|input_state)$")
 
 
 class FogzoConfig(QuantizationConfigMixin):
@@ -67,6 +69,8 @@ class FogzoConfig(QuantizationConfigMixin):
             that are quantized while loading are loaded in float32, as the steps that an optimizer
             takes are lost in half precision.
         groups: In config.json: the layers of the same quantizers, by name.
+        in_float: In config.json: whether they were still in the float phase of
+            `fogzo.methods.quantize_from`, so that their step sizes are not those of their weights.
         format_version: In config.json: of these entries.
 
     Raises:
@@ -81,6 +85,7 @@ class FogzoConfig(QuantizationConfigMixin):
         *,
         keep_dtype: bool = False,
         groups: list[dict[str, Any]] | None = None,
+        in_float: bool = False,
         format_version: int = VERSION,
         **unused: Any,
     ) -> None:
@@ -95,6 +100,7 @@ class FogzoConfig(QuantizationConfigMixin):
         self.quantizer, self.filter_fn, self.activations = quantizer, filter_fn, activations
         self.keep_dtype = keep_dtype
         self.groups = groups or []
+        self._float_phase = FloatPhase(in_float)
 
     @classmethod
     def of(cls, model: nn.Module) -> "FogzoConfig":
@@ -103,7 +109,7 @@ class FogzoConfig(QuantizationConfigMixin):
         for name, form in forms_of(model).items():
             # PEFT's wrappers are gone when the model is saved.
             groups.setdefault(form, []).append(name.replace(".base_layer", ""))
-        return cls(
+        config = cls(
             groups=[
                 {
                     "weight": describe(form.weight),
@@ -113,6 +119,15 @@ class FogzoConfig(QuantizationConfigMixin):
                 for form, names in groups.items()
             ]
         )
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+        phases = (layer._float_phase for layer in layers)
+        config._float_phase = next(filter(None, phases), config._float_phase)
+        return config
+
+    @property
+    def in_float(self) -> bool:
+        """Whether the layers compute in float for now."""
+        return self._float_phase.active
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -120,6 +135,7 @@ class FogzoConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": VERSION,
             "groups": self.groups,
+            **({"in_float": True} if self.in_float else {}),
         }
 
     def forms(self) -> dict[str, LayerForm]:
@@ -162,13 +178,19 @@ class FogzoQuantizer(HfQuantizer):
         _expect_steps(model, saved=bool(config.groups))
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:
-        tensors = [*model.parameters(), *model.buffers()]
-        settle_(model, {id(tensor) for tensor in tensors if self._is_loaded(tensor)})
-        # To transformers it is a model in float from here on, with a config that says how it is
-        # quantized: it can be cast, compiled, trained and saved as one.
-        del model.hf_quantizer, model.quantization_method
-        model.is_quantized = False
-        del model.config._is_quantized
+        named = [*model.named_parameters(), *model.named_buffers()]
+        if self.quantization_config.in_float:
+            named = [(name, tensor) for name, tensor in named if not _STEPS.search(name)]
+            warnings.warn(
+                "this model was saved before its quantization began, and is quantized from here "
+                "on, with step sizes measured on its weights. To train it on in float: switch = "
+                "fogzo.methods.quantize_from(model, ...), switch.load_state_dict(saved)",
+                UserWarning,
+                stacklevel=2,
+            )
+        settle_(model, {id(tensor) for _, tensor in named if self._is_loaded(tensor)})
+        # From here on its config says how it is quantized, and transformers has no part in it.
+        forget_quantization_(model)
         update_config_(model)
         return model
 

@@ -41,6 +41,19 @@ def check_loaded_as_saved(model: nn.Module) -> None:
             )
 
 
+def forget_quantization_(model: Any) -> None:
+    """Let transformers take a model that it has loaded as a quantized one for one in float.
+
+    It can then be cast, compiled, trained and saved as one.
+    """
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False
+    take_own_config(model)
+    for name in ("_is_quantized", "quantization_config"):
+        model.config.__dict__.pop(name, None)
+
+
 def take_own_config(model: Any) -> None:
     """A copy of the config in place of one that models may share, as teacher and student do."""
     copies: dict[int, Any] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fogzo.layers.experts import SUFFIX, ExpertMatrices
+from fogzo.layers.quantized_input import plain_class_of
 from fogzo.layers.quantized_layer import QuantizedLayer
 
 
@@ -81,10 +82,9 @@ def detach_matrices_(matrices: ExpertMatrices) -> None:
         cast(Any, experts).__class__ = plain_experts_class(experts)
 
 
-def plain_experts_class(experts: nn.Module) -> type:
+def plain_experts_class(experts: nn.Module) -> Any:
     """The class that a module of experts had."""
-    mro = type(experts).__mro__
-    return mro[mro.index(QuantizedExperts) + 1]
+    return plain_class_of(type(experts), QuantizedExperts)
 
 
 @cache

@@ -97,6 +97,10 @@ class QuantizedInput(nn.Module):
     _tally: _Tally | None
     _float_phase: FloatPhase | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain layer: others (PEFT, for a convolution) build more of a kind by its class."""
+        return plain_class_of(cls, QuantizedInput)(*args, **kwargs)
+
     @property
     def is_in_float(self) -> bool:
         """Whether neither weight nor input is quantized for now."""
@@ -332,9 +336,14 @@ def quantized_input_class(plain: Any) -> Any:
     return type(f"QuantizedInput{plain.__name__}", (QuantizedInput, plain), members)
 
 
+def plain_class_of(cls: type, mixin: type) -> Any:
+    """The class that a mixin was mixed into, whatever other tools mixed in on top."""
+    mro = cls.__mro__
+    return mro[mro.index(mixin) + 1]
+
+
 def _new_quantized_input(plain: type) -> Any:
-    cls = quantized_input_class(plain)
-    return cls.__new__(cls)
+    return object.__new__(quantized_input_class(plain))
 
 
 def _for_unsigned(quantizer: Quantizer) -> Quantizer:

@@ -14,7 +14,7 @@ from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers.experts import layer_name
 from fogzo.layers.measured import Measured
 from fogzo.layers.quantizable import parametrization, require_module
-from fogzo.layers.quantized_input import QuantizedInput
+from fogzo.layers.quantized_input import QuantizedInput, plain_class_of
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.experts import ExpertQuantizer
 from fogzo.quantizers.reading import has_a_value
@@ -410,15 +410,13 @@ def _view_class(cls: Any) -> Any:
     return cls.__dict__["_view"]
 
 
-def plain_class(layer: nn.Module) -> type:
-    """The class that `quantized_class` was given, whatever other tools mixed in on top."""
-    mro = type(layer).__mro__
-    return mro[mro.index(QuantizedInput) + 1]
+def plain_class(layer: nn.Module) -> Any:
+    """The class that `quantized_class` was given."""
+    return plain_class_of(type(layer), QuantizedInput)
 
 
 def _new_layer(plain: type) -> nn.Module:
-    cls = quantized_class(plain)
-    return cast(nn.Module, cls.__new__(cls))
+    return cast(nn.Module, object.__new__(quantized_class(plain)))
 
 
 def _same_values(new: Tensor | None, old: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ from torch import nn
 
 from fogzo.collectives import distributed_like, full, is_sharded
 from fogzo.layers import QuantizedLayer
+from fogzo.layers.hosts import tell_transformers
 from fogzo.layers.quantized_input import FloatPhase
 from fogzo.layers.quantized_layer import require_quantized
 from fogzo.methods.pull import step_of
@@ -31,6 +32,7 @@ class Switch:
         self._phase = FloatPhase(self.switch_step > 0)
         for layer in self._layers:
             layer._float_phase = self._phase
+        tell_transformers(model)
 
     @property
     def is_quantized(self) -> bool:

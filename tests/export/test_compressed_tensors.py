@@ -128,6 +128,24 @@ def test_layers_of_different_bits_and_groups_share_a_config_group(dequantize, tm
     assert weights_are_equal(served, source)
 
 
+def test_the_widest_type_of_all_layers_is_asked_for_and_reported(tmp_path):
+    model = llama()
+    quantized(model, fogzo.lsq(2, levels="integer"), filter_fn=lambda m, n: "mlp" in n)
+    quantized(model, fogzo.lsq(8), filter_fn=lambda m, n: "self_attn" in n)
+    says = r"gate_proj' .* needs 2 bits and .*q_proj' needs 8, .* allow_wider=True takes 8 for all"
+    with pytest.raises(ValueError, match=says):
+        export(model, tmp_path / "out", "compressed-tensors")
+    report = export(model, tmp_path / "out", "compressed-tensors", allow_wider=True)
+    assert {layer.stored for layer in report.layers} == {"W8"}
+    words = load_file(tmp_path / "out" / "model.safetensors")
+    packed = words["model.layers.0.mlp.gate_proj.weight_packed"]
+    (weights,) = {
+        m.weight.numel() for n, m in model.named_modules() if n.endswith("0.mlp.gate_proj")
+    }
+    assert packed.nbytes == weights
+    assert all(layer.bits > 8 for layer in report.layers)
+
+
 def test_inputs_that_need_two_config_groups_are_refused(tmp_path):
     model = llama()
     fogzo.quantize_(
@@ -153,5 +171,6 @@ def test_the_report_says_what_the_reader_made_of_it(tmp_path):
         quantized(llama(), fogzo.lsq(4), fogzo.lsq(8)), tmp_path / "out", "compressed-tensors"
     )
     assert all(layer.exact for layer in report.layers)
+    assert all(layer.stored == "W4 in int8" and layer.bits > 8 for layer in report.layers)
     assert report.logits_difference == 0
     assert "transformers" in report.reader

@@ -13,7 +13,7 @@ import fogzo
 from fogzo.export import export, gguf
 from fogzo.export.gguf_tokenizer import _LLAMA_3, SAMPLE, vocabulary
 
-pytest.importorskip("gguf", reason="writes the file, and transformers reads it with it")
+reader = pytest.importorskip("gguf", reason="writes the file, and transformers reads it with it")
 
 TEXTS = [SAMPLE, "the end of the words, the 2024 words of the end\n", "won't WON'T\r\n\n x==y  "]
 
@@ -29,7 +29,7 @@ def splitting(kind):
     )
 
 
-def trained(kind="gpt-2", bos=False, **changes):
+def trained(kind="gpt-2", around="", **changes):
     options = {"ignore_merges": kind == "llama-bpe"}
     backend = Tokenizer(models.BPE(**options | changes))
     backend.pre_tokenizer, backend.decoder = splitting(kind), decoders.ByteLevel()
@@ -40,10 +40,9 @@ def trained(kind="gpt-2", bos=False, **changes):
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 3, trainer)
-    if bos:
-        backend.post_processor = TemplateProcessing(
-            single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
-        )
+    if around:
+        numbers = [("<|begin|>", 0), ("<|end|>", 1)]
+        backend.post_processor = TemplateProcessing(single=around, special_tokens=numbers)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>"
     )
@@ -67,14 +66,35 @@ def test_transformers_reads_the_same_tokenizer(kind, tmp_path):
 
 
 def test_what_the_metadata_says():
-    found = vocabulary(trained(bos=True), 320)
-    assert (found.pre, found.add_bos, found.special) == ("gpt-2", True, {"bos": 0, "eos": 1})
+    found = vocabulary(trained(around="<|begin|> $A"), 320)
+    assert (found.pre, found.special) == ("gpt-2", {"bos": 0, "eos": 1})
+    assert (found.add_bos, found.add_eos) == (True, False)
     assert found.tokens[:2] == ["<|begin|>", "<|end|>"]
     assert len(found.tokens) == len(found.types) == 320
     assert found.tokens[-1] == "[PAD319]"
     assert [found.types[i] for i in (0, 2, 319)] == [3, 1, 5]
     assert "h e" in found.merges
     assert not vocabulary(trained(), 320).add_bos
+
+
+def test_the_end_of_text_and_chat_templates_are_in_the_file(tmp_path):
+    tokenizer = trained(around="<|begin|> $A <|end|>")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = {"default": template, "tool_use": "tools"}
+    export(network(), tmp_path / "out", "gguf", tokenizer=tokenizer)
+    fields = reader.GGUFReader(tmp_path / "out" / gguf.FILE).fields
+    said = {
+        key.removeprefix("tokenizer."): field.contents()
+        for key, field in fields.items()
+        if "add_" in key or "chat_" in key
+    }
+    assert said == {
+        "ggml.add_bos_token": True,
+        "ggml.add_eos_token": True,
+        "chat_template": template,
+        "chat_template.tool_use": "tools",
+        "chat_templates": ["tool_use"],
+    }
 
 
 def test_words_of_other_formats_lie_beside_the_network(tmp_path):
@@ -102,6 +122,10 @@ def of_words():
         (lambda: trained("other"), "no byte-level BPE that splits text as GPT-2 or LLaMA 3"),
         (lambda: trained(ignore_merges=True), "no byte-level BPE that splits"),
         (of_words, "no byte-level BPE that splits"),
+        (
+            lambda: trained(around="$A <|begin|>"),
+            r"puts '<\|begin\|>' around text, and a file says",
+        ),
         (with_normalizer, "as it has a normalizer: leave it out with tokenizer=None"),
         (ByT5Tokenizer, "ByT5Tokenizer has no tokenizer.json"),
         (object, r"tokenizer must be one of transformers, got <object .*AutoTokenizer"),

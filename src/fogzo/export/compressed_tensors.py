@@ -21,7 +21,7 @@ from fogzo.export.verify import ReadBack, answer
 def write(source: Source, folder: Path) -> None:
     """Write config.json and model.safetensors."""
     inputs = next(iter(source.layers.values())).input  # all are alike, but for their steps
-    bits = max(holds.stored(source, name, "compressed-tensors").width for name in source.layers)
+    bits = holds.stored(source, next(iter(source.layers)), "compressed-tensors").width  # of all
     group = _group_size(source)
     tensors: dict[str, Tensor] = {}
     for name, layer in source.layers.items():

@@ -90,6 +90,9 @@ class Format:
         reads_config: Whether its readers build the model from transformers' config.
         shares: Whether its file says which names stand for the same tensor.
         of_model: Says what is wrong with the model as a whole, or None.
+        one_type: Whether all layers are stored as the widest type that one of them needs.
+        bits_with_inputs: Of a layer's integers in the file where its input is quantized; 0 where
+            that makes no difference.
         float64: Whether weights of float64 keep their precision.
         expected: The only levels that it holds, in words, where these are few.
         elsewhere: Formats for what this one does not hold.
@@ -106,6 +109,8 @@ class Format:
     reads_config: bool = False
     shares: bool = False
     of_model: Callable[[Source], str | None] = lambda source: None
+    one_type: bool = False
+    bits_with_inputs: int = 0
     float64: bool = False
     expected: str = ""
     elsewhere: str = 'format="packed" or "onnx"'
@@ -190,6 +195,18 @@ def _one_config_group(source: Source) -> str | None:
                 f"{first!r} are {one}, which makes two config groups, and transformers reads the "
                 f'first alone: quantize all inputs alike, {_WEIGHTS_ALONE}, or format="packed"'
             )
+    widths = {
+        name: min(t.width for t in _COMPRESSED if t.holds(layer.weight))
+        for name, layer in source.layers.items()
+    }
+    narrow, wide = min(widths, key=widths.__getitem__), max(widths, key=widths.__getitem__)
+    if widths[narrow] < widths[wide] and not source.options.allow_wider:
+        return (
+            f"cannot write {narrow!r} as compressed-tensors: it needs {widths[narrow]} bits and "
+            f"{wide!r} needs {widths[wide]}, and one config group stores all alike: "
+            f"allow_wider=True takes {widths[wide]} for all, or quantize them alike, or "
+            'format="packed"'
+        )
     return None
 
 
@@ -276,6 +293,7 @@ _MATMUL = (
     replace(_signed("MatMulNBits 8", 8), groups=_MATMUL_BLOCKS),
 )
 _BITNET = StoredType("2 bit", 2, 2, _is_bitnet, 0, _LINEAR, outputs_per_byte=4)
+_COMPRESSED = (_signed("W2", 2), _signed("W4", 4), _signed("W8", 8))
 _INT4, _INT8 = "DequantizeLinear int4", "DequantizeLinear int8"
 
 FORMATS: Mapping[str, Format] = {
@@ -300,7 +318,9 @@ FORMATS: Mapping[str, Format] = {
     "compressed-tensors": Format(
         # Other widths changed their layout in 2026 and kept their name: one of two readers is
         # wrong, and neither says so.
-        (_signed("W2", 2), _signed("W4", 4), _signed("W8", 8)),
+        _COMPRESSED,
+        one_type=True,
+        bits_with_inputs=8,
         inputs=_static_integer_inputs,
         reads_config=True,
         of_model=_one_config_group,

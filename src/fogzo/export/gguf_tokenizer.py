@@ -31,6 +31,8 @@ class Vocabulary:
         pre: The name of the expression that splits text into words.
         special: Numbers of special tokens, by role.
         add_bos: Whether text begins with a token of its own.
+        add_eos: Whether it ends with one.
+        chat_templates: By name, of which "default" is the only one of most tokenizers.
     """
 
     tokens: list[str]
@@ -39,6 +41,8 @@ class Vocabulary:
     pre: str
     special: dict[str, int]
     add_bos: bool
+    add_eos: bool
+    chat_templates: dict[str, str]
 
 
 def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -88,14 +92,23 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     roles = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
     special = {role: getattr(tokenizer, name, None) for role, name in roles.items()}
-    first = tokenizer("a")["input_ids"][:1]
+    before, after = _around_text(tokenizer)
+    begin, end = special["bos"], special["eos"]
+    if before not in ([], [begin]) or after not in ([], [end]):
+        around = " and ".join(repr(tokenizer.decode(ids)) for ids in (before, after) if ids)
+        raise ValueError(
+            _refusal(f"it puts {around} around text, and a file says its bos and eos tokens only")
+        )
+    templates = getattr(tokenizer, "chat_template", None) or {}
     return Vocabulary(
         [by_number.get(i, f"[PAD{i}]") for i in range(size)],
         types,
         pairs,
         pre,
         {role: number for role, number in special.items() if number is not None},
-        special["bos"] is not None and first == [special["bos"]],
+        bool(before),
+        bool(after),
+        {"default": templates} if isinstance(templates, str) else dict(templates),
     )
 
 
@@ -107,6 +120,10 @@ def add(writer: "GGUFWriter", found: Vocabulary) -> None:
     writer.add_token_types(found.types)
     writer.add_token_merges(found.merges)
     writer.add_add_bos_token(found.add_bos)
+    writer.add_add_eos_token(found.add_eos)
+    if found.chat_templates:
+        named = found.chat_templates.items()
+        writer.add_chat_template([{"name": name, "template": text} for name, text in named])
     for role, number in found.special.items():
         getattr(writer, f"add_{role}_token_id")(number)
 
@@ -122,6 +139,17 @@ def check(tokenizer: Any, folder: Any, file: str) -> None:
             f"transformers reads a tokenizer that makes {found} of {SAMPLE!r}, and the written one "
             f"makes {expected}: nothing was kept. Please report it"
         )
+
+
+def _around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that it puts before every text, and after it."""
+    bare = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    full = tokenizer(SAMPLE)["input_ids"]
+    added = len(full) - len(bare)
+    for begin in range(added + 1):
+        if full[begin : begin + len(bare)] == bare:
+            return full[:begin], full[begin + len(bare) :]
+    raise ValueError(_refusal("it splits text otherwise where it adds special tokens"))
 
 
 def _pre(state: dict[str, Any]) -> str | None:

@@ -1,11 +1,14 @@
 """Whether a format can hold a model: the stored type of each layer, or what stands in the way.
 
 A layer is stored as the first type of its format that holds its grid and fits its shape, and in no
-wider integers than its grid needs; where there is none, one sentence says which layer, why and the
-way out. No format holds numbers that are not finite, or not those of a quantized layer yet.
+wider integers than its grid needs unless `allow_wider` says so; where there is none, one sentence
+says which layer, why and the way out. No format holds numbers that are not finite, or not those of
+a quantized layer yet.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,9 +34,15 @@ def problems(source: Source, format: str) -> list[str]:
 
 def stored(source: Source, name: str, format: str) -> StoredType:
     """The type that a layer is stored as, of a source that has no `problems`."""
-    chosen = _choose(source.layers[name], format, FORMATS[format], source)
-    assert isinstance(chosen, StoredType), chosen
-    return chosen
+    rules = FORMATS[format]
+    layers = source.layers.values() if rules.one_type else [source.layers[name]]
+    chosen = [_choose(layer, format, rules, source) for layer in layers]
+    assert all(isinstance(each, StoredType) for each in chosen), chosen
+    widest = max(cast(list[StoredType], chosen), key=lambda each: each.width)
+    if not rules.bits_with_inputs or source.layers[name].input is None:
+        return widest
+    name = f"{widest.name} in int{rules.bits_with_inputs}"
+    return replace(widest, name=name, bits=rules.bits_with_inputs)
 
 
 def step_error(weight: IntegerWeight, format: str) -> float:

@@ -133,7 +133,17 @@ def test_steps_are_held_against_float16():
         for finding in _inspect(fogzo.fixed(2, step_size=2e-7)).findings
         if finding.kind == "fp16"
     ]
-    assert "scale_dtype=torch.float16" in finding.code
+    assert 'fogzo.export.export(model, folder, "packed")' in finding.code
+    assert finding.options is None
+
+
+def test_what_no_filter_can_choose_is_not_advised_to_be_chosen():
+    layer = nn.TransformerEncoderLayer(32, 4, 8)
+    with pytest.warns(UserWarning, match="uses its weights itself"):
+        model = fogzo.quantize_(layer, fogzo.lsq(2), everything)
+    (finding,) = [f for f in fogzo.inspect(model).findings if f.kind == "in_float"]
+    assert "filter_fn" not in finding.code and finding.options is None
+    assert "an nn.Linear for each projection" in finding.code
 
 
 def test_the_step_sizes_of_bbq_are_those_of_its_levels():
@@ -309,6 +319,29 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     # An error as of a step size of 1e18 says nothing, and ends in no division by zero.
     vague = replace(found, layers=[replace(layer, agreement_error=1e200)])
     assert "agreement" not in [finding.kind for finding in diagnose([vague])]
+
+
+@pytest.mark.parametrize("samples", [8, 256])
+def test_more_samples_than_a_small_layer_has_weights_for_change_no_agreement(samples):
+    agreements = []
+    for seed in range(12):
+        quantizer = fogzo.fixed(8, step_size=0.004)
+        model = fogzo.quantize_(
+            fill(nn.Linear(16, 16, bias=False), seed=seed), quantizer, everything
+        )
+        model.double()
+        x, y = draw(64, 16, seed=seed).double(), draw(64, 16, seed=seed + 99).double()
+
+        def loss(model=model, x=x, y=y):
+            return (model(x) * y).mean()
+
+        backward(loss)
+        agreements += [
+            layer.agreement
+            for layer in fogzo.inspect(model, closure=loss, num_samples=samples).layers
+        ]
+    error = statistics.stdev(agreements) / 12**0.5
+    assert abs(statistics.fmean(agreements) - 1) < 3 * error < 0.3
 
 
 def test_2_bit_inputs_raise_no_false_alarm():

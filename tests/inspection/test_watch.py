@@ -8,7 +8,9 @@ from torch import nn
 
 import fogzo
 from fogzo.inspection import THRESHOLDS
-from toolbox import Snapshot, draw, everything, quantized_net
+from toolbox import Snapshot, draw, everything, fill, quantized_net
+
+OSCILLATING = fogzo.fixed(2, step_size=0.1, surrogate="identity_unmasked")
 
 
 def one_layer(*values, quantizer=None):
@@ -233,12 +235,39 @@ def test_a_learning_rate_that_changes_no_code_is_found():
     assert finding.kind == "still"
 
 
-def test_oscillating_codes_are_found():
-    model = fogzo.quantize_(
-        nn.Linear(32, 32, bias=False),
-        fogzo.fixed(2, step_size=0.1, surrogate="identity_unmasked"),
-        everything,
-    )
+@pytest.mark.parametrize("flips", [True, False])
+def test_a_frozen_base_does_not_hide_whether_the_rest_trains(flips):
+    layers = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(64, 64))
+    model = fogzo.quantize_(layers, fogzo.fixed(2, step_size=1.0), everything)
+    model[1].requires_grad_(False)
+    watch = fogzo.Watch(model, every=2)
+    for size in (0.2, -0.2 if flips else 0.3):
+        move(model, *4 * [size])
+        found = watch.update()
+    assert [finding.kind for finding in found.findings].count("still") == (not flips)
+    assert [layer.trained for layer in found.layers] == [True, False]
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_step_sizes_that_are_measured_anew_are_no_movement(window):
+    layers = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    model = fogzo.quantize_(fill(layers, 0.05), fogzo.fixed(2), everything)
+    switch = fogzo.methods.quantize_from(model, 0.45, total_steps=40)
+    watch = fogzo.Watch(model, every=10, window=window)
+    for step in range(40):
+        move_by = draw(64, 16, seed=step)
+        with torch.no_grad():  # grow, so that step sizes do at the switch
+            model[0].weight.add_(move_by, alpha=0.05 if step < 18 else 1e-5)
+        watch.update()
+        switch.advance_()
+    moved = [inspection.layers[0].moved for inspection in watch.history]
+    assert all(distance is None or distance < 0.01 for distance in moved[1:])
+    assert "learning_rate" not in [f.kind for f in watch.history[-1].findings]
+
+
+@pytest.mark.parametrize("quantizer", [OSCILLATING, fogzo.bbq(2)], ids=["fixed", "bbq"])
+def test_oscillating_codes_are_found(quantizer):
+    model = fogzo.quantize_(nn.Linear(32, 32, bias=False), quantizer, everything)
     target = 0.1 * draw(32, 32)
     with torch.no_grad():
         model.weight.copy_(0.1 * draw(32, 32, seed=1))
@@ -250,7 +279,8 @@ def test_oscillating_codes_are_found():
         nn.functional.mse_loss(model(x), x @ target.T).backward()
         watch.update()
         optimizer.step()
-    (finding,) = watch.history[-1].findings
-    assert finding.kind == "oscillating"
-    assert "fogzo.methods.dampening(model" in finding.code
+    (finding,) = [f for f in watch.history[-1].findings if f.kind == "oscillating"]
+    # Pulls need levels that are evenly spaced.
+    assert ("fogzo.methods.dampening(model" in finding.code) == (quantizer is OSCILLATING)
+    assert "a learning rate that decays to zero" in finding.code
     assert "undo the last one" in finding.message

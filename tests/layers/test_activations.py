@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import fogzo
-from fogzo.quantizers import TERNARY, Quantizer, learned_scale, uniform
+from fogzo.quantizers import TERNARY, Hadamard, Quantizer, learned_scale, uniform
 from toolbox import ESTIMATORS, WAYS, draw, every, everything, fill, pairwise
 
 KEPT = {"learned": fogzo.lsq(2), "fixed": fogzo.fixed(2)}
@@ -448,6 +448,23 @@ def test_the_compiled_model_agrees(activations):
     assert torch.allclose(compiled, output, rtol=1e-6, atol=1e-6)
     for name, param in model.named_parameters():
         assert torch.allclose(param.grad, expected[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "activations",
+    [fogzo.lsq(4), fogzo.bbq(2, granularity="tensor"), replace(fogzo.lsq(4), rotation=Hadamard())],
+    ids=["unsigned", "companded", "rotated"],
+)
+@torch.no_grad()
+def test_inputs_without_negatives_are_rounded_alike_where_no_state_can_be_read(activations):
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.ReLU(), nn.Linear(16, 16)), draw(64, 16)
+    fogzo.quantize_(fill(model), fogzo.fixed(8), everything, activations=activations)
+    with fogzo.calibrate_(model):
+        model(x)
+    for module in (model.eval(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 @EVERY_KEPT

@@ -141,6 +141,24 @@ def test_backward_passes_of_a_step_add_up_and_the_next_step_begins_anew(fused):
     assert linear().item() == pytest.approx(again, rel=1e-6)
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_batch_that_was_dropped_is_forgotten(set_to_none):
+    model = quantized_net("lsq", dropout=0.0).eval()
+    linear, (x, y) = fogzo.LinearizedLoss(model), batch()
+
+    def loss():
+        return (model(x) - y).square().mean()
+
+    backward(loss)
+    expected = linear().item()
+    backward(lambda: loss() * torch.inf)  # as a GradScaler's that overflows, whose step is skipped
+    model.zero_grad(set_to_none)
+    backward(loss)
+    model.zero_grad(set_to_none)
+    backward(loss)
+    assert linear().item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_probe_gives_everything_back_and_copies_know_nothing_of_it():
     model = quantized_net("lsq")
     linear = fogzo.LinearizedLoss(model)

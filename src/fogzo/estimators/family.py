@@ -75,19 +75,19 @@ class FogzoEstimator(GradientEstimator):
         plan: Sequence[Direction],
         measured: Measurement,
     ) -> Refined:
-        """The mean of ``slope * v``; the guide's share of it is the agreement."""
+        """The mean of ``slope * v``, whose guide is beta times the agreement."""
         mean = mean_along(plan, measured.slopes, directions.norm)
-        agreement = mean.guide
+        beta = 1 - noise_share
+        agreement = mean.guide / beta  # of a direction only that share follows the gradient
         error = agreement_error(
             directions, noise_share, measured.loss_error, len(plan), self.one_sided
         )
         if self._rounds_inputs:
-            error = math.hypot(
-                error, self._input_scatter.error(measured, directions.norm, agreement)
-            )
+            of_inputs = self._input_scatter.error(measured, directions.norm, agreement)
+            error = math.hypot(error, of_inputs / math.sqrt(beta))
         if shrink(agreement, error) != 1:  # no accident, if the weights are spread evenly
             error = math.hypot(error, unevenness(directions))
-        guide = agreement if self.agreement == "measured" else shrink(agreement, error)
+        guide = mean.guide if self.agreement == "measured" else shrink(agreement, error)
         return Refined(guide, mean.noise, agreement, error)
 
     def state_dict(self) -> dict[str, float]:
@@ -124,7 +124,7 @@ class FogzoEstimator(GradientEstimator):
         coming = self._coming()
         if coming is None:
             return None
-        _, directions, plan = coming
+        share, directions, plan = coming
         predicted = measure(
             self._lender,
             directions,
@@ -137,7 +137,7 @@ class FogzoEstimator(GradientEstimator):
         )
         if predicted.failure is not None:
             return None
-        return mean_along(plan, predicted.slopes, directions.norm).guide
+        return mean_along(plan, predicted.slopes, directions.norm).guide / (1 - share)
 
 
 class PlaceboEstimator(FogzoEstimator):

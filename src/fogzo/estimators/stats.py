@@ -17,7 +17,7 @@ class RefineStats:
             the loss lies off the middle of a probe's losses, or agreements of two steps lie apart.
             An agreement within it of 1 says nothing against STE.
         applied_agreement: The factor that the first-order gradient was given: the agreement, drawn
-            towards 1 by its error unless ``agreement="measured"``.
+            towards 1 by its error, or beta times it with ``agreement="measured"``.
         noise_share: q = 1 - beta of this step; None where the gradient was left alone and for
             estimators without a guide or without its share.
         kappa: Noise-to-signal power ``q d / (n beta)``, or None likewise.

@@ -6,6 +6,7 @@ The thresholds are those of `THRESHOLDS`. Each lies between what healthy and sic
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from fogzo.inspection.records import Finding, Inspection, LayerInspection, percent
 
@@ -237,6 +238,8 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
         return None
     layers.sort(key=lambda pair: -pair[1])
     worst = layers[0][0]
+    pulls = "fogzo.methods.dampening(model, total_steps=steps), fogzo.methods.cage(model, "
+    pulls += "optimizer, total_steps=steps), or "
     return Finding(
         kind="oscillating",
         severity="high",
@@ -245,8 +248,8 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
         f"{percent(undone[worst])} of the flips of {worst!r} undo the last one (flips of "
         f"{THRESHOLDS['oscillating']:.1%} of the number of levels, {THRESHOLDS['undone']:.0%} "
         "of them undone, or more is reported)",
-        code="fogzo.methods.dampening(model, total_steps=steps), fogzo.methods.cage(model, "
-        "optimizer, total_steps=steps), or a learning rate that decays to zero",
+        code=f"{pulls if all(layer.even for layer in late[-1].layers) else ''}a learning rate that "
+        "decays to zero",
         options="--schedule cosine --final-fraction 0",
     )
 
@@ -254,7 +257,10 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
 def _still(counted: Sequence[Inspection]) -> Finding | None:
     if not counted:
         return None
-    changes = max((i.mean("flips") or 0.0) * (i.step or i.counted) for i in counted)
+    trained = [replace(i, layers=[layer for layer in i.layers if layer.trained]) for i in counted]
+    if not all(i.layers for i in trained):
+        return None  # a base under adapters
+    changes = max((i.mean("flips") or 0.0) * (i.step or i.counted) for i in trained)
     if changes >= THRESHOLDS["still"]:
         return None
     return Finding(
@@ -312,11 +318,11 @@ def _fp16(inspection: Inspection) -> Finding | None:
         kind="fp16",
         severity="medium",
         layers=layers,
-        message=f"step sizes are outside the normal range of float16, in which files hold them, "
-        f"and change when they are exported: {_each(layers)} "
+        message="step sizes are outside the normal range of float16, in which gguf holds them, and "
+        f"change when they are exported there: {_each(layers)} "
         f"({THRESHOLDS['fp16']:.1%} or more is reported)",
-        code="scale_dtype=torch.float16, or torch.bfloat16",
-        options="--quantizer.scale-dtype float16",
+        code='fogzo.export.export(model, folder, "packed"), or "onnx", which hold them in float32; '
+        "or weights of more usual size, with the factor behind the layer",
     )
 
 
@@ -327,6 +333,7 @@ def _in_float(inspection: Inspection) -> Finding | None:
     if size < THRESHOLDS["in_float"] * total:
         return None
     named = ", ".join(f"{item.name} ({item.reason})" for item in left[:2])
+    selectable = 2 * sum(item.weights for item in left if item.selectable) >= size
     return Finding(
         kind="in_float",
         severity="medium",
@@ -334,8 +341,10 @@ def _in_float(inspection: Inspection) -> Finding | None:
         message=f"{percent(size / total)} of the matrix weights outside embeddings and heads stay "
         f"in float: {named}{_more(left, 2)} ({THRESHOLDS['in_float']:.0%} or more is "
         "reported)",
-        code="fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)",
-        options="--quantize-first --quantize-last",
+        code="fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)"
+        if selectable
+        else "layers that the model calls in their place, an nn.Linear for each projection",
+        options="--quantize-first --quantize-last" if selectable else None,
     )
 
 

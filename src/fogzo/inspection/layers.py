@@ -52,12 +52,15 @@ def matrices_in_float(model: nn.Module) -> list[InFloat]:
     """The matrices that are not quantized, largest first."""
     layers = quantizable_layers(model)
     quantized = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLayer)}
-    unusual = {
-        item.name: item.reason for item in left_in_float(model, layers, quantized, doubtful=set())
-    }
+    unusual = {item.name: item for item in left_in_float(model, layers, quantized, doubtful=set())}
     seen = {id(layer.weight) for layer in quantized.values()}
     left = [
-        InFloat(name=name, weights=param.numel(), reason=unusual.get(name))
+        InFloat(
+            name=name,
+            weights=param.numel(),
+            reason=unusual[name].reason if name in unusual else None,
+            selectable=name not in unusual or unusual[name].selectable,
+        )
         for name, param in model.named_parameters()
         if id(param) not in seen and sum(size > 1 for size in param.shape) > 1
     ]

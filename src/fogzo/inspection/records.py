@@ -48,6 +48,8 @@ class LayerInspection:
         agreement_error: Its standard error.
         not_finite: Share of its weights, or of its step sizes if that is more, that is not finite;
             the other numbers are those of the rest.
+        trained: Whether its weight requires a gradient.
+        even: Whether its levels are evenly spaced, as pulls to the grid need them.
     """
 
     name: str
@@ -71,6 +73,8 @@ class LayerInspection:
     agreement: float | None = None
     agreement_error: float | None = None
     not_finite: float = 0.0
+    trained: bool = True
+    even: bool = True
 
     @property
     def bits_used(self) -> float:
@@ -93,11 +97,13 @@ class InFloat:
         name: Of the parameter.
         weights: How many it has.
         reason: Why it is not; None for embeddings and output heads, which rarely are.
+        selectable: Whether a `filter_fn` can have it quantized.
     """
 
     name: str
     weights: int
     reason: str | None = None
+    selectable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

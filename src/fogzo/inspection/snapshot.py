@@ -100,6 +100,8 @@ def inspected(
                 clipped=clipped.get(name),
                 agreement=agreement,
                 agreement_error=error,
+                trained=layer.weight.requires_grad,
+                even=quantizer.companding is None,
                 **numbers[name],
             )
         )

@@ -129,6 +129,7 @@ class _Counter:
         self._codes: Tensor | None = None
         self._last: Tensor | None = None  # the direction of each code's last change, -1, 0 or 1
         self._sample: Tensor | None = None  # of the weights in step sizes
+        self._was_in_float = False
         self.begin()
 
     def begin(self) -> None:
@@ -143,6 +144,9 @@ class _Counter:
     @torch.no_grad()
     def see(self, layer: QuantizedLayer) -> None:
         """Compare with the last time."""
+        if layer.is_in_float != self._was_in_float:  # step sizes were measured anew, so all moved
+            self._was_in_float, self._codes = layer.is_in_float, None
+            self.begin()
         whole = layer.in_step_sizes()
         x = shard_like(whole, layer.weight)
         grid = layer.quantizer.grid

@@ -119,7 +119,8 @@ class QuantizedInput(nn.Module):
 
     def attach_input(self, quantizer: Quantizer | None) -> None:
         """Begin to quantize inputs; None leaves them alone."""
-        self._given = self._without_negatives = copy.deepcopy(quantizer)
+        quantizer = copy.deepcopy(quantizer)
+        self._given = self._without_negatives = quantizer
         self._was_measured, self._tally = False, None
         self.register_buffer("input_step_knee", None)
         if quantizer is None or not quantizer.scale.has_state:

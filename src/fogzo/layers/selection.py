@@ -219,6 +219,7 @@ class Left(NamedTuple):
     name: str
     size: int
     reason: str
+    selectable: bool
 
 
 _ATTENTION = "nn.MultiheadAttention uses its weights itself, without calling a layer"
@@ -257,15 +258,17 @@ def left_in_float(
             if param is None or id(param) in seen or not _is_matrix(param) or "embed" in name:
                 continue
             seen.add(id(param))
+            full_name, selectable = f"{module_name}.{name}".lstrip("."), True
             if module_name in doubtful:
                 reason = "taken for an output head by its name"
             elif isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
-                reason = _ATTENTION
-            elif module_name in layers or f"{module_name}.{name}".lstrip(".") in layers:
+                reason, selectable = _ATTENTION, False
+            elif module_name in layers or full_name in layers:
                 reason = f"a {kind} that filter_fn did not pick"
             else:
                 reason = f"a parameter of {kind}, which is no layer that can be quantized"
-            yield Left(f"{module_name}.{name}".lstrip("."), param.numel(), reason)
+                selectable = False
+            yield Left(full_name, param.numel(), reason, selectable)
 
 
 def _warn_of_heads(layers: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]) -> set[str]:

@@ -20,8 +20,8 @@ class LinearizedLoss:
     that forward passes know beyond it.
 
     Unlike ``param.grad``, g is what reaches the rounded weights, before the surrogate masks or
-    scales it. It is added up over the backward passes of a step, and begins anew after a probe or
-    when the weights have changed.
+    scales it. It is added up over the backward passes of a step, and begins anew after a probe, when
+    the weights have changed, or when their gradients were dropped.
 
     Example::
 
@@ -100,11 +100,17 @@ class LinearizedLoss:
             self._task = task
             versions, sampled = [each.weight._version for each in self._layers], self._sample()
             # A fused optimizer counts no version, so that values are asked too.
-            if self._probed or versions != self._versions or not sampled.equal(self._sampled):
+            moved = versions != self._versions or not sampled.equal(self._sampled)
+            if self._probed or moved or self._dropped():
                 self._grads.clear()  # another step: what is left of the last one is of its weights
                 self._probed, self._versions, self._sampled = False, versions, sampled
         kept = self._grads.get(layer)
         self._grads[layer] = grad.detach().clone() if kept is None else kept + grad.detach()
+
+    def _dropped(self) -> bool:
+        """Whether no weight has a gradient of the passes before, as after `zero_grad`."""
+        trained = [each.weight for each in self._layers if each.weight.requires_grad]
+        return bool(trained) and not any(w.grad is not None and w.grad.any() for w in trained)
 
     def _sample(self) -> Tensor:
         """A few values of every weight."""

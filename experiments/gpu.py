@@ -11,10 +11,11 @@ data are expected in data/, tests and packages here. fogzo need not be installed
 are missing are named at the start.
 
 Each piece is a process of its own, which is interrupted when its minutes are over. With --resume
-finished pieces are left alone and others go on: the benchmark from its finished sections,
-comparisons from their finished runs, the tests anew. --miniature runs all pieces in about a minute
-on any device, on embedded data, to show that they would run. Writes experiments/gpu/results.json,
-with the hardware, and one folder per piece; the benchmark's has a file for each section.
+pieces that this code has finished on this machine are left alone and others go on: the benchmark
+from its finished sections, comparisons from their finished runs, the tests anew. --miniature runs
+all pieces in about a minute on any device, on embedded data, to show that they would run. Writes
+experiments/gpu/results.json, with the hardware, and one folder per piece; the benchmark's has a
+file for each section.
 """
 
 import argparse
@@ -72,6 +73,7 @@ def main(given: list[str] | None = None) -> None:
             f"-m pip install {' '.join(repr(package) for package in absent)}"
         )
     # Here, as only now it is known that what they import is there.
+    from fogzo_lab.comparison.run_cache import code_version
     from fogzo_lab.system.devices import find_device
     from fogzo_lab.system.environment import environment
     from fogzo_lab.system.json_files import dumps, write_text
@@ -79,6 +81,8 @@ def main(given: list[str] | None = None) -> None:
     device = find_device(arguments.device)
     if device.type == "cpu" and not arguments.miniature:
         sys.exit("there is no GPU here: --miniature shows on a CPU that the pieces run")
+    made_by = {"code": code_version(), **environment()}
+    del made_by["date"]
     deadline = time.monotonic() + 60 * arguments.minutes
     path = arguments.output_dir / "results.json"
     pieces: dict[str, Any] = {}
@@ -89,17 +93,25 @@ def main(given: list[str] | None = None) -> None:
     for name in wanted:
         limit = min(60 * MINUTES_PER_PIECE, deadline - time.monotonic())
         before = pieces.get(name, {})
+        if before.get("made_by") != made_by:
+            before = {}
         if before.get("outcome") == "finished" or limit <= 0:
             continue
-        pieces[name] = run_piece(name, arguments, str(device), limit, before.get("seconds", 0.0))
+        found = run_piece(name, arguments, str(device), limit, before.get("seconds", 0.0))
+        pieces[name] = found | {"made_by": made_by}
         results = {
             "environment": environment(),
             "miniature": arguments.miniature,
             "pieces": pieces,
         }
         write_text(path, dumps(results, indent=1) + "\n")
-    left = [name for name in PIECES if pieces.get(name, {}).get("outcome") != "finished"]
-    if left and not arguments.only:
+    left = [
+        name
+        for name in wanted
+        if (piece := pieces.get(name, {})).get("outcome") != "finished"
+        or piece.get("made_by") != made_by
+    ]
+    if left:
         sys.exit(f"not finished: {', '.join(left)}; the same with --resume goes on")
 
 
@@ -138,6 +150,8 @@ def run_piece(
     }
     if outcome == "finished":
         found["found"] = json.loads((folder / "piece.json").read_text(encoding="utf-8"))
+        if found["found"].get("failed"):  # tests, which are to run again
+            found["outcome"] = "failed"
     elif outcome == "failed":
         found["exit_code"] = code
     return found

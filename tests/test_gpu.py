@@ -26,7 +26,8 @@ def done(tmp_path_factory):
     """A miniature whose bench had no time at first: an interpreter takes longer to start."""
     folder = tmp_path_factory.mktemp("gpu")
     given = ["--output-dir", str(folder), *IN_MINIATURE]
-    gpu.main([*given, "--only", "bench", "--minutes", "0.02"])
+    with pytest.raises(SystemExit, match="not finished: bench;"):
+        gpu.main([*given, "--only", "bench", "--minutes", "0.02"])
     assert pieces(folder)["bench"]["outcome"] == "out of time"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "start", lambda command: Python(*command[1:]))
@@ -65,6 +66,32 @@ def test_what_was_finished_in_miniature_is_not_finished_in_full(done, tmp_path, 
     monkeypatch.setattr(gpu, "run_piece", lambda *_: {"outcome": "failed"})
     with pytest.raises(SystemExit, match="not finished: tests, bench, llama, deit"):
         gpu.main(["--output-dir", str(tmp_path), "--resume"])
+
+
+def test_what_failed_or_other_code_has_finished_runs_again(done, tmp_path, monkeypatch):
+    results = json.loads((done / "results.json").read_text())
+    results["pieces"]["llama"]["made_by"]["torch"] = "1.0"
+    results["pieces"]["tests"]["outcome"] = "failed"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    ran = []
+    monkeypatch.setattr(
+        gpu, "run_piece", lambda name, *_: ran.append(name) or {"outcome": "failed"}
+    )
+    given = ["--output-dir", str(tmp_path), *IN_MINIATURE, "--resume"]
+    with pytest.raises(SystemExit, match="not finished: tests, llama; the same"):
+        gpu.main(given)
+    assert ran == ["tests", "llama"]
+
+
+def test_tests_that_failed_are_not_finished(tmp_path, monkeypatch):
+    def start(command):
+        (tmp_path / "tests" / "piece.json").write_text(json.dumps({"failed": ["contract::test"]}))
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    monkeypatch.setattr(gpu, "start", start)
+    arguments = gpu.parse(["--output-dir", str(tmp_path)])
+    found = gpu.run_piece("tests", arguments, "cpu", 60, 0.0)
+    assert (found["outcome"], found["found"]) == ("failed", {"failed": ["contract::test"]})
 
 
 # A machine with its own Python and torch, where fogzo is not installed

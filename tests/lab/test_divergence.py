@@ -84,6 +84,28 @@ def test_a_run_that_diverges_again_after_it_is_resumed_sets_its_checkpoint_aside
         assert read_result(config.output_dir)["diverged"] is True
 
 
+def test_a_run_that_is_resumed_in_the_middle_of_a_divergence_ends_where_it_would_have(config):
+    config = replace(config, learning_rate=1e6, quantizer=FLOAT, keep_checkpoints=9)
+    with pytest.raises(DivergedError):
+        train(config)
+    end, names = read_result(config.output_dir)["steps"], diverged(config)
+
+    def stop(metrics):
+        if metrics["step"] == end - 1:
+            raise KeyboardInterrupt
+
+    part = replace(config, output_dir=config.output_dir.with_name("part"), log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(part, stop)
+    with pytest.raises(DivergedError):
+        train(replace(part, resume=True))
+    assert (read_result(part.output_dir)["steps"], diverged(part)) == (end, names)
+
+
+def diverged(config):
+    return sorted(path.name for path in (config.output_dir / "checkpoints").glob("*.diverged"))
+
+
 @pytest.mark.parametrize("first", [0.001, 2.3, 50.0])
 def test_a_healthy_run_is_left_alone_whatever_its_spikes(config, first):
     training = Training(config, Ranks(torch.device("cpu")))

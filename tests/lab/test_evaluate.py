@@ -6,6 +6,7 @@ from shrunk import shrunk
 
 from fogzo_lab.cli.main import main
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training import evaluate
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
 from fogzo_lab.training.loop import train
 from fogzo_lab.training.model_config import QuantizerConfig
@@ -28,6 +29,21 @@ def test_a_run_is_evaluated_to_the_numbers_it_ended_with(name, changes, tmp_path
     assert (found.pop("run"), found.pop("step")) == (str(tmp_path), 2)
     assert found == {name: value for name, value in result.items() if name in found}
     assert "test_loss" in found
+
+
+def test_inputs_are_measured_in_the_network_that_is_evaluated(tmp_path, monkeypatch):
+    config = shrunk(RECIPES["digits-resnet"](), output_dir=tmp_path, quantizer=FLOAT)
+    train(replace(config, checkpoint_every=0))
+    modes = []
+    own = evaluate.calibrate_activations
+    monkeypatch.setattr(
+        evaluate,
+        "calibrate_activations",
+        lambda model, *rest: modes.append(model.training) or own(model, *rest),
+    )
+    lsq = QuantizerConfig(preset="lsq")
+    assert evaluate_run(EvalConfig(run=tmp_path, quantizer=lsq, activations=lsq))["test_loss"] > 0
+    assert modes == [False]
 
 
 def test_a_float_run_is_quantized_after_training(tmp_path):

@@ -178,7 +178,7 @@ def test_submitit_computes_the_same_and_a_job_may_die(local, tmp_path, caplog, m
 
 def test_other_code_or_other_data_are_refused(tmp_path, monkeypatch):
     run = Run("fogzo", replace(RECIPES["digits-mlp"](), max_steps=1))
-    with pytest.raises(ValueError, match="another version of fogzo or torch"):
+    with pytest.raises(ValueError, match="another version of fogzo or of its lib"):
         run_elsewhere(run, tmp_path / "a-b-c", {}, 1, "0123456789ab")
     with pytest.raises(ValueError, match="other data than the driver at ImagesConfig"):
         run_elsewhere(run, tmp_path / "fogzo-0123-4567", {}, 1, code_version())

@@ -280,6 +280,7 @@ def test_the_default_rows_go_with_every_method(tmp_path, name):
         ({"estimator": "fogzo", "method": MethodConfig(name="parq")}, "--estimator ste"),
         ({"activations": LSQ, "method": MethodConfig(name="parq")}, "--activations.preset none"),
         ({"ema_decay": 0.9, "method": MethodConfig(name="parq")}, "--ema-decay None"),
+        ({"ema_decay": 0.9, "quantize_from": 1.0}, "nothing to average: --ema-decay None, or"),
         ({"precision": "fp16", "method": MethodConfig(name="parq")}, "--precision bf16"),
         (
             {"quantizer": replace(LSQ, granularity=4), "method": MethodConfig(name="parq")},

@@ -1,5 +1,6 @@
 """A finished run is used again exactly while the code that made it is the same."""
 
+import ast
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import fogzo_lab
 from fogzo_lab.comparison import run_cache
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system.environment import library_versions
 from fogzo_lab.training.checkpoint import save_checkpoint
 
 SOURCE = Path(fogzo_lab.__file__).parents[1]
@@ -36,6 +38,18 @@ def test_comments_docstrings_and_layout_are_no_other_version(tmp_path):
         path.write_text(text)
         found.append(run_cache._statements(path))
     assert found[0] == found[1] != found[2]
+
+
+def test_other_libraries_are_another_version_and_unused_syntax_of_later_pythons_is_not(monkeypatch):
+    compute, tree = run_cache.code_version.__wrapped__, ast.parse("def f(x): return x")
+    before = compute()
+    assert "transformers" in library_versions() and compute() == before
+    monkeypatch.setattr(run_cache, "library_versions", lambda: {"transformers": "5.99.0"})
+    assert compute() != before
+    said = run_cache._written(tree)
+    tree.body[0].type_params = []
+    tree.body[0]._fields = (*tree.body[0]._fields, "type_params")
+    assert run_cache._written(tree) == said
 
 
 def test_every_module_that_a_run_executes_is_part_of_the_version(monkeypatch):

@@ -389,6 +389,20 @@ def test_step_sizes_of_another_quantizer_are_measured_anew(config, tmp_path, cha
     assert [torch.equal(*pair) for pair in zip(found, measured, strict=True)] == [not keeps] * 2
 
 
+@pytest.mark.parametrize(("bits", "keeps"), [(2, True), (4, False)])
+def test_learned_step_sizes_of_inputs_come_with_the_weights(config, tmp_path, bits, keeps):
+    lsq = {"quantizer": QuantizerConfig(preset="lsq"), "activations": QuantizerConfig(preset="lsq")}
+    before = replace(config, output_dir=tmp_path / "before", checkpoint_every=0, **lsq)
+    train(before)
+    trained = load_checkpoint(newest_checkpoint(before.output_dir))["model"]
+    inputs = QuantizerConfig(preset="lsq", bits=bits)
+    after = replace(config, initial_weights=before.output_dir, **lsq | {"activations": inputs})
+    found = Training(after, CPU).model.state_dict()
+    steps = [name for name in trained if name.endswith("input_step")]
+    assert len(steps) == 2
+    assert [torch.equal(found[name], trained[name]) for name in steps] == [keeps] * 2
+
+
 def test_step_sizes_of_a_float_phase_are_measured_anew(config, tmp_path):
     lsq = {"quantizer": QuantizerConfig(preset="lsq"), "estimator": "ste"}
     phases = {"quantize_from": 0.5, "checkpoint_every": 14, "keep_checkpoints": 9}

@@ -20,8 +20,8 @@ class LinearizedLoss:
     that forward passes know beyond it.
 
     Unlike ``param.grad``, g is what reaches the rounded weights, before the surrogate masks or
-    scales it. It is added up over the backward passes of a step, and begins anew after a probe, when
-    the weights have changed, or when their gradients were dropped.
+    scales it. It is added up over the backward passes of a step, and begins anew after a probe,
+    when the weights have changed, or when their gradients were dropped.
 
     Example::
 

@@ -18,7 +18,7 @@ from fogzo_lab.comparison.timing import run_seconds
 from fogzo_lab.executors.calls import Call, Executor
 from fogzo_lab.executors.local import Workers
 from fogzo_lab.options import Example, NonNegativeFloat, Options, PathOrName, PositiveInt
-from fogzo_lab.system.environment import environment
+from fogzo_lab.system.environment import environment, library_versions
 from fogzo_lab.system.json_files import dumps, read_json, write_text
 from fogzo_lab.training.config import TrainConfig
 
@@ -153,8 +153,9 @@ def run_elsewhere(
     """
     if code_version() != code:
         raise ValueError(
-            f"a worker has another version of fogzo or torch ({code_version()}) than the driver "
-            f"({code}): install the same on all machines"
+            f"a worker has another version of fogzo or of its libraries ({code_version()}) than "
+            f"the driver ({code}): install the same fogzo, torch, {', '.join(library_versions())} "
+            "on all machines"
         )
     if f"-{replace(run).key}-" not in path.name:  # by the data of this machine
         raise ValueError(

@@ -23,6 +23,7 @@ import fogzo
 import fogzo_lab
 from fogzo_lab.data.config import DataConfig, ImagesConfig
 from fogzo_lab.data.record import Digests, digest_data
+from fogzo_lab.system.environment import library_versions
 from fogzo_lab.system.folder_lock import locked
 from fogzo_lab.system.json_files import dumps, read_json, write_text
 from fogzo_lab.training.config import TrainConfig, to_json
@@ -46,11 +47,13 @@ _DIGITS = 12
 
 @cache
 def code_version() -> str:
-    """A hash of torch's version and of the code that can change a run's numbers.
+    """A hash of the code that can change a run's numbers, and of the libraries' versions.
 
-    Comments, docstrings and layout cannot.
+    Comments, docstrings and layout cannot, nor can the version of Python.
     """
     digest = hashlib.sha256(torch.__version__.encode())
+    for library, found in library_versions().items():
+        digest.update(f"\0{library} {found}".encode())
     for package in (fogzo, fogzo_lab):
         root = Path(str(package.__file__)).parent
         for path in sorted(root.rglob("*.py")):
@@ -68,7 +71,19 @@ def _statements(path: Path) -> str:
             node
         ):
             node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+    return _written(tree)
+
+
+def _written(node: object) -> str:
+    """A part of a syntax tree as text, which `ast` itself writes otherwise in each Python."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    # Later versions add fields, empty where a program does not use what is new.
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    said = " ".join(f"{name}={_written(value)}" for name, value in fields)
+    return f"({type(node).__name__} {said})"
 
 
 def config_hash(config: TrainConfig, then: str = "") -> str:
@@ -149,7 +164,7 @@ class RunCache:
         }
         if found:
             raise ValueError(
-                f"{self.folder} holds runs of another version of the code or of torch "
+                f"{self.folder} holds runs of another version of the code or of its libraries "
                 f"({', '.join(sorted(found))}; this is {self.code}), such as "
                 f"{next(iter(found.values())).name}: compare in a fresh --output-dir "
                 f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"

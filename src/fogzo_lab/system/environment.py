@@ -3,11 +3,23 @@
 import datetime
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import fogzo
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries besides torch that make a run's networks, data and methods."""
+    found = {}
+    for library in ("transformers", "torchao", "kornia"):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "none"
+    return found
 
 
 def environment() -> dict[str, str | int]:
@@ -16,6 +28,7 @@ def environment() -> dict[str, str | int]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "fogzo": fogzo.__version__,
         "torch": torch.__version__,
+        **library_versions(),
         "python": platform.python_version(),
         "system": platform.system(),
         "processor": _processor(),

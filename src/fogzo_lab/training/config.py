@@ -53,7 +53,7 @@ class TrainConfig(Options):
     """Replace a run that is already in the folder."""
     initial_weights: Annotated[Path | None, Example("runs/float")] = None
     """Run folder, of a float run for instance, whose weights replace the random initial ones. Step
-    sizes come with them from a run of the same quantizer; otherwise they are measured anew."""
+    sizes come with them from a run of the same quantizers; otherwise they are measured anew."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the directions."""
     max_steps: PositiveInt = 500
@@ -246,6 +246,12 @@ class TrainConfig(Options):
             raise ValueError(
                 f"--quantize-from 1 trains in float to the end, where {self.estimator} has nothing "
                 "to measure: --estimator ste, or --quantize-from 0.5"
+            )
+        if self.ema_decay is not None and begin and self.in_float_at(self.max_steps - 1):
+            raise ValueError(
+                "an average of weights begins anew where step sizes are measured, here after the "
+                "last step, so there is nothing to average: --ema-decay None, or "
+                "--quantize-from 0.5"
             )
         if name in ("cage", "dampening") and self.method.options["start"] < begin:
             raise ValueError(

@@ -71,7 +71,7 @@ def evaluate_run(config: EvalConfig) -> Metrics:
             start_in_float(run, model, step)
         model.to(ranks.device)
         if config.quantizer.preset != "none":
-            calibrate_activations(model, run, task, ranks.device)
+            calibrate_activations(model.eval(), run, task, ranks.device)
         numbers: Metrics = {"run": str(config.run), "step": step}
         for split in task.splits:
             found = task.evaluate(model, split, ranks, config.batch_size)

@@ -71,6 +71,7 @@ class TrainingState(TypedDict):
     refined_steps: NotRequired[int]
     fallbacks: NotRequired[dict[str, int]]
     first_loss: NotRequired[float | None]
+    diverged_steps: NotRequired[int]
     model: dict[str, Tensor]
     optimizer: OptimizerState
     estimator: dict[str, Any] | None
@@ -123,9 +124,9 @@ class Training:
         self.windows = self.task.windows(config, ranks)
         self.model = build_model(config, self.task.shapes).to(ranks.device)
         if checkpoint is None:
-            if config.initial_weights is not None:
-                _begin_from(config.initial_weights, self.model, config)
-            calibrate_activations(self.model, config, self.task, ranks.device)
+            begins_from = config.initial_weights
+            if begins_from is None or not _begin_from(begins_from, self.model, config):
+                calibrate_activations(self.model, config, self.task, ranks.device)
         if config.gradient_checkpointing:
             checkpoint_blocks_(self.model)
         if config.compile:
@@ -252,6 +253,7 @@ class Training:
             "refined_steps": self.refined_steps,
             "fallbacks": dict(self.fallbacks),
             "first_loss": self.first_loss,
+            "diverged_steps": self.diverged_steps,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict() if self.estimator else None,
@@ -284,6 +286,7 @@ class Training:
         self.refined_steps = state.get("refined_steps", 0)
         self.fallbacks.update(state.get("fallbacks", {}))
         self.first_loss, self.log_position = state.get("first_loss"), state.get("log")
+        self.diverged_steps = state.get("diverged_steps", 0)
         named = step_of(checkpoint)
         if not 0 <= self.step <= self.config.max_steps or self.step != (named or self.step):
             raise ValueError(f"step is {self.step}")
@@ -390,15 +393,24 @@ def load_weights(model: nn.Module, run: Path) -> int:
     return found["step"]
 
 
-def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> None:
-    """Load initial weights, with their step sizes where those fit the quantizer."""
+def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> bool:
+    """Load initial weights, with their step sizes where those fit the quantizer.
+
+    Returns:
+        Whether the step sizes of inputs came with them.
+    """
     step = load_weights(model, run)
     folder = run if step_of(run) is None else run.parent.parent
     # Weights that came without their config may be of any quantizer.
     other = read_config(folder) if (folder / "config.json").exists() else None
-    same = other is not None and other.quantizer.build() == config.quantizer.build()
-    if other is None or not same or other.in_float_at(step):
+    if (
+        other is None
+        or other.in_float_at(step)
+        or other.quantizer.build() != config.quantizer.build()
+    ):
         measure_step_sizes_(model)
+        return False
+    return other.activations.build_for_inputs() == config.activations.build_for_inputs()
 
 
 def check_same_tensors(

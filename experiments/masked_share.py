@@ -30,6 +30,7 @@ NETWORKS = {
     "LLaMA": ("long-llama-identity", "o"),
     "LLaMA, tanh": ("long-llama-tanh", "D"),
     "DeiT": ("long-deit-identity", "s"),
+    "DeiT, tanh": ("long-deit-tanh", "P"),
     "ResNet-18": ("long-resnet-identity", "^"),
     "ResNet-18, tanh": ("long-resnet-tanh", "v"),
 }

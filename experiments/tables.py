@@ -90,6 +90,7 @@ LONG = {
     "LLaMA, 3,000 steps: LSQ": "long-llama-lsq-w2",
     "LLaMA, 3,000 steps: QuEST, W2A2": "long-llama-quest-w2a2",
     "DeiT, 4,000 steps: fixed, identity": "long-deit-identity",
+    "DeiT, 4,000 steps: fixed, tanh": "long-deit-tanh",
     "DeiT, 4,000 steps: LSQ": "long-deit-lsq-w2",
     "DeiT, 4,000 steps: QuEST, W2A2": "long-deit-quest-w2a2",
     "ResNet-18, 4,000 steps: fixed, identity": "long-resnet-identity",

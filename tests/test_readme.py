@@ -560,11 +560,11 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
     unmasked, fogzo, placebo = (
         found["correlations"][row] for row in ("ste-unmasked", "fogzo", "placebo")
     )
-    assert "correlation {rank_correlation:.2f} (p = {p:.3f})".format(**unmasked) in page
-    assert "by FOGZO with {rank_correlation:.2f} (p = {p:.3f})".format(**fogzo) in page
-    assert "by its placebo with {rank_correlation:.2f} (p = {p:.3f})".format(**placebo) in page
+    assert "correlation {rank_correlation:.2f} (p = {p:.1g})".format(**unmasked) in page
+    assert "by FOGZO with {rank_correlation:.2f} (p = {p:.1g})".format(**fogzo) in page
+    assert "by its placebo with {rank_correlation:.2f} (p = {p:.1g})".format(**placebo) in page
     assert max(row["p"] for row in (unmasked, fogzo, placebo)) < 0.05
-    assert unmasked["points"] == 19 and "nineteen lines of three networks" in page
+    assert unmasked["points"] == 22 and "twenty-two lines of three networks" in page
     most = [point for point in found["points"] if point["masked"] > 0.7]
     gains, shares = {}, {}
     for point in most:
@@ -589,21 +589,37 @@ def test_what_is_said_of_masked_shares_is_what_was_measured():
 
 def test_what_is_said_of_tanh_at_length_is_what_was_measured():
     page, long = words("docs/research.md"), Comparison.from_dict(committed("long-llama-tanh"))
-    for row in ("ste-unmasked", "placebo", "fogzo"):
-        for key in (None, "train_loss"):
-            assert not excludes_zero(minus_at_length("llama-tanh", row, "ste", key))
+    lower = {"llama-tanh": ("ste-unmasked", "fogzo"), "resnet-tanh": ("ste-unmasked",)}
+    for name in ("llama-tanh", "deit-tanh", "resnet-tanh"):
+        for row in ("ste-unmasked", "placebo", "fogzo"):
+            assert not excludes_zero(minus_at_length(name, row, "ste"))
+            loss = minus_at_length(name, row, "ste", "train_loss")
+            assert (loss.high < 0) == (row in lower.get(name, ())) and not loss.low > 0
+    said = []
+    for name, row in (("llama", "ste-unmasked"), ("llama", "fogzo"), ("resnet", "ste-unmasked")):
+        loss = minus_at_length(f"{name}-tanh", row, "ste", "train_loss")
+        said += [-loss.mean, -loss.high, -loss.low]
+    sentence = (
+        "LLaMA is {:.3f} nats [{:.3f}, {:.3f}] lower without the mask and {:.3f} [{:.3f}, {:.3f}] "
+    )
+    sentence += (
+        "with FOGZO, and a ResNet-18 {:.3f} nats [{:.3f}, {:.3f}] lower without the mask, where "
+    )
+    assert sentence.format(*said) in page
+    behind = minus_at_length("resnet-tanh", "ste-unmasked", "fogzo")
+    sentence = "FOGZO is {:.1f} points [{:.1f}, {:.1f}] behind in test accuracy"
+    assert sentence.format(*(100 * end for end in (behind.mean, behind.low, behind.high))) in page
+    assert behind.low > 0
     ste, unmasked = (long.find(name) for name in ("ste", "ste-unmasked"))
     assert 10 * ste.learning_rate == unmasked.learning_rate
     assert f"STE chooses a rate of {ste.learning_rate:g}, a tenth" in page
-    assert f"ends with {ste.curve[-1]['masked']:.0%} of the weights beyond the range" in page
-    for row in ("ste-unmasked", "placebo", "fogzo"):
-        assert not excludes_zero(minus_at_length("resnet-tanh", row, "ste"))
-    loss = minus_at_length("resnet-tanh", "ste-unmasked", "ste", "train_loss")
-    assert f"{-loss.mean:.3f} nats [{-loss.high:.3f}, {-loss.low:.3f}] lower" in page
-    behind = minus_at_length("resnet-tanh", "ste-unmasked", "fogzo")
-    said = "FOGZO is {:.1f} points [{:.1f}, {:.1f}] behind that"
-    assert said.format(*(100 * end for end in (behind.mean, behind.low, behind.high))) in page
-    assert loss.high < 0 < behind.low
+    masked = [
+        point["masked"]
+        for point in committed("masked-share")["points"]
+        if (point["network"], point["learning_rate"]) == ("LLaMA, tanh", unmasked.learning_rate)
+    ]
+    said = f"ends with {ste.curve[-1]['masked']:.0%} of the weights beyond the range, at that one's"
+    assert f"{said} rate with {mean(masked):.0%}." in page
 
 
 def test_what_is_said_of_quest_at_length_is_what_was_measured():

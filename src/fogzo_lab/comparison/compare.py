@@ -37,7 +37,7 @@ from fogzo_lab.options import (
     deferred_checks,
 )
 from fogzo_lab.system.devices import find_device
-from fogzo_lab.system.environment import environment
+from fogzo_lab.system.environment import environment, library_versions
 from fogzo_lab.system.json_files import dumps, write_text
 from fogzo_lab.training.config import TrainConfig, to_json
 from fogzo_lab.training.optimizers import optimizer_class
@@ -204,7 +204,7 @@ def compare(config: CompareConfig, on_run: Callable[[int, int], None] | None = N
     paths = {run.path(cache) for run in [*tuning, *reported]}
     found = Comparison(
         recipe=config.base.recipe,
-        environment={**environment(), **machines(sorted(paths))},
+        environment={**environment(), **library_versions(), **machines(sorted(paths))},
         code=_codes(cache, paths),
         grid=config.grid,
         kappas=config.kappas or (config.base.kappa,),

@@ -181,7 +181,7 @@ def measure_seconds(
 
 def _sign(path: Path) -> None:
     """Write down which machine has computed a run; its folder may be carried to another."""
-    write_text(path / _MACHINE, dumps(environment()) + "\n")
+    write_text(path / _MACHINE, dumps({**environment(), **library_versions()}) + "\n")
 
 
 def machines(paths: Iterable[Path]) -> dict[str, str]:

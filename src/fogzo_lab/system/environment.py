@@ -28,7 +28,6 @@ def environment() -> dict[str, str | int]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "fogzo": fogzo.__version__,
         "torch": torch.__version__,
-        **library_versions(),
         "python": platform.python_version(),
         "system": platform.system(),
         "processor": _processor(),

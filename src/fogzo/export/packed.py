@@ -245,6 +245,8 @@ class PackedLayer(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A plain layer, as of `QuantizedInput`."""
+        if not (args or kwargs):
+            return object.__new__(cls)
         return plain_class_of(cls, PackedLayer)(*args, **kwargs)
 
     def _prepare(self, description: dict[str, Any], like: Tensor) -> None:
@@ -333,7 +335,8 @@ def _packed_class(plain: Any) -> Any:
 
 
 def _new_layer(plain: type) -> nn.Module:
-    return cast(nn.Module, object.__new__(_packed_class(plain)))
+    cls = _packed_class(plain)
+    return cast(nn.Module, cls.__new__(cls))
 
 
 def _scales(weight: IntegerWeight) -> Tensor:

@@ -99,6 +99,8 @@ class QuantizedInput(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A plain layer: others (PEFT, for a convolution) build more of a kind by its class."""
+        if not (args or kwargs):  # as copies are made, by torch and here
+            return object.__new__(cls)
         return plain_class_of(cls, QuantizedInput)(*args, **kwargs)
 
     @property
@@ -344,7 +346,8 @@ def plain_class_of(cls: type, mixin: type) -> Any:
 
 
 def _new_quantized_input(plain: type) -> Any:
-    return object.__new__(quantized_input_class(plain))
+    cls = quantized_input_class(plain)
+    return cls.__new__(cls)
 
 
 def _for_unsigned(quantizer: Quantizer) -> Quantizer:

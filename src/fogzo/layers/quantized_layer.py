@@ -416,7 +416,8 @@ def plain_class(layer: nn.Module) -> Any:
 
 
 def _new_layer(plain: type) -> nn.Module:
-    return cast(nn.Module, object.__new__(quantized_class(plain)))
+    cls = quantized_class(plain)
+    return cast(nn.Module, cls.__new__(cls))
 
 
 def _same_values(new: Tensor | None, old: Tensor | None) -> bool:

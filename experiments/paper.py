@@ -213,7 +213,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     return {
         "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept, num_seeds=5)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2), num_seeds=5),
-        "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
+        "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS, num_seeds=5),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, lower, kept, num_seeds=5)),
         "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),

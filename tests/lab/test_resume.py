@@ -14,8 +14,11 @@ from shrunk import shrunk
 from fogzo_lab.cli.main import main
 from fogzo_lab.data.config import TextConfig
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.training.checkpoint import newest_checkpoint, save_checkpoint
 from fogzo_lab.training.loop import train
+from fogzo_lab.training.parallel import Ranks
 from fogzo_lab.training.run_folder import read_metrics
+from fogzo_lab.training.state import Training
 from forked import Python
 
 RUNS = {
@@ -101,6 +104,16 @@ def test_resuming_a_finished_run_evaluates_it_again(config):
     first = train(config)
     again = train(replace(config, resume=True))
     assert again == first
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_resume_with_another_number_of_ranks_says_what_differs(config, fraction, caplog):
+    config = replace(config, probe_fraction=fraction)
+    state = Training(config, Ranks(torch.device("cpu"))).state_dict() | {"ranks": 2}
+    save_checkpoint(config.output_dir, 0, state, keep=1)
+    Training(config, Ranks(torch.device("cpu")), newest_checkpoint(config.output_dir))
+    said = "with 1 ranks and had 2: each draws its own part of the batch for probes" in caplog.text
+    assert said == (fraction < 1) and ("ranks" in caplog.text) == said
 
 
 def test_resuming_another_config_says_what_differs(config):

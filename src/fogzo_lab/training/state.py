@@ -1,5 +1,6 @@
 """The parts of a run, put together from its config, and what a checkpoint holds of them."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.estimators.schedules import NoiseShare
 from fogzo.probing.rng import RngState
 from fogzo.quantizers.smoothing import LAWS, with_radius
+from fogzo_lab.data.config import AugmentationConfig, ImagesConfig
 from fogzo_lab.system.devices import drawing_gpus
 from fogzo_lab.system.json_files import checked
 from fogzo_lab.training.checkpoint import (
@@ -51,6 +53,7 @@ from fogzo_lab.training.parallel import Ranks, parallelize, share_buffers
 from fogzo_lab.training.run_folder import LogPosition, Metrics, read_config
 from fogzo_lab.training.tasks import Batch, Task, load_task
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +83,7 @@ class TrainingState(TypedDict):
     ema: EmaState | None
     windows: dict[str, Any]
     random_streams: dict[str, Any]
+    ranks: NotRequired[int]
     log: NotRequired[LogPosition]
 
 
@@ -262,6 +266,7 @@ class Training:
             "ema": self.ema.state_dict() if self.ema else None,
             "windows": self.windows.state_dict(),
             "random_streams": rng_state(),
+            "ranks": self.ranks.count,
         }
 
     def _resume(self, checkpoint: Path) -> None:
@@ -311,6 +316,29 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         self.windows.load_state_dict(state["windows"])
         restore_rng(state["random_streams"])
+        before, now = state.get("ranks", self.ranks.count), self.ranks.count
+        if before != now and (differing := _drawn_by_rank(self.config)):
+            _LOG.warning(
+                "this run goes on with %d ranks and had %d: each draws its own %s, so it ends "
+                "otherwise than it would have",
+                now,
+                before,
+                differing,
+            )
+
+
+def _drawn_by_rank(config: TrainConfig) -> str:
+    """What of a run's draws differs with the number of ranks, in words; empty if nothing does."""
+    found = []
+    if isinstance(config.data, ImagesConfig):
+        smoothing = config.data.augmentation.label_smoothing
+        if config.data.augmentation != AugmentationConfig(label_smoothing=smoothing):
+            found.append("augmentation")
+    if getattr(config.model, "dropout", 0.0):
+        found.append("dropout")
+    if config.probe_fraction < 1:
+        found.append("part of the batch for probes")
+    return " and ".join(found)
 
 
 def build_estimator(config: TrainConfig, model: nn.Module) -> GradientEstimator | None:

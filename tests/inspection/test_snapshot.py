@@ -321,6 +321,32 @@ def test_the_agreement_of_a_linear_loss_is_one_and_fogzo_cannot_help():
     assert "agreement" not in [finding.kind for finding in diagnose([vague])]
 
 
+def test_a_closure_that_does_not_use_the_weights_is_refused():
+    model = quantized_net(dropout=0.0)
+    x, y = batch()
+    loss = backward(lambda: mse_loss(model(x), y))
+    with pytest.raises(ValueError, match="does not depend on the quantized weights"):
+        fogzo.inspect(model, closure=loss.detach)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(torch.bfloat16, 2**-7), (torch.float32, 3e-8)], ids=["an ulp", "near 0"]
+)
+def test_the_rounding_of_a_loss_is_no_other_loss(dtype, offset):
+    model, (x, y) = quantized_net(dropout=0.0), batch()
+    base = backward(lambda: mse_loss(model(x), y)).detach()
+    calls = []
+
+    def loss():
+        calls.append(0)
+        value = mse_loss(model(x), y)
+        value = value - base if dtype is torch.float32 else value / base
+        return (value + offset * (len(calls) % 2)).to(dtype)
+
+    fogzo.inspect(model, closure=loss, num_samples=2)
+    assert len(calls) > 2
+
+
 @pytest.mark.parametrize("samples", [8, 256])
 def test_more_samples_than_a_small_layer_has_weights_for_change_no_agreement(samples):
     agreements = []

@@ -131,6 +131,14 @@ def test_adapters_are_merged_if_they_see_the_quantized_weights(kind):
     assert torch.equal(model(draw(4, 8)), answer)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dora_is_refused_in_sixteen_bits_too(bits):
+    base = fogzo.quantize_(Net(), fogzo.fixed(bits)).bfloat16()
+    model = peft.get_peft_model(base, peft.LoraConfig(**ADAPTERS, use_dora=True))
+    with pytest.raises(ValueError, match=r"model\.up' compute with the latent"):
+        merge_and_unload(model)
+
+
 def test_embeddings_and_convolutions_are_merged_too():
     base = nn.Sequential(nn.Embedding(10, 8), nn.Conv1d(5, 4, 3), nn.Flatten(), nn.Linear(24, 2))
     fogzo.quantize_(fill(base), fogzo.lsq(2), everything)
@@ -147,6 +155,7 @@ def test_adapters_on_packed_weights_are_merged_or_nothing_is(tmp_path):
     for safe in (False, True):
         with pytest.raises(ValueError, match=r"packed weight .* lost.*unpack_.*merge_and_unload"):
             copy.deepcopy(model).merge_and_unload(safe_merge=safe)
+    assert torch.equal(model(draw(4, 8)), answer)
     merged = merge_and_unload(model)
     torch.testing.assert_close(merged(draw(4, 8)), answer)
     assert not any(param.requires_grad for param in (merged.up.weight, merged.down.weight))

@@ -3,7 +3,8 @@
 Quantized inputs round differently between the two sides of a probe, as weights do, and no formula
 tells by how much the loss jumps for it. Two things show it, neither of which costs a forward pass:
 how far the loss at the weights lies off the middle of a probe's two losses, which is no slope; and,
-where that loss is not known or probes are one-sided, how far the agreements of two steps lie apart.
+where that loss is not known or probes are one-sided, by how much more than the weights explain the
+agreements of two steps lie apart.
 """
 
 import math
@@ -23,25 +24,29 @@ class InputScatter:
         self._variance: float | None = None
         self._last_agreement: float | None = None
 
-    def error(self, measured: Measurement, norm: float, agreement: float) -> float:
+    def error(
+        self, measured: Measurement, norm: float, beta: float, agreement: float, of_weights: float
+    ) -> float:
         """What it adds to an agreement's standard error, after this step has been taken in.
 
         Args:
             measured: Of the step.
             norm: N.
+            beta: Of the step.
             agreement: Measured in it.
+            of_weights: Its standard error as of weights alone.
         """
-        probes = len(measured.slopes)
-        seen = [difference / norm for difference in measured.second_differences]
-        if not seen:
+        probes = beta * len(measured.slopes)  # in an agreement a slope's variance is over this
+        squares = [(d / norm) * (d / norm) for d in measured.second_differences]
+        if not squares:
             if self._last_agreement is not None:
-                seen = [(agreement - self._last_agreement) * math.sqrt(probes / 2)]
+                apart = agreement - self._last_agreement
+                squares = [probes * (apart * apart / 2 - of_weights * of_weights)]
             self._last_agreement = agreement if math.isfinite(agreement) else None
-        squares = [ratio * ratio for ratio in seen]  # where a power would raise, infinite
         if squares and all(map(math.isfinite, squares)):
             now, before = math.fsum(squares) / len(squares), self._variance
             self._variance = now if before is None else before + _PACE * (now - before)
-        return math.sqrt((self._variance or 0.0) / probes)
+        return math.sqrt(max(self._variance or 0.0, 0.0) / probes)
 
     def state_dict(self) -> dict[str, float]:
         """What is known so far."""
@@ -55,17 +60,13 @@ class InputScatter:
             state_dict: Loses the keys that are meant for this.
 
         Raises:
-            ValueError: If they are no such numbers; nothing is loaded then.
+            ValueError: If they are no finite numbers; nothing is loaded then.
         """
-        variance = state_dict.pop("input_variance", None)
-        last_agreement = state_dict.pop("last_agreement", None)
-        for key, value, least in (
-            ("input_variance", variance, 0.0),
-            ("last_agreement", last_agreement, -math.inf),
-        ):
-            if value is not None and not (is_number(value) and least <= value < math.inf):
+        found = {key: state_dict.pop(key, None) for key in ("input_variance", "last_agreement")}
+        for key, value in found.items():
+            if value is not None and not (is_number(value) and math.isfinite(value)):
                 raise ValueError(
-                    f"{key} must be a number{'' if least else ', 0 or more'}, got {value!r:.80}: "
+                    f"{key} must be a finite number, got {value!r:.80}: "
                     "estimator.load_state_dict(checkpoint['estimator'])"
                 )
-        self._variance, self._last_agreement = variance, last_agreement
+        self._variance, self._last_agreement = found.values()

@@ -19,7 +19,7 @@ from torch.nn.functional import embedding
 from fogzo.export.folder import read_config, read_tensors, write_config, write_tensors
 from fogzo.export.integers import IntegerWeight, rounding_error
 from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
-from fogzo.export.read_only import ReadOnly
+from fogzo.export.read_only import read_only_for_peft
 from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
@@ -281,9 +281,9 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, of the dtype that the model has been cast to, not to be changed in place."""
+        """The weight, of the dtype that the model has been cast to, made anew at each reading."""
         weight = self.unpacked()
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnly)
+        return weight if torch.compiler.is_compiling() else read_only_for_peft(weight, frames=1)
 
     def unpacked(self) -> Tensor:
         """The weight, as a tensor of its own."""

@@ -11,7 +11,7 @@ from fogzo.estimators.family import FogzoEstimator
 from fogzo.estimators.refined import weights_to_refine
 from fogzo.estimators.schedules import noise_share_from_kappa
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.probing.audit import Audit
+from fogzo.probing.audit import Audit, rounding
 from fogzo.probing.directions import Directions, mix_seed
 from fogzo.probing.lender import Closure, Lender
 from fogzo.probing.measure import measure
@@ -50,8 +50,7 @@ def agreements(
     lender = Lender(weights)
     used = weights_to_refine(weights, lender.models, needs_gradient=True)
     between = _loss_at_the_weights(lender, closure, compute_device(used[0].param))
-    audit = Audit()
-    audit.steps = 1  # of this loss, which the closure has just returned twice
+    audit = Audit(checked=True)  # the closure has just returned this loss twice
     found: dict[str, tuple[float, float]] = {}
     for index, weight in enumerate(used):
         share = noise_share_from_kappa(1.0, weight.param.numel(), num_samples)
@@ -94,12 +93,12 @@ def _loss_at_the_weights(lender: Lender, closure: Closure, device: torch.device)
     """
     with lender.lend(()):
         first, second = lender.evaluate(closure), lender.evaluate(closure)
-    one, other = mean_over_ranks([first, second], device)
-    if abs(one - other) > _SAME * max(abs(one), abs(other)):
+    another = bool(abs(float(first) - float(second)) > rounding(first, second, _SAME))
+    if mean_over_ranks([torch.tensor(float(another))], device) != [0.0]:
         raise ValueError(
-            f"the closure returned {one:.8g} and then {other:.8g} for the same weights, so its "
-            "changes say nothing of them. It must compute one loss, of the batch that backward "
-            "saw: fogzo.inspect(model, closure=lambda: loss_fn(model(x), y)), with x and y made "
-            "outside of it" + caveat("Same batch")
+            f"the closure returned {float(first):.8g} and then {float(second):.8g} for the same "
+            "weights, here or on another rank, so its changes say nothing of them. It must compute "
+            "one loss, of the batch that backward saw: fogzo.inspect(model, closure=lambda: "
+            "loss_fn(model(x), y)), with x and y made outside of it" + caveat("Same batch")
         )
     return first

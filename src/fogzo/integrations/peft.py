@@ -17,7 +17,7 @@ from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.described import forms_of
 from fogzo.wording import listed
 
-# Of the largest output. Equal weights give equal outputs; those that STE trains differ by more.
+# Of the largest output, in float32. Equal weights give equal ones; latent weights differ by more.
 _SAME = 1e-4
 
 
@@ -35,7 +35,8 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
     Raises:
         ValueError: If nothing in the base is quantized, inputs are quantized, which the merged
             layers would take in float, or adapters compute with the latent weights, as those of
-            DoRA, HRA, HiRA and SHiRA do. The model is then untouched.
+            DoRA, HRA, HiRA and SHiRA do. The model is then untouched; a packed base that PEFT
+            itself refuses to merge is left unpacked.
     """
     if any(isinstance(module, PackedLayer) for module in model.modules()):
         trained = {id(param) for param in model.parameters()}
@@ -72,13 +73,12 @@ def _adds_to_the_quantized_weight(module: Any, adapters: list[str]) -> bool:
     x = _example(module.get_base_layer())
     if x is None:
         return True
-    twin = copy.deepcopy(module).eval()
+    twin = copy.deepcopy(module).eval().float()
     twin.enable_adapters(True)
     twin.set_adapter(adapters)
     before = twin(x)
     after = dequantize_(twin)(x)
-    limit = max(_SAME, 4 * torch.finfo(before.dtype).eps) * float(before.abs().max())
-    return float((after - before).abs().max()) <= limit
+    return float((after - before).abs().max()) <= _SAME * float(before.abs().max())
 
 
 def _example(layer: nn.Module) -> Tensor | None:
@@ -94,4 +94,4 @@ def _example(layer: nn.Module) -> Tensor | None:
     else:
         return None
     draws = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=draws).to(weight)
+    return torch.randn(shape, generator=draws).to(weight.device)

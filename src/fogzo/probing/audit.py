@@ -36,17 +36,23 @@ class Audit:
     In between, `suspects` compares for nothing: the mean of a probe's two losses lies next to the
     loss itself, or the step is audited.
 
+    Args:
+        checked: Whether the closure was compared already.
+
     Attributes:
         steps: How many were measured and found right, counted by whoever measures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, checked: bool = False) -> None:
         self.steps = 0
+        self._checked = checked
         self._room = 1.0
 
     @property
     def due(self) -> bool:
         """Whether this step's closure is to be evaluated at the weights themselves."""
+        if self._checked and not self.steps:
+            return False
         return math.log10(self.steps + 1).is_integer()
 
     def suspects(self, middle: float, expected: float, reach: float) -> bool:
@@ -96,12 +102,10 @@ def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) 
     if not math.isfinite(loss):
         return None  # a fallback of the step, not a mistake in the closure
     if math.isfinite(wanted):
-        ulp = max(_eps(found), _eps(expected))
-        size = max(abs(loss), abs(wanted), 1e-3)
         distance = abs(loss - wanted)
-        if distance <= max(_TIGHT, _ULPS * ulp) * size:
+        if distance <= rounding(found, expected):
             return None
-        if distance <= _scatter(lender, closure, loss, size):
+        if distance <= _scatter(lender, closure, loss, max(abs(loss), abs(wanted), 1e-3)):
             return None
     return (
         f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
@@ -109,6 +113,18 @@ def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) 
         f"differentiated at. Usual causes: {getattr(closure, 'causes', _CAUSES)}; "
         f"optimizer.step() called before{caveat('Same batch')}"
     )
+
+
+def rounding(one: Tensor, other: Tensor, least: float = _TIGHT) -> float:
+    """How far two values of one loss may lie apart.
+
+    Args:
+        one: A scalar.
+        other: A scalar.
+        least: Of their size, in a dtype that resolves it.
+    """
+    size = max(abs(float(one)), abs(float(other)), 1e-3)
+    return max(least, _ULPS * max(_eps(one), _eps(other))) * size
 
 
 def _scatter(lender: Lender, closure: Closure, loss: float, size: float) -> float:

@@ -90,14 +90,18 @@ def main(given: list[str] | None = None) -> None:
         earlier = json.loads(path.read_text("utf-8"))
         if earlier["miniature"] == arguments.miniature:  # of the other kind, nothing is finished
             pieces = earlier["pieces"]
+
+    def is_finished(name: str) -> bool:
+        piece = pieces.get(name, {})
+        return piece.get("outcome") == "finished" and piece.get("made_by") == made_by
+
     for name in wanted:
         limit = min(60 * MINUTES_PER_PIECE, deadline - time.monotonic())
-        before = pieces.get(name, {})
-        if before.get("made_by") != made_by:
-            before = {}
-        if before.get("outcome") == "finished" or limit <= 0:
+        if is_finished(name) or limit <= 0:
             continue
-        found = run_piece(name, arguments, str(device), limit, before.get("seconds", 0.0))
+        before = pieces.get(name, {})
+        spent = before["seconds"] if before.get("made_by") == made_by else 0.0
+        found = run_piece(name, arguments, str(device), limit, spent)
         pieces[name] = found | {"made_by": made_by}
         results = {
             "environment": environment(),
@@ -105,12 +109,7 @@ def main(given: list[str] | None = None) -> None:
             "pieces": pieces,
         }
         write_text(path, dumps(results, indent=1) + "\n")
-    left = [
-        name
-        for name in wanted
-        if (piece := pieces.get(name, {})).get("outcome") != "finished"
-        or piece.get("made_by") != made_by
-    ]
+    left = [name for name in wanted if not is_finished(name)]
     if left:
         sys.exit(f"not finished: {', '.join(left)}; the same with --resume goes on")
 

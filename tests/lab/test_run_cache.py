@@ -13,6 +13,7 @@ from fogzo_lab.comparison import run_cache
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.system.environment import library_versions
 from fogzo_lab.training.checkpoint import save_checkpoint
+from fogzo_lab.training.method_config import MethodConfig
 
 SOURCE = Path(fogzo_lab.__file__).parents[1]
 # They choose devices' names, read options and write files; what they hand on is in the config.
@@ -50,6 +51,15 @@ def test_other_libraries_are_another_version_and_unused_syntax_of_later_pythons_
     tree.body[0].type_params = []
     tree.body[0]._fields = (*tree.body[0]._fields, "type_params")
     assert run_cache._written(tree) == said
+
+
+def test_torchao_makes_other_runs_of_parq_alone(monkeypatch):
+    recipe = replace(RECIPES["digits-mlp"](), estimator="ste")
+    configs = [replace(recipe, method=MethodConfig(name=name)) for name in ("none", "parq")]
+    before = [run_cache.config_hash(config) for config in configs]
+    monkeypatch.setattr(run_cache, "version_of", lambda library: "99.0")
+    after = [run_cache.config_hash(config) for config in configs]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
 def test_every_module_that_a_run_executes_is_part_of_the_version(monkeypatch):

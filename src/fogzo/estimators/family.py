@@ -83,10 +83,10 @@ class FogzoEstimator(GradientEstimator):
             directions, noise_share, measured.loss_error, len(plan), self.one_sided
         )
         if self._rounds_inputs:
-            scatter = self._input_scatter
-            error = math.hypot(
-                error, scatter.error(measured, directions.norm, beta, agreement, error)
+            of_inputs = self._input_scatter.take_in(
+                measured, directions.norm, beta, agreement, error
             )
+            error = math.hypot(error, of_inputs)
         if shrink(agreement, error) != 1:  # no accident, if the weights are spread evenly
             error = math.hypot(error, unevenness(directions))
         guide = mean.guide if self.agreement == "measured" else shrink(agreement, error)

@@ -24,10 +24,10 @@ class InputScatter:
         self._variance: float | None = None
         self._last_agreement: float | None = None
 
-    def error(
+    def take_in(
         self, measured: Measurement, norm: float, beta: float, agreement: float, of_weights: float
     ) -> float:
-        """What it adds to an agreement's standard error, after this step has been taken in.
+        """Learn from a step, and say what inputs add to the standard error of its agreement.
 
         Args:
             measured: Of the step.

@@ -29,7 +29,7 @@ from fogzo.layers.hosts import (
     models_of_transformers,
     take_own_config,
 )
-from fogzo.layers.quantized_input import plain_class_of
+from fogzo.layers.quantized_input import new_of_class, plain_class_of
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
 from fogzo.quantizers.granularity import from_rows
@@ -244,10 +244,8 @@ class PackedLayer(nn.Module):
     _input_quantizer: Quantizer | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain layer, as of `QuantizedInput`."""
-        if not (args or kwargs):
-            return object.__new__(cls)
-        return plain_class_of(cls, PackedLayer)(*args, **kwargs)
+        """See `new_of_class`."""
+        return new_of_class(cls, PackedLayer, args, kwargs)
 
     def _prepare(self, description: dict[str, Any], like: Tensor) -> None:
         self._packing = description

@@ -14,7 +14,7 @@ from fogzo.collectives import is_sharded
 from fogzo.export.integers import IntegerWeight, integer_weight
 from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.experts import ExpertMatrices, layer_name
-from fogzo.layers.quantized_layer import plain_class
+from fogzo.layers.quantized_layer import STEP_NAMES, plain_class
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.checks import require_type
 from fogzo.quantizers.step_sizes import positive_step_size
@@ -194,7 +194,7 @@ class Source:
             for name, owner in found.items()
             if name != owner
             and not {name, owner} & own.keys()
-            and name.rpartition(".")[2] not in _OF_QUANTIZERS[1:]
+            and name.rpartition(".")[2] not in STEP_NAMES
         }
 
     def baked(self) -> nn.Module:
@@ -211,21 +211,14 @@ class Source:
         return model.eval()
 
 
-_OF_QUANTIZERS = (
-    "weight",
-    "weight_step",
-    "weight_step_knee",
-    "input_step",
-    "input_step_knee",
-    "input_state",
-)
+_OF_QUANTIZERS = ("weight", *STEP_NAMES)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {
         name: tensor.shape
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[2] not in _OF_QUANTIZERS[1:]
+        if name.rpartition(".")[2] not in STEP_NAMES
     }
 
 

@@ -238,8 +238,10 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
         return None
     layers.sort(key=lambda pair: -pair[1])
     worst = layers[0][0]
-    pulls = "fogzo.methods.dampening(model, total_steps=steps), fogzo.methods.cage(model, "
-    pulls += "optimizer, total_steps=steps), or "
+    pulls = ""
+    if all(layer.evenly_spaced for layer in late[-1].layers):
+        pulls = "fogzo.methods.dampening(model, total_steps=steps), fogzo.methods.cage(model, "
+        pulls += "optimizer, total_steps=steps), or "
     return Finding(
         kind="oscillating",
         severity="high",
@@ -248,8 +250,7 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
         f"{percent(undone[worst])} of the flips of {worst!r} undo the last one (flips of "
         f"{THRESHOLDS['oscillating']:.1%} of the number of levels, {THRESHOLDS['undone']:.0%} "
         "of them undone, or more is reported)",
-        code=f"{pulls if all(layer.even for layer in late[-1].layers) else ''}a learning rate that "
-        "decays to zero",
+        code=f"{pulls}a learning rate that decays to zero",
         options="--schedule cosine --final-fraction 0",
     )
 

@@ -49,7 +49,7 @@ class LayerInspection:
         not_finite: Share of its weights, or of its step sizes if that is more, that is not finite;
             the other numbers are those of the rest.
         trained: Whether its weight requires a gradient.
-        even: Whether its levels are evenly spaced, as pulls to the grid need them.
+        evenly_spaced: Whether its levels are, as pulls to the grid need them.
     """
 
     name: str
@@ -74,7 +74,7 @@ class LayerInspection:
     agreement_error: float | None = None
     not_finite: float = 0.0
     trained: bool = True
-    even: bool = True
+    evenly_spaced: bool = True
 
     @property
     def bits_used(self) -> float:

@@ -101,7 +101,7 @@ def inspected(
                 agreement=agreement,
                 agreement_error=error,
                 trained=layer.weight.requires_grad,
-                even=quantizer.companding is None,
+                evenly_spaced=quantizer.companding is None,
                 **numbers[name],
             )
         )

@@ -39,9 +39,10 @@ def merge_and_unload(model: PeftModel, **options: Any) -> nn.Module:
             itself refuses to merge is left unpacked.
     """
     if any(isinstance(module, PackedLayer) for module in model.modules()):
-        trained = {id(param) for param in model.parameters()}
+        known = {id(param) for param in model.parameters()}
         for param in unpack_(model).parameters():
-            param.requires_grad_(param.requires_grad and id(param) in trained)
+            if id(param) not in known:  # unpacked just now, of a base that adapters leave frozen
+                param.requires_grad_(False)
         return cast(nn.Module, model.merge_and_unload(**options))
     with_input = [name for name, form in forms_of(model).items() if form.input is not None]
     if with_input:

@@ -40,6 +40,7 @@ from fogzo.layers.described import (
 )
 from fogzo.layers.hosts import forget_quantization_, take_own_config
 from fogzo.layers.quantized_input import FloatPhase
+from fogzo.layers.quantized_layer import STEP_NAMES
 from fogzo.layers.selection import FilterFn, quantizable_layers
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.description import describe, from_description
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 # Where this is not imported, transformers says that it does not know this method.
 METHOD, VERSION = __name__, 1
-_STEPS = re.compile(r"\.(weight_step|weight_step_knee|input_step|input_step_knee|input_state)$")
 
 
 class FogzoConfig(QuantizationConfigMixin):
@@ -180,7 +180,7 @@ class FogzoQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:
         named = [*model.named_parameters(), *model.named_buffers()]
         if self.quantization_config.in_float:
-            named = [(name, tensor) for name, tensor in named if not _STEPS.search(name)]
+            named = [pair for pair in named if pair[0].rpartition(".")[2] not in STEP_NAMES]
             warnings.warn(
                 "this model was saved before its quantization began, and is quantized from here "
                 "on, with step sizes measured on its weights. To train it on in float: switch = "
@@ -287,14 +287,13 @@ def _expect_steps(model: PreTrainedModel, saved: bool) -> None:
         saved: Whether files hold step sizes.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    kinds = ("weight_step", "weight_step_knee", "input_step", "input_step_knee", "input_state")
-    absent = [] if saved else [f"{name}.{kind}" for name in layers for kind in kinds]
+    absent = [] if saved else [f"{name}.{kind}" for name in layers for kind in STEP_NAMES]
     ties: dict[str, str] = model.all_tied_weights_keys
     for target, source in list(ties.items()):
         owners = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not all(name in layers for name in owners):
             continue
-        for kind in kinds[:2]:
+        for kind in ("weight_step", "weight_step_knee"):
             # It ties parameters alone, and those that it has loaded; `settle_` ties the others.
             if saved and kind in layers[owners[0]]._parameters:
                 ties[f"{owners[0]}.{kind}"] = f"{owners[1]}.{kind}"

@@ -98,10 +98,8 @@ class QuantizedInput(nn.Module):
     _float_phase: FloatPhase | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain layer: others (PEFT, for a convolution) build more of a kind by its class."""
-        if not (args or kwargs):  # as copies are made, by torch and here
-            return object.__new__(cls)
-        return plain_class_of(cls, QuantizedInput)(*args, **kwargs)
+        """See `new_of_class`."""
+        return new_of_class(cls, QuantizedInput, args, kwargs)
 
     @property
     def is_in_float(self) -> bool:
@@ -129,6 +127,7 @@ class QuantizedInput(nn.Module):
             self.register_buffer("input_step", None)
             self.register_buffer("input_state", None)
             return
+        # The same object where nothing takes over, which is how that is known without its state.
         self._without_negatives = _for_unsigned(quantizer)
         value, state = _initial(quantizer)
         weight = self.weight
@@ -343,6 +342,17 @@ def plain_class_of(cls: type, mixin: type) -> Any:
     """The class that a mixin was mixed into, whatever other tools mixed in on top."""
     mro = cls.__mro__
     return mro[mro.index(mixin) + 1]
+
+
+def new_of_class(cls: type, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What calling the class of a layer with a mixin makes.
+
+    With arguments it is a plain layer: PEFT builds adapters of convolutions by their base's class.
+    Without any it is an empty object of the class, as torch and unpickling begin a copy.
+    """
+    if args or kwargs:
+        return plain_class_of(cls, mixin)(*args, **kwargs)
+    return object.__new__(cls)
 
 
 def _new_quantized_input(plain: type) -> Any:

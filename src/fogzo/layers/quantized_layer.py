@@ -21,6 +21,9 @@ from fogzo.quantizers.reading import has_a_value
 from fogzo.quantizers.step_sizes import loaded_knee, positive_step_size
 from fogzo.wording import caveat, listed
 
+STEP_NAMES = ("weight_step", "weight_step_knee", "input_step", "input_step_knee", "input_state")
+"""Of the tensors that a layer keeps beside its own, as saved networks name them."""
+
 # What became of a buffer that a layer had, as long as another layer has it.
 _MOVED: Any = WeakIdKeyDictionary()
 

@@ -23,7 +23,7 @@ import fogzo
 import fogzo_lab
 from fogzo_lab.data.config import DataConfig, ImagesConfig
 from fogzo_lab.data.record import Digests, digest_data
-from fogzo_lab.system.environment import library_versions
+from fogzo_lab.system.environment import library_versions, version_of
 from fogzo_lab.system.folder_lock import locked
 from fogzo_lab.system.json_files import dumps, read_json, write_text
 from fogzo_lab.training.config import TrainConfig, to_json
@@ -96,6 +96,8 @@ def config_hash(config: TrainConfig, then: str = "") -> str:
     if config.initial_weights is not None:
         # The weights themselves, wherever they lie and whatever will lie there later.
         values["initial_weights"] = [_manifest(config.initial_weights)]
+    if config.method.name == "parq":  # the one method that another library computes
+        values["torchao"] = version_of("torchao")
     if files := _data_digests(config.data):
         values["data_files"] = files
     text = json.dumps(values, sort_keys=True, default=str) + then

@@ -11,15 +11,17 @@ import torch
 import fogzo
 
 
+def version_of(library: str) -> str:
+    """The installed version of a library, or "none"."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
 def library_versions() -> dict[str, str]:
-    """Of the libraries besides torch that make a run's networks, data and methods."""
-    found = {}
-    for library in ("transformers", "torchao", "kornia"):
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "none"
-    return found
+    """Of the libraries besides torch that make the networks and the data of any run."""
+    return {library: version_of(library) for library in ("transformers", "kornia")}
 
 
 def environment() -> dict[str, str | int]:

@@ -117,7 +117,7 @@ def correlations(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]
             test = spearmanr(*zip(*means, strict=True))
             found[row] = {
                 "rank_correlation": round(float(test.statistic), 3),
-                "p": round(float(test.pvalue), 4),
+                "p": float(f"{test.pvalue:.2g}"),  # decimals would make a small one 0
                 "points": len(means),
             }
     return found

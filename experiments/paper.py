@@ -216,7 +216,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS, num_seeds=5),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, lower, kept, num_seeds=5)),
-        "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),
+        "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower, num_seeds=5),
         "long-deit-quest-w2a2": long(
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
         ),

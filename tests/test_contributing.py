@@ -97,7 +97,6 @@ def test_messages_send_readers_to_caveats_that_exist():
         "Autocast",
         "Batch norm",
         "Checkpoints",
-        "Clipping",
         "Compiled models",
         "DDP",
         "Dropout",

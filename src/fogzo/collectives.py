@@ -6,7 +6,7 @@ local tensor of a DTensor. The functions here pass any other tensor through unto
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -18,25 +18,63 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 
-def mean_over_ranks(losses: Sequence[Tensor], device: torch.device) -> list[float]:
-    """The mean over ranks of each loss, in one all-reduce, so that all take the same step.
+def num_ranks(group: Any = None) -> int:
+    """How many ranks there are, in all or in a process group."""
+    is_ready = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size(group) if is_ready else 1
+
+
+def mean_over_ranks(numbers: Sequence[Tensor], device: torch.device, group: Any) -> list[float]:
+    """The mean over ranks of each number, in one all-reduce, so that all take the same step.
 
     Gradients are averaged by then (DDP, FSDP) and all ranks draw the same directions from the
     same seed. A non-finite loss on one rank makes the mean non-finite on all, and all fall back
     together.
 
     Args:
-        losses: Scalars.
+        numbers: Scalars.
         device: Where the process group can reach them.
+        group: The process group; None is all ranks.
     """
-    if not losses:
+    if not numbers:
         return []
-    together = torch.stack(list(losses))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    together = torch.stack(list(numbers))
+    if (count := num_ranks(group)) > 1:
         together = together.to(device, torch.float64)
-        dist.all_reduce(together, op=dist.ReduceOp.SUM)
-        together /= dist.get_world_size()
+        dist.all_reduce(together, op=dist.ReduceOp.SUM, group=group)
+        together /= count
     return together.tolist()
+
+
+@contextmanager
+def without_broadcasts() -> Iterator[dict[Any, bool]]:
+    """Let DDP's forward passes leave buffers as they are, and leave no trace in DDP.
+
+    A forward pass without gradients broadcasts the buffers of the first rank if the last one had
+    gradients, and has the next one not do so: of a probe's two sides only one would begin with
+    this rank's own buffers, and the ranks' buffers would never be made equal again.
+
+    Yields:
+        The modules of DDP that have run so far, and whether each is to broadcast next time.
+    """
+    flags: dict[Any, bool] = {}
+    if num_ranks() == 1:
+        yield flags
+        return
+    cls: Any = nn.parallel.DistributedDataParallel
+    own = cls.will_sync_module_buffers
+
+    def never(module: Any) -> bool:
+        flags.setdefault(module, module.require_forward_param_sync)
+        return False
+
+    cls.will_sync_module_buffers = never
+    try:
+        yield flags
+    finally:
+        cls.will_sync_module_buffers = own
+        for module, flag in flags.items():
+            module.require_forward_param_sync = flag
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -110,6 +148,17 @@ def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def sum_over_later_cuts(tensor: Tensor, like: Tensor) -> Tensor:
+    """Sum a tensor over the ranks that hold the same rows of ``like`` and other parts of them."""
+    if not is_sharded(like):
+        return tensor
+    mesh, total = like.device_mesh, tensor.to(like.device_mesh.device_type)
+    for mesh_dim, dim in _cuts(like).items():
+        if dim > 0:
+            dist.all_reduce(total, group=mesh.get_group(mesh_dim))
+    return total.to(tensor.device)
 
 
 def sum_over_shards(

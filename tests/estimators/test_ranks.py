@@ -102,6 +102,58 @@ def one_rank_has_another_batch(rank):
     return "nothing"
 
 
+class Centre(nn.Module):
+    """Subtracts a running mean, which moves in train mode, as DINO's centre does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16, dtype=torch.float64))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(self.mean[0].item())
+        out = x - self.mean
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return out
+
+
+def buffers_of_ddp(rank, refines):
+    """What each forward pass of three steps saw of a buffer that DDP broadcasts, step by step."""
+    model = network("lsq")
+    model.insert(1, Centre())
+    parallel = data_parallel(model, False)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.02)
+    seen = []
+    for step in range(STEPS):
+        x, y = (t[rank::RANKS] for t in batch(step))
+        loss = estimator.record(lambda x, y: mse_loss(parallel(x), y), x, y)
+        loss.backward()
+        if refines:
+            estimator.refine_grads_()
+        seen.append(model[1].seen.copy())
+        model[1].seen.clear()
+        model.zero_grad()
+    return seen
+
+
+def losses_of_one_rank(rank, wrap=lambda model: model):
+    """Probe losses of a model that one rank trains by itself."""
+    model = network("lsq")
+    parallel = wrap(model)
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.02)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    loss = mse_loss(parallel(x), y)
+    loss.backward()
+    return estimator.refine_grads_(lambda: mse_loss(parallel(x), y), loss).probe_losses
+
+
+def in_a_group_of_its_own(rank):
+    groups = [torch.distributed.new_group([each]) for each in range(RANKS)]
+    return losses_of_one_rank(
+        rank, lambda model: DistributedDataParallel(model, process_group=groups[rank])
+    )
+
+
 def data_parallel(model, views):
     return DistributedDataParallel(model, gradient_as_bucket_view=views)
 
@@ -112,6 +164,8 @@ def rank_program(rank, folder):
         results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
         results["nan"] = one_rank_returns_nan(rank)
         results["another batch"] = one_rank_has_another_batch(rank)
+        results["buffers"] = [buffers_of_ddp(rank, refines) for refines in (False, True)]
+        results["group"] = in_a_group_of_its_own(rank)
         torch.save(results, folder / f"{rank}.pt")
 
 
@@ -151,6 +205,24 @@ def test_a_mistake_on_one_rank_is_told_on_all_and_none_waits(ranks):
     first, second = ranks[0]["another batch"], ranks[1]["another batch"]
     assert first.startswith("on another rank the closure does not return expected_loss")
     assert "rebound to the next batch" in second
+
+
+def test_probes_begin_with_a_ranks_own_buffers_which_ddp_goes_on_broadcasting(ranks):
+    for result in ranks:
+        plain, refined = result["buffers"]
+        for step in range(STEPS):
+            train, *probes = refined[step]
+            assert train == plain[step][0]
+            # The audit of the first step alone looks what one more forward pass makes of them.
+            assert len(set(probes)) == (1 if step else 2) and len(probes) >= 2
+    first, second = (result["buffers"][1][-1] for result in ranks)
+    assert first[0] == second[0]  # as broadcast
+    assert first[-1] != second[-1]  # as each rank's own half of the batch has left it
+
+
+def test_losses_are_averaged_over_the_ranks_that_train_the_model(ranks):
+    for rank, result in enumerate(ranks):
+        assert result["group"] == pytest.approx(losses_of_one_rank(rank), rel=1e-10)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,25 @@ def test_a_scaler_and_clipping_are_measured(then):
     )
 
 
+@pytest.mark.parametrize("what", ["each layer", "values", "decay"])
+def test_what_changes_some_gradients_more_than_others_is_told_once(what):
+    model, estimator = start()
+    with pytest.warns(RuntimeWarning, match="more than one common factor") as told:
+        for _ in range(2):
+            model.zero_grad()
+            estimator.record(loss_of, model, *micro_batches()[2]).backward()
+            if what == "each layer":
+                for layer in (model.first, model.second):
+                    nn.utils.clip_grad_norm_(layer.parameters(), 0.01)
+            elif what == "values":
+                nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+            else:
+                for param in model.parameters():
+                    param.grad.add_(param.detach())
+            estimator.refine_grads_()
+    assert sum("common factor" in str(warning.message) for warning in told) == 1
+
+
 def test_a_scaler_is_measured_where_most_of_a_gradient_is_zero():
     # A batch uses few rows of an embedding, none of them among those that are looked at.
     torch.manual_seed(0)

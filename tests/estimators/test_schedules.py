@@ -52,6 +52,21 @@ def test_numbers_of_numpys_make_a_plain_share(numbers):
     assert type(schedule(1)) is float
 
 
+@pytest.mark.parametrize("noise_share", [None, fogzo.linear_noise_share(total_steps=1, kappa=0.01)])
+def test_layers_that_are_unfrozen_later_count_from_then_on(noise_share):
+    early, late = (Training(noise_share=noise_share) for _ in range(2))
+    late.model.first.requires_grad_(False)
+    late.estimator = fogzo.FogzoEstimator(late.weights, noise_share=noise_share)
+    frozen = late.estimator.num_weights
+    late.model.first.requires_grad_(True)
+    for training in (early, late):
+        training.estimator.step = 1
+    (expected, _), (stats, _) = early.step(), late.step()
+    assert frozen < late.estimator.num_weights == early.estimator.num_weights
+    assert (stats.kappa, stats.noise_share) == (expected.kappa, expected.noise_share)
+    assert stats.kappa == pytest.approx(1e-3 if noise_share is None else 0.01, rel=1e-9)
+
+
 @pytest.mark.parametrize(("num_weights", "kappa"), [(7940, 1.0), (5_000_000, None)])
 @pytest.mark.parametrize("n", [1, 10])
 def test_the_schedule_ends_at_the_share_of_its_kappa(n, num_weights, kappa):

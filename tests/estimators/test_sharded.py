@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fogzo
 from fogzo import collectives
-from toolbox import cpu_mesh, joined, run_ranks
+from fogzo.probing.directions import Directions
+from fogzo.probing.measure import NO_FLIP
+from toolbox import cpu_mesh, draw, everything, fill, joined, run_ranks
 
 RANKS = 2
 STEPS = 2
@@ -266,6 +268,81 @@ def broken_on_one_rank(rank, what):
     return {"fallback": stats.fallback, "kept": kept, "losses": stats.probe_losses}
 
 
+def another_batch_on_one_rank(rank):
+    """What each rank is told where only the last one's closure evaluates another batch."""
+    model, estimator, _, loss = after_backward(rank)
+    x, y = batch(0 if rank < RANKS - 1 else 1, rank)
+    try:
+        estimator.refine_grads_(lambda: mse_loss(model(x), y), expected_loss=loss)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+class Half(nn.Module):
+    """A quantized layer of which the last rank's rows are not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.head = nn.Linear(8, 4, bias=False), nn.Linear(2, 3)
+        fill(self.double())
+        fogzo.quantize_(self, fogzo.lsq(4), lambda module, name: name == "own")
+
+    def forward(self, x):
+        return self.head(self.own(x)[:, :2])
+
+
+def clipped_before(rank, is_sharded):
+    """Agreement and probe losses after gradients were clipped, of which this rank may have none."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(Half(), mesh=cpu_mesh()) if is_sharded else Half()
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.02)
+    x, y = batch(0, 0)
+    for _ in range(2):  # micro-batches
+        estimator.record(lambda x, y: mse_loss(model(x), y), x, y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    stats = estimator.refine_grads_()
+    return [stats.agreement, *stats.probe_losses]
+
+
+def on_its_levels(rank):
+    """Why nothing is measured of weights on their levels, of which this rank may hold no row."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fill(nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+    fogzo.quantize_(model, fogzo.lsq(4), everything)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_(layer.quantized_weight())
+    fully_shard(model, mesh=cpu_mesh())
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    x, y = batch(0, rank)
+    mse_loss(model(x), y[:, :1]).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return estimator.refine_grads_(lambda: mse_loss(model(x), y[:, :1])).fallback
+
+
+def experts_cut_along(dim):
+    """Noise per expert, and the noise that goes into each gradient, where ranks share experts."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = draw(2, 4, 8, dtype=torch.float64)
+    grad = draw(2, 4, 8, seed=1, dtype=torch.float64) * torch.tensor([1.0, 5.0])[:, None, None]
+    step = weight.abs().mean((1, 2), keepdim=True)
+    if dim is not None:
+        mesh = cpu_mesh()
+        weight, grad = (distribute_tensor(t, mesh, [Shard(dim)]) for t in (weight, grad))
+    param = nn.Parameter(weight)
+    param.grad = grad
+    record = fogzo.QuantizedWeight("experts", param, lambda: step, of_experts=True)
+    with torch.no_grad():
+        directions = Directions([record], seed=0, noise_shape="tensor_rms")
+        directions.write_grads_(1.0, [(0, 1.0)])
+        return directions.sizes[0].clone(), collectives.full(param.grad)
+
+
 def whole_tensors_at_once(rank):
     """The most whole weights that were alive in a step, and whether the copies are of shards."""
     from fogzo.layers import quantized_layer
@@ -402,6 +479,10 @@ def rank_program(rank, folder):
         }
         results["given back"]["in bfloat16"] = given_back_in_bfloat16(rank)
         results["broken"] = {w: broken_on_one_rank(rank, w) for w in ("a loss", "a gradient")}
+        results["another batch"] = another_batch_on_one_rank(rank)
+        results["clipped"] = [clipped_before(rank, is_sharded) for is_sharded in (False, True)]
+        results["on its levels"] = on_its_levels(rank)
+        results["experts"] = {dim: experts_cut_along(dim) for dim in (0, 1, 2)}
         results["whole"] = whole_tensors_at_once(rank)
         results["messages"] = messages(rank)
         results["hand-written"] = hand_written(rank)
@@ -465,6 +546,30 @@ def test_what_is_not_finite_on_one_rank_makes_all_fall_back(ranks):
         assert "a probe loss is not finite" in result["broken"]["a loss"]["fallback"]
         assert "gradient is not finite" in result["broken"]["a gradient"]["fallback"]
         assert all(broken["kept"] for broken in result["broken"].values())
+
+
+def test_a_mistake_on_one_rank_is_told_on_all_and_none_waits(ranks):
+    assert ranks[0]["another batch"].startswith("on another rank the closure does not return")
+    assert "rebound to the next batch" in ranks[-1]["another batch"]
+
+
+def test_clipped_gradients_are_recognised_by_ranks_that_hold_none_of_them(ranks):
+    for result in ranks:
+        alone, together = result["clipped"]
+        assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_rank_without_rows_takes_part_in_looking_for_a_mistake(ranks):
+    assert [result["on its levels"] for result in ranks] == [NO_FLIP] * RANKS
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_experts_take_the_same_noise_however_they_are_cut(ranks, dim):
+    sizes, expected = experts_cut_along(None)
+    for rank, result in enumerate(ranks):
+        own, grad = result["experts"][dim]
+        torch.testing.assert_close(own, sizes if dim else sizes[rank : rank + 1])
+        torch.testing.assert_close(grad, expected)
 
 
 def test_no_rank_holds_more_than_one_whole_weight_or_copies_more_than_its_shards(ranks):

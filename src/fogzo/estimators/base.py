@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fogzo.estimators.fallbacks import (
     caution,
+    changed_since_backward,
     in_16_bits,
     nothing_measured,
     nothing_to_follow,
@@ -101,6 +102,7 @@ class GradientEstimator(ABC):
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Attributes:
+        num_weights: How many weights were trained when the last step was refined.
         step: How many steps have been refined.
         stats: What the last `refine_grads_` returned.
 
@@ -111,6 +113,8 @@ class GradientEstimator(ABC):
     needs_gradient = True
     mixes_noise = True  # by `noise_share`, with a guide
     noise_shape: NoiseShape = "tensor_rms"
+    noise_share: NoiseShare
+    num_weights = 0
 
     def __init__(
         self,
@@ -142,10 +146,8 @@ class GradientEstimator(ABC):
                 f"model must be the nn.Module that holds the weights, got {type(model).__name__}: "
                 f"{name}(weights, model=model)"
             )
-        trained = [weight for weight in self.weights if weight.param.requires_grad]
-        self.num_weights = sum(weight.param.numel() for weight in trained or self.weights)
-        given = self.default_noise_share() if noise_share is None else noise_share
-        self.noise_share: NoiseShare = self._schedule(given)
+        self._noise_share = noise_share
+        self._count_weights()
         if isinstance(noise_share, float):
             warn_if_noise_dominates(noise_share, self.num_weights, self.num_samples)
         self.one_sided = one_sided
@@ -279,10 +281,11 @@ class GradientEstimator(ABC):
             return RefineStats(self.step)
         directions = self._directions(grad_scale)
         plan = self.plan(share, directions)
+        was_changed = False
         if self._window:
             self._check_recorded(closure, expected_loss)
             closure = self._window.loss(grad_scale)
-            expected_loss = closure.expected
+            expected_loss, was_changed = closure.expected, closure.was_changed
         self._check_closure(plan, closure, expected_loss)
         measured, refined = Measurement(), Refined(1.0)
         fallback = nothing_to_follow(directions)
@@ -303,7 +306,7 @@ class GradientEstimator(ABC):
             directions.write_grads_(refined.guide, refined.noise)
             if self.needs_gradient:
                 mark_refined(directions.weights)
-        self._look_after(fallback, measured, refined, grad_scale)
+        self._look_after(fallback, measured, refined, grad_scale, was_changed)
         return RefineStats(
             step=self.step,
             agreement=refined.agreement,
@@ -354,11 +357,23 @@ class GradientEstimator(ABC):
             )
         self.step, self.seed = int(given["step"]), int(given["seed"])
 
+    def _count_weights(self) -> None:
+        """Fit the noise share to how many weights are trained at present."""
+        trained = [weight.param for weight in self.weights if weight.param.requires_grad]
+        params = trained or [weight.param for weight in self.weights]
+        num_weights = sum(param.numel() for param in params)
+        if num_weights != self.num_weights:
+            self.num_weights = num_weights
+            given = self._noise_share
+            given = self.default_noise_share() if given is None else given
+            self.noise_share = self._schedule(given)
+
     def _schedule(self, noise_share: float | NoiseShare) -> NoiseShare:
         return bind(as_noise_share(noise_share), self.num_weights, self.num_samples)
 
     def _share_now(self) -> float | None:
         """The noise share of this step; None leaves the gradient as it is."""
+        self._count_weights()
         # In the float phase of `quantize_from` backward's gradient is exact.
         if self.needs_gradient and self._layers and all(each.is_in_float for each in self._layers):
             return None
@@ -415,7 +430,12 @@ class GradientEstimator(ABC):
             )
 
     def _look_after(
-        self, fallback: str | None, measured: Measurement, refined: Refined, grad_scale: float
+        self,
+        fallback: str | None,
+        measured: Measurement,
+        refined: Refined,
+        grad_scale: float,
+        was_changed: bool,
     ) -> None:
         """Count the step, and give each warning once per run."""
         if fallback is None and self.needs_gradient:
@@ -433,7 +453,8 @@ class GradientEstimator(ABC):
             grad_scale,
             first=self._audit.steps == 1,
         )
-        for said in (in_16_bits(self.weights), found):
+        changed = changed_since_backward() if was_changed and fallback is None else None
+        for said in (in_16_bits(self.weights), changed, found):
             if said and said[0] not in self._warned:
                 self._warned.add(said[0])
                 warnings.warn(said[1], RuntimeWarning, stacklevel=5)

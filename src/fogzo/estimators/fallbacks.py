@@ -81,6 +81,17 @@ def in_16_bits(weights: Sequence[QuantizedWeight]) -> tuple[str, str] | None:
     return "16 bits", text
 
 
+def changed_since_backward() -> tuple[str, str]:
+    """The warning that gradients of recorded losses call for which are not theirs any more."""
+    text = (
+        "something has changed the gradients since backward() by more than one common factor "
+        "(clipped layer by layer or by value, decayed, given noise), so the measured slope is "
+        "compared with the gradient of another loss, and the step undoes such a clipping: do it "
+        "afterwards, loss.backward(); estimator.refine_grads_(); clip_grad_value_(...)"
+    )
+    return "changed", text + caveat("Clipping")
+
+
 def caution(
     fallback: str | None,
     measured: Measurement,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fogzo.collectives import compute_device, mean_over_ranks
 from fogzo.estimators.fallbacks import looks_scaled, nothing_measured, nothing_to_follow
 from fogzo.estimators.family import FogzoEstimator
 from fogzo.estimators.refined import weights_to_refine
@@ -49,7 +48,7 @@ def agreements(
         )
     lender = Lender(weights)
     used = weights_to_refine(weights, lender.models, needs_gradient=True)
-    between = _loss_at_the_weights(lender, closure, compute_device(used[0].param))
+    between = _loss_at_the_weights(lender, closure)
     audit = Audit(checked=True)  # the closure has just returned this loss twice
     found: dict[str, tuple[float, float]] = {}
     for index, weight in enumerate(used):
@@ -85,7 +84,7 @@ def agreements(
     return found
 
 
-def _loss_at_the_weights(lender: Lender, closure: Closure, device: torch.device) -> Tensor:
+def _loss_at_the_weights(lender: Lender, closure: Closure) -> Tensor:
     """The loss that probes lie about, which tells how much quantized inputs make them scatter.
 
     Raises:
@@ -93,8 +92,9 @@ def _loss_at_the_weights(lender: Lender, closure: Closure, device: torch.device)
     """
     with lender.lend(()):
         first, second = lender.evaluate(closure), lender.evaluate(closure)
-    another = bool(abs(float(first) - float(second)) > rounding(first, second, _SAME))
-    if mean_over_ranks([torch.tensor(float(another))], device) != [0.0]:
+        another = abs(float(first) - float(second)) > rounding(first, second, _SAME)
+        another = lender.on_any_rank(another)
+    if another:
         raise ValueError(
             f"the closure returned {float(first):.8g} and then {float(second):.8g} for the same "
             "weights, here or on another rank, so its changes say nothing of them. It must compute "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import mean_over_ranks
 from fogzo.probing.lender import Closure, Lender
 from fogzo.wording import caveat
 
@@ -71,48 +70,35 @@ class Audit:
         self._room = 2 * distance / allowed if allowed > 0 else math.inf
         return True
 
-    def check(
-        self,
-        lender: Lender,
-        closure: Closure,
-        expected: Tensor,
-        device: torch.device,
-    ) -> None:
+    def check(self, lender: Lender, closure: Closure, expected: Tensor) -> None:
         """Raise a `ValueError`, on all ranks together, unless the closure returns that loss.
 
         Args:
             lender: Lends the weights, which are unperturbed.
             closure: The closure to check.
             expected: The loss that was differentiated, a scalar.
-            device: Where the process group can reach a tensor.
         """
         found = lender.evaluate(closure)
-        mistake = _mistake(lender, closure, found, expected)
-        anywhere = mean_over_ranks([torch.tensor(float(mistake is not None))], device)
-        if not anywhere[0]:
+        loss, wanted = float(found), float(expected)
+        # A loss that is not finite is a fallback of the step, not a mistake in the closure.
+        is_off = math.isfinite(loss) and not abs(loss - wanted) <= rounding(found, expected)
+        if not lender.on_any_rank(is_off):
             return
+        # All ranks ask again, as forward passes may communicate.
+        scatter = _scatter(lender, closure, loss, max(abs(loss), abs(wanted), 1e-3))
+        is_off = is_off and not abs(loss - wanted) <= scatter
+        if not lender.on_any_rank(is_off):
+            return
+        if not is_off:
+            raise ValueError(
+                "on another rank the closure does not return expected_loss; its message says more"
+            )
         raise ValueError(
-            mistake
-            or "on another rank the closure does not return expected_loss; its message says more"
+            f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
+            f"{wanted:.8g}. It must be the loss that backward() differentiated, at the weights it "
+            f"was differentiated at. Usual causes: {getattr(closure, 'causes', _CAUSES)}; "
+            f"optimizer.step() called before{caveat('Same batch')}"
         )
-
-
-def _mistake(lender: Lender, closure: Closure, found: Tensor, expected: Tensor) -> str | None:
-    loss, wanted = float(found), float(expected)
-    if not math.isfinite(loss):
-        return None  # a fallback of the step, not a mistake in the closure
-    if math.isfinite(wanted):
-        distance = abs(loss - wanted)
-        if distance <= rounding(found, expected):
-            return None
-        if distance <= _scatter(lender, closure, loss, max(abs(loss), abs(wanted), 1e-3)):
-            return None
-    return (
-        f"the closure returned {loss:.8g} at the unperturbed weights, but expected_loss is "
-        f"{wanted:.8g}. It must be the loss that backward() differentiated, at the weights it was "
-        f"differentiated at. Usual causes: {getattr(closure, 'causes', _CAUSES)}; "
-        f"optimizer.step() called before{caveat('Same batch')}"
-    )
 
 
 def rounding(one: Tensor, other: Tensor, least: float = _TIGHT) -> float:

@@ -20,7 +20,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fogzo.collectives import full, local, shard_like, sum_over_shards
+from fogzo.collectives import (
+    full,
+    local,
+    shard_like,
+    sum_over_later_cuts,
+    sum_over_shards,
+)
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers.step_sizes import MIN_STEP_SIZE
 
@@ -153,11 +159,12 @@ class Directions:
         dims = tuple(range(1, part.param.dim()))
         assert part.grad is not None
         moved = part.rotated(part.grad) * part.moves
-        norms = torch.linalg.vector_norm(moved, dim=dims, keepdim=True)
+        squares = torch.linalg.vector_norm(moved, dim=dims, keepdim=True).square()
+        norms = sum_over_later_cuts(squares, part.weight.param).sqrt()
         if noise_shape == "isotropic":
             return part.eps.reciprocal().nan_to_num_(posinf=0.0) * ((norms > 0) | (not self.guided))
         total = sum(weight.param.numel() for weight in self.weights)
-        rms = norms * self._inverse_norm * math.sqrt(total / part.param.shape[1:].numel())
+        rms = norms * self._inverse_norm * math.sqrt(total / part.weight.param.shape[1:].numel())
         return part.moves * rms
 
     def has_gradient(self) -> bool:

@@ -2,11 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import compute_device, is_sharded, local, recover, reshard
+from fogzo.collectives import (
+    compute_device,
+    is_sharded,
+    local,
+    mean_over_ranks,
+    recover,
+    reshard,
+    without_broadcasts,
+)
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.rng import RngState
 from fogzo.wording import caveat
@@ -26,7 +35,8 @@ class Lender:
     All of it belongs under `torch.no_grad`, as the weights are edited in place.
 
     Each rank edits and copies its own shards of weights that FSDP has sharded. The whole weights
-    that FSDP gathered are freed before every probe and at the end.
+    that FSDP gathered are freed before every probe and at the end. DDP broadcasts no buffers
+    meanwhile.
 
     Args:
         weights: What may be perturbed.
@@ -58,6 +68,21 @@ class Lender:
         self._buffer_copies = _BufferCopies([])
         self.recorded_rng: RngState | None = None
         self._replay: RngState | None = None
+        self._met_ddp: dict[Any, bool] = {}
+
+    def mean_over_ranks(self, numbers: Sequence[Tensor]) -> list[float]:
+        """The mean of each scalar over the ranks that train this model.
+
+        Those are the ranks of DDP's process group, if a forward pass of this loan went through
+        DDP, else all.
+        """
+        groups = {ddp.process_group for ddp in self._met_ddp}
+        group = groups.pop() if len(groups) == 1 else None
+        return mean_over_ranks(numbers, compute_device(self._weights[0].param), group)
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the ranks, which have to ask for it together."""
+        return self.mean_over_ranks([torch.tensor(float(flag))]) != [0.0]
 
     def rng_state(self) -> RngState:
         """The random streams as they are, of the devices that the weights are on now."""
@@ -77,12 +102,14 @@ class Lender:
         self._replay = self.recorded_rng or before
         modules = [module for model in self.models for module in model.modules()]
         with ExitStack() as loan:  # all of which is given back, whatever raises
+            loan.callback(setattr, self, "_met_ddp", {})  # which no copy of this can have
+            self._met_ddp = loan.enter_context(without_broadcasts())
             loan.callback(torch.clear_autocast_cache)
             loan.callback(before.restore)
             loan.enter_context(_modes_kept(modules))
             loan.callback(setattr, self, "_buffer_copies", _BufferCopies([]))  # keeps no copies
             self._buffer_copies = _BufferCopies(modules)
-            loan.callback(self._buffer_copies.reset_, every=True)
+            loan.callback(self._buffer_copies.reset_)
             loan.enter_context(_parameters_kept(modules, [weight.param for weight in weights]))
             for weight in weights:
                 if weight.hold_step_size is not nullcontext:
@@ -234,32 +261,42 @@ class _BufferCopies:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._versions = [_version(buffer) for _, _, buffer, _ in self._kept]
+        writable = [  # into an expanded one nothing can write
+            (buffer, saved) for _, _, buffer, saved in self._kept if not _is_expanded(buffer)
+        ]
+        plain = [pair for pair in writable if _is_plain(pair[0])]
+        self._plain = [buffer for buffer, _ in plain], [saved for _, saved in plain]
+        self._others = [pair for pair in writable if not _is_plain(pair[0])]
+        self._versions = {id(buffer): _version(buffer) for buffer, _ in self._others}
 
-    def reset_(self, every: bool = False) -> None:
-        """Put back those that count a change since the last time, or every one."""
-        for index, (module, name, buffer, saved) in enumerate(self._kept):
-            if every or buffer.is_inference() or buffer._version != self._versions[index]:
-                # Those that were made in inference mode can be written to there alone.
-                with torch.inference_mode(buffer.is_inference()):
-                    if not _is_expanded(buffer):  # into such a one nothing can write
-                        buffer.copy_(saved)
-                self._versions[index] = _version(buffer)
+    def reset_(self) -> None:
+        """Put every one back: what writes by way of ``.data`` counts no change."""
+        if self._plain[0]:
+            torch._foreach_copy_(*self._plain)
+        for buffer, saved in self._others:
+            # Those that were made in inference mode can be written to there alone.
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(saved)
+            self._versions[id(buffer)] = _version(buffer)
+        for module, name, buffer, _ in self._kept:
             module._buffers[name] = buffer  # the closure may have assigned another tensor
 
     def moved(self) -> list[nn.Module]:
         """The modules of those that differ from what they were."""
-        return [kept[0] for index, kept in enumerate(self._kept) if self._has_moved(index)]
+        return [kept[0] for kept in self._kept if self._has_moved(*kept)]
 
-    def _has_moved(self, index: int) -> bool:
-        module, name, buffer, saved = self._kept[index]
+    def _has_moved(self, module: nn.Module, name: str, buffer: Tensor, saved: Tensor) -> bool:
         now = module._buffers.get(name)
         if now is None:
             return True
         if now.layout is saved.layout is torch.strided:
             return not torch.equal(now, saved)
         # Sparse ones cannot be compared, but count their changes.
-        return now is not buffer or _version(now) != self._versions[index]
+        return now is not buffer or _version(now) != self._versions[id(buffer)]
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    return type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_inference()
 
 
 def _version(buffer: Tensor) -> int:

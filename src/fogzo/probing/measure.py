@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fogzo.collectives import compute_device, full, is_sharded, mean_over_ranks
+from fogzo.collectives import full, is_sharded
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing import lean, stacked
 from fogzo.probing.audit import Audit
@@ -98,13 +98,12 @@ def measure(
     """
     losses_of = {"in_place": in_place, "stacked": stacked.losses, "lean": lean.losses}[evaluate]
     known = [] if expected_loss is None else [as_loss(expected_loss, "expected_loss must be")]
-    device = compute_device(directions.weights[0].param)
     with lender.lend(directions.weights, copy=evaluate != "lean"):
         audited = bool(known) and audit.due
         if audited:
-            audit.check(lender, closure, known[0], device)
+            audit.check(lender, closure, known[0])
         losses = losses_of(lender, directions, plan, closure, not one_sided)
-        values = mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)], device)
+        values = lender.mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)])
         values, expected = values[: len(losses)], values[len(losses) :]
         base, second_differences = None, []
         if one_sided:
@@ -124,7 +123,7 @@ def measure(
             reach = directions.norm + max(map(abs, slopes))
             if audit.suspects(math.fsum(values) / len(values), expected[0], reach):
                 lender.reset_()
-                audit.check(lender, closure, known[0], device)
+                audit.check(lender, closure, known[0])
         if any(slopes):
             return measured
         lender.reset_()
@@ -182,16 +181,17 @@ def _check_dependence(
     predicted, same = 0.0, True
     for sign in (-1, 1):  # of two ways out of the range of levels one leads into it
         for part in directions.parts:
+            step = full(part.weight.step_size())  # which all ranks gather together
             if part.grad is None or not part.param.numel():
                 continue  # a rank may hold no row of a small weight
-            size = float(part.param.abs().max() + full(part.weight.step_size()).max())
+            size = float(part.param.abs().max() + step.max())
             predicted += size * float(part.grad.abs().sum()) / directions.grad_scale
             part.param.add_(part.grad.sign().to(part.param.dtype), alpha=sign * size)
         same = torch.equal(lender.evaluate(closure).to(loss), loss) and same
         lender.reset_()
     told = torch.tensor(float(same and predicted > 1e3 * loss_error))
     # On all ranks or on none, or one would wait for the others.
-    if mean_over_ranks([told], compute_device(directions.weights[0].param)) == [1.0]:
+    if lender.mean_over_ranks([told]) == [1.0]:
         raise ValueError(
             "the closure's loss does not depend on the quantized weights: it evaluates another "
             "model, or a cached output. List the weights of the model in the closure: "

@@ -5,6 +5,7 @@ it or call backward later. What counts is what backward() multiplied each loss b
 weights, which a hook on the loss sees: the gradients are those of ``sum_i weight_i * loss_i``.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fogzo.collectives import is_sharded, local
+from fogzo.collectives import is_sharded, local, num_ranks
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing.lender import Lender
 from fogzo.probing.micro_batch import MicroBatch
@@ -23,7 +24,7 @@ Version = tuple[int, int] | None
 """Which tensor a gradient is, and how often it was changed in place; None where there is none."""
 
 _SAMPLE = 64  # elements of each gradient, by which to tell what it was multiplied by
-_UNIFORM = 1e-2  # gradients in 16 bits are rounded when they are unscaled
+_UNIFORM = 1e-2  # angle; gradients in 16 bits are rounded when they are unscaled
 
 
 class _LaterStart(NamedTuple):
@@ -42,7 +43,7 @@ class _LaterStart(NamedTuple):
     now: Tensor | None
 
     def has_gradients(self) -> bool:
-        """Whether they are there still, and not all zero."""
+        """Whether they are there still, and not all zero (on this rank)."""
         return self.now is None or bool(self.now.any())
 
 
@@ -111,7 +112,7 @@ class Window:
             micro_batch.check_arguments()
         self._forget_dropped()
         why = None
-        if self._before is not None and self._before.any():
+        if self._before is not None and self._on_any_rank(self._before.any()):
             why = "were not zero when the first recorded loss was differentiated"
         if self._others or self._seen:
             why = "were added to by a backward pass without a recorded loss, or one that failed"
@@ -124,8 +125,11 @@ class Window:
             )
         weights = [micro_batch.weight for micro_batch in self._micro_batches]
         factors = torch.stack([weight.to(weights[0].device) for weight in weights])
-        factors *= self._factor() / grad_scale
-        return RecordedLoss(list(zip(factors.tolist(), self._micro_batches, strict=True)))
+        factor = self._factor()
+        factors *= (factor or 1.0) / grad_scale
+        parts = list(zip(factors.tolist(), self._micro_batches, strict=True))
+        # Among several ranks somebody may average by hand, which leaves nothing to be said.
+        return RecordedLoss(parts, was_changed=factor is None and num_ranks() == 1)
 
     def _backward_begins(self, micro_batch: MicroBatch, grad: Tensor) -> None:
         """The hook on a loss: a backward pass has reached it."""
@@ -184,7 +188,8 @@ class Window:
         Only here are values read, which stops a GPU.
         """
         for start in reversed(self._later):
-            if start.after is not None and start.after.any() and not start.has_gradients():
+            were_there = start.after is not None and self._on_any_rank(start.after.any())
+            if were_there and not self._on_any_rank(start.has_gradients()):
                 for micro_batch in self._micro_batches[: start.known]:
                     micro_batch.hook.remove()
                 del self._micro_batches[: start.known]
@@ -199,22 +204,31 @@ class Window:
         if not grads:
             return any(self._versions)
         # Looking at them stops a GPU, so only if something has been done to them.
-        return self._at_start != self._versions and not any(bool(g.any()) for g in grads)
+        if self._at_start == self._versions:
+            return False
+        return not self._on_any_rank(any(bool(local(grad).any()) for grad in grads))
 
-    def _factor(self) -> float:
+    def _factor(self) -> float | None:
         """What the gradients have been multiplied by since the last backward (unscaled, clipped).
 
-        1 if anything else was done to them, such as an average over ranks.
+        None if something else was done to them: some were multiplied by more than others.
         """
         before, now = self._after, self._sample()
         if before is None or now is None or now.shape != before.shape:
-            return 1.0
+            before = now = torch.zeros(1)
         before, now = before.cpu().double(), now.cpu().double()
-        factor = float(before @ now / (before @ before))
-        change = (now - factor * before).abs().max()
-        # Comparisons with NaN are false: there is a gradient that is not finite, or none but zeros.
-        uniform = factor > 0 and bool(change <= _UNIFORM * (factor * before).abs().max())
-        return factor if uniform else 1.0
+        products = [before @ now, before @ before, now @ now]
+        if self._is_sharded:  # a rank may hold zeros only, or nothing
+            products = list(map(torch.tensor, self._lender.mean_over_ranks(products)))
+        along, square_before, square_now = map(float, products)
+        if not (0 < square_before < math.inf and 0 < square_now < math.inf):
+            return 1.0  # nothing to compare with, or a gradient that is not finite
+        cosine = along / math.sqrt(square_before * square_now)
+        return along / square_before if cosine > math.cos(_UNIFORM) else None
+
+    def _on_any_rank(self, flag: Tensor | bool) -> bool:
+        """Whether it is so here or, of sharded gradients, on another rank, which asks as well."""
+        return self._lender.on_any_rank(bool(flag)) if self._is_sharded else bool(flag)
 
     def _sample(self) -> Tensor | None:
         """A few elements of every gradient and its largest magnitude; None without gradients."""
@@ -234,7 +248,13 @@ def _tell(window: "weakref.ref[Window]", param: Tensor) -> None:
 
 
 class RecordedLoss:
-    """A closure: the weighted sum of the recorded losses, computed again."""
+    """A closure: the weighted sum of the recorded losses, computed again.
+
+    Args:
+        parts: Micro-batches and the factor of each.
+        was_changed: Whether something has been done to the gradients that is no factor, so that
+            they are not this loss's any more.
+    """
 
     causes = (
         "compute_loss reads something that has changed since it was recorded (give it as an "
@@ -242,8 +262,11 @@ class RecordedLoss:
         "counts its calls"
     )
 
-    def __init__(self, parts: Sequence[tuple[float, MicroBatch]]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[float, MicroBatch]], was_changed: bool = False
+    ) -> None:
         self._parts = parts
+        self.was_changed = was_changed
 
     @property
     def expected(self) -> Tensor:

@@ -214,17 +214,18 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept, num_seeds=5)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2), num_seeds=5),
         "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS, num_seeds=5),
-        "long-llama-quest-w2a2": long(quest, 3000, rates),
+        "long-llama-quest-w2a2": long(quest, 3000, rates, num_seeds=5),
         "long-deit-identity": timed(long(deit, 4000, lower, kept, num_seeds=5)),
         "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower, num_seeds=5),
         "long-deit-quest-w2a2": long(
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
         ),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
-        # At the rate that all rows had chosen; but for FOGZO's, three seeds are of the one above.
+        # At the rate that all rows had chosen; most but FOGZO's are runs of those without "-inputs".
         "long-deit-quest-w2a2-inputs": long(
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower[1:2], num_seeds=5
         ),
+        "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2], num_seeds=5),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
         "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
         "long-resnet-lsq-w2": long(

@@ -218,13 +218,32 @@ def test_what_spsa_pays_for_fogzos_loss_by_hand():
         point("spsa", 1, 10_000, 10_000, 1.0),
         point("spsa", 4, 100, 1_000, 2.0),
         point("spsa", 4, 100_000, 100_000, 0.5, 0.7),
+        point("spsa", 9, 25, 900_000, 2.5),
     ]
     one, ten = script.equal_loss(points)
     assert (one["train_loss"], one["spsa_samples"]) == (1.0, 1)
     assert one["spsa_forwards"] == pytest.approx(10_000)
     assert one["ratio"] == pytest.approx(200)
     assert (ten["ratio"], ten["lowest_spsa_loss"]) == (None, 0.6)
-    assert ten["tried_ratio"] == pytest.approx(100_000 / 230)
+    # The dearest run is far from that loss, and bounds nothing.
+    assert (ten["lowest_spsa_samples"], ten["lowest_spsa_forwards"]) == (4, 100_000)
+    assert ten["lowest_spsa_ratio"] == pytest.approx(100_000 / 230)
+
+
+def test_the_table_claims_of_an_unreached_loss_only_what_the_nearest_run_shows():
+    script, results = import_module("forwards"), committed("forwards")
+    assert results["equal_loss"] == script.equal_loss(results["points"])
+    for entry, row in zip(results["equal_loss"], script.table(results).rows, strict=True):
+        if entry["ratio"] is None:
+            nearest = [
+                p
+                for p in results["points"]
+                if (p["row"], p["optimizer"]) == ("spsa", entry["optimizer"])
+                and statistics.fmean(p["train_loss"]) == entry["lowest_spsa_loss"]
+            ]
+            (samples, forwards), *others = [(p["samples"], p["forwards"]) for p in nearest]
+            assert not others and f"{forwards:,}" in row[4]
+            assert row[5] == f"n = {samples}: not within {forwards / entry['forwards']:.0f}"
 
 
 def test_a_price_between_two_runs_is_read_on_a_log_scale():

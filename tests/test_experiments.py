@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from in_this_process import compare_in_this_process
 from scipy.stats import t as student
 
 from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -336,6 +338,32 @@ def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
     assert len(points) == 4
     for one, other in zip(observed.parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+# What to make of a measured agreement
+
+
+def test_rules_for_agreements_run_and_measure_what_the_committed_ones_did(tmp_path, monkeypatch):
+    script, results = import_module("agreement"), committed("agreement")
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--quick", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    script.main()
+    quick = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for part in ("toy", "regression"):
+        assert structure(quick[part]) == structure(results[part])
+        assert {row["rule"] for row in quick[part]} == set(script.RULES)
+        assert all(math.isfinite(row["mean"]) for row in quick[part])
+    recipe = replace(RECIPES["digits-mlp"](), max_steps=2)
+    (accuracy,) = script.accuracy("shrunk by 1 error", recipe, range(1))
+    assert 0 < accuracy < 100
+
+
+def test_the_rule_of_two_errors_is_the_librarys():
+    script = import_module("agreement")
+    pairs = list(itertools.product((-3.0, -0.9, -0.3, 0.2, 1.3, 4.0), (0.0, 0.1, 0.4, 2.0)))
+    two = script.shrunk_by(2)
+    assert [two(*pair) for pair in pairs] == [script.shrink(*pair) for pair in pairs]
+    assert [script.shrunk_by(n)(2.0, 0.4) for n in (1, 2, 3)] == pytest.approx([1.84, 1.36, 1.0])
 
 
 # Masked weights

@@ -18,6 +18,7 @@ import torch
 from in_this_process import compare_in_this_process
 from scipy.stats import t as student
 
+import fogzo
 from fogzo_lab.comparison.compare import CompareConfig
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.config import from_dict
@@ -389,6 +390,43 @@ def test_agreements_of_long_comparisons_are_those_of_the_kept_runs():
     script, results = import_module("agreement_scatter"), committed("agreement_scatter")
     assert script.collect() == results["comparisons"]
     assert set(results["short"]) == set(script.SHORT)
+
+
+def test_a_short_run_tells_the_error_of_the_weights_from_that_with_inputs():
+    script, results = import_module("agreement_scatter"), committed("agreement_scatter")
+    recipe = replace(RECIPES["digits-mlp"](), batch_size=8)  # no transformer, which imports slowly
+    alone, both = (
+        script.short_run(fogzo.lsq(2), activations, recipe, steps=4, measured=3)
+        for activations in (None, fogzo.lsq(2))
+    )
+    for found in (alone, both):
+        assert structure(found) == structure(results["short"]["LSQ, W2"])
+        assert found["steps"] == 3 and 0 < found["error"] < math.inf
+    assert (alone["error"], alone["far"]) == (alone["error_with_inputs"], alone["far_with_inputs"])
+    assert both["error_with_inputs"] != both["error"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_the_error_of_the_weights_does_not_depend_on_what_inputs_add(factor):
+    script, found = import_module("agreement_scatter"), []
+    for variance in (0.0, 1e6):
+        draws = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(100_000, generator=draws))
+        target = torch.randn(100_000, generator=draws)
+
+        def loss(weight=weight, target=target):
+            return 0.5 * ((weight / 0.25).round() * 0.25 - target).square().sum()
+
+        estimator = script._Both([("weight", weight, 0.25)], noise_share=0.0)
+        if variance:
+            estimator._rounds_inputs = True
+            estimator.load_state_dict({**estimator.state_dict(), "input_variance": variance})
+        weight.grad = ((weight / 0.25).round() * 0.25 - target).detach() / factor
+        stats = estimator.refine_grads_(loss)
+        found.append((estimator.of_weights, stats.agreement, stats.agreement_error))
+    (alone, agreement, error), (of_weights, same, with_inputs) = found
+    assert agreement == same == pytest.approx(factor, rel=0.2)
+    assert alone == of_weights == error < 1 < with_inputs
 
 
 def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out():

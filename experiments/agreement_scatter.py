@@ -23,12 +23,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fogzo
+from fogzo.estimators.agreement import agreement_error, shrink, unevenness
+from fogzo.estimators.base import Refined
+from fogzo.probing.directions import Direction, Directions
+from fogzo.probing.measure import Measurement
 from fogzo_lab.comparison.results import Comparison
 from fogzo_lab.comparison.tables import where
 from fogzo_lab.data.batches import load
 from fogzo_lab.system.environment import environment
 from fogzo_lab.system.json_files import dumps, write_text
 from fogzo_lab.table import Table
+from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import float_model, logits
 from fogzo_lab.training.run_folder import read_metrics
 from fogzo_lab.training.state import own_random_streams
@@ -90,9 +95,50 @@ def numbers(agreements: Sequence[float], errors: Sequence[float]) -> dict[str, f
     }
 
 
-def short_run(quantizer: fogzo.Quantizer, activations: fogzo.Quantizer | None) -> dict[str, float]:
-    """Agreements of a DeiT early in its training, by STE and then FOGZO with its defaults."""
-    recipe = paper.deep_images()["cifar-deit"]
+class _Both(fogzo.FogzoEstimator):
+    """FOGZO, which also says what the error would be if it knew of the weights alone.
+
+    That cannot be had from the error with inputs: where it explains an agreement, how unevenly the
+    weights are spread is not asked for.
+    """
+
+    of_weights = math.nan
+
+    def combine(
+        self,
+        noise_share: float,
+        directions: Directions,
+        plan: Sequence[Direction],
+        measured: Measurement,
+    ) -> Refined:
+        """Of the parent, unchanged."""
+        refined = super().combine(noise_share, directions, plan, measured)
+        error = agreement_error(
+            directions, noise_share, measured.loss_error, len(plan), self.one_sided
+        )
+        if shrink(refined.agreement, error) != 1:
+            error = math.hypot(error, unevenness(directions))
+        self.of_weights = error
+        return refined
+
+
+def short_run(
+    quantizer: fogzo.Quantizer,
+    activations: fogzo.Quantizer | None,
+    recipe: TrainConfig | None = None,
+    steps: int = STEPS,
+    measured: int = MEASURED,
+) -> dict[str, float]:
+    """Agreements early in a training by STE and then FOGZO with its defaults.
+
+    Args:
+        quantizer: Of the weights.
+        activations: Of the inputs.
+        recipe: The network and its data, the DeiT of the comparisons without it.
+        steps: Of the training.
+        measured: How many of them, the last ones, are FOGZO's.
+    """
+    recipe = recipe or paper.deep_images()["cifar-deit"]
     task = load_task(recipe)
     examples, chosen = task.splits["train"], torch.Generator().manual_seed(0)
 
@@ -115,21 +161,20 @@ def short_run(quantizer: fogzo.Quantizer, activations: fogzo.Quantizer | None) -
     if activations is not None and activations.scale.has_state:
         with fogzo.calibrate_(model):
             model(batch()[0])
-    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator = _Both(fogzo.quantized_weights(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     agreements, of_weights, errors = [], [], []
-    for step in range(STEPS):
+    for step in range(steps):
         x, y = batch()
-        if step < STEPS - MEASURED:
+        if step < steps - measured:
             compute_loss(x, y).backward()
         else:
             loss = estimator.record(compute_loss, x, y)
             loss.backward()
             stats = estimator.refine_grads_()
-            of_inputs = estimator.state_dict().get("input_variance", 0.0)
             agreements.append(stats.agreement)
             errors.append(stats.agreement_error)
-            of_weights.append(math.sqrt(stats.agreement_error**2 - of_inputs))
+            of_weights.append(estimator.of_weights)
         optimizer.step()
         optimizer.zero_grad()
     both = numbers(agreements, errors)

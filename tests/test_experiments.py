@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -17,7 +18,9 @@ import torch
 from in_this_process import compare_in_this_process
 from scipy.stats import t as student
 
+import fogzo
 from fogzo_lab.comparison.compare import CompareConfig
+from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.config import from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -218,13 +221,32 @@ def test_what_spsa_pays_for_fogzos_loss_by_hand():
         point("spsa", 1, 10_000, 10_000, 1.0),
         point("spsa", 4, 100, 1_000, 2.0),
         point("spsa", 4, 100_000, 100_000, 0.5, 0.7),
+        point("spsa", 9, 25, 900_000, 2.5),
     ]
     one, ten = script.equal_loss(points)
     assert (one["train_loss"], one["spsa_samples"]) == (1.0, 1)
     assert one["spsa_forwards"] == pytest.approx(10_000)
     assert one["ratio"] == pytest.approx(200)
     assert (ten["ratio"], ten["lowest_spsa_loss"]) == (None, 0.6)
-    assert ten["tried_ratio"] == pytest.approx(100_000 / 230)
+    # The dearest run is far from that loss, and bounds nothing.
+    assert (ten["lowest_spsa_samples"], ten["lowest_spsa_forwards"]) == (4, 100_000)
+    assert ten["lowest_spsa_ratio"] == pytest.approx(100_000 / 230)
+
+
+def test_the_table_claims_of_an_unreached_loss_only_what_the_nearest_run_shows():
+    script, results = import_module("forwards"), committed("forwards")
+    assert results["equal_loss"] == script.equal_loss(results["points"])
+    for entry, row in zip(results["equal_loss"], script.table(results).rows, strict=True):
+        if entry["ratio"] is None:
+            nearest = [
+                p
+                for p in results["points"]
+                if (p["row"], p["optimizer"]) == ("spsa", entry["optimizer"])
+                and statistics.fmean(p["train_loss"]) == entry["lowest_spsa_loss"]
+            ]
+            (samples, forwards), *others = [(p["samples"], p["forwards"]) for p in nearest]
+            assert not others and f"{forwards:,}" in row[4]
+            assert row[5] == f"n = {samples}: not within {forwards / entry['forwards']:.0f}"
 
 
 def test_a_price_between_two_runs_is_read_on_a_log_scale():
@@ -319,6 +341,32 @@ def test_measuring_agreements_runs_and_leaves_the_training_as_it_was():
         assert torch.equal(one, other)
 
 
+# What to make of a measured agreement
+
+
+def test_rules_for_agreements_run_and_measure_what_the_committed_ones_did(tmp_path, monkeypatch):
+    script, results = import_module("agreement"), committed("agreement")
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--quick", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    script.main()
+    quick = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for part in ("toy", "regression"):
+        assert structure(quick[part]) == structure(results[part])
+        assert {row["rule"] for row in quick[part]} == set(script.RULES)
+        assert all(math.isfinite(row["mean"]) for row in quick[part])
+    recipe = replace(RECIPES["digits-mlp"](), max_steps=2)
+    (accuracy,) = script.accuracy("shrunk by 1 error", recipe, range(1))
+    assert 0 < accuracy < 100
+
+
+def test_the_rule_of_two_errors_is_the_librarys():
+    script = import_module("agreement")
+    pairs = list(itertools.product((-3.0, -0.9, -0.3, 0.2, 1.3, 4.0), (0.0, 0.1, 0.4, 2.0)))
+    two = script.shrunk_by(2)
+    assert [two(*pair) for pair in pairs] == [script.shrink(*pair) for pair in pairs]
+    assert [script.shrunk_by(n)(2.0, 0.4) for n in (1, 2, 3)] == pytest.approx([1.84, 1.36, 1.0])
+
+
 # Masked weights
 
 
@@ -342,6 +390,43 @@ def test_agreements_of_long_comparisons_are_those_of_the_kept_runs():
     script, results = import_module("agreement_scatter"), committed("agreement_scatter")
     assert script.collect() == results["comparisons"]
     assert set(results["short"]) == set(script.SHORT)
+
+
+def test_a_short_run_tells_the_error_of_the_weights_from_that_with_inputs():
+    script, results = import_module("agreement_scatter"), committed("agreement_scatter")
+    recipe = replace(RECIPES["digits-mlp"](), batch_size=8)  # no transformer, which imports slowly
+    alone, both = (
+        script.short_run(fogzo.lsq(2), activations, recipe, steps=4, measured=3)
+        for activations in (None, fogzo.lsq(2))
+    )
+    for found in (alone, both):
+        assert structure(found) == structure(results["short"]["LSQ, W2"])
+        assert found["steps"] == 3 and 0 < found["error"] < math.inf
+    assert (alone["error"], alone["far"]) == (alone["error_with_inputs"], alone["far_with_inputs"])
+    assert both["error_with_inputs"] != both["error"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_the_error_of_the_weights_does_not_depend_on_what_inputs_add(factor):
+    script, found = import_module("agreement_scatter"), []
+    for variance in (0.0, 1e6):
+        draws = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(100_000, generator=draws))
+        target = torch.randn(100_000, generator=draws)
+
+        def loss(weight=weight, target=target):
+            return 0.5 * ((weight / 0.25).round() * 0.25 - target).square().sum()
+
+        estimator = script._Both([("weight", weight, 0.25)], noise_share=0.0)
+        if variance:
+            estimator._rounds_inputs = True
+            estimator.load_state_dict({**estimator.state_dict(), "input_variance": variance})
+        weight.grad = ((weight / 0.25).round() * 0.25 - target).detach() / factor
+        stats = estimator.refine_grads_(loss)
+        found.append((estimator.of_weights, stats.agreement, stats.agreement_error))
+    (alone, agreement, error), (of_weights, same, with_inputs) = found
+    assert agreement == same == pytest.approx(factor, rel=0.2)
+    assert alone == of_weights == error < 1 < with_inputs
 
 
 def test_a_mean_over_seeds_is_ranked_and_a_rate_without_a_row_is_left_out():

@@ -439,6 +439,79 @@ def test_rows_stand_beside_ste_and_the_leader_of_each_budget_is_named():
         beside_table(replace(found, rows=(RIVALS[2],)))
 
 
+# Rows that diverged
+
+NEVER = [Candidate(rate, None, math.inf) for rate in (0.01, 0.1)]
+LOST = {"tuning": NEVER, "extra_forwards": None}
+WHERE = {"processor": "P", "cores": 2, "torch": "2", "date": "today"}
+
+
+def with_facts(*rows):
+    """A comparison of such rows that pages can show."""
+    times = {row.name: 1.0 for row in rows}
+    return replace(made(*rows), run_seconds=times, environment=WHERE)
+
+
+def test_a_row_that_diverged_at_every_rate_is_at_no_edge_and_its_passes_are_unknown():
+    lost = row("ste", (None,) * 3, **LOST)
+    own = [Candidate(0.01, kappa, math.inf) for kappa in (0.1, 1.0)]
+    found = with_facts(
+        lost,
+        RIVALS[2],
+        row(
+            "fogzo",
+            (None,) * 3,
+            value=0.1,
+            **LOST,
+        ),
+    )
+    assert not lost.at_edge_of_grid and lost.chosen_rate == "0.01"
+    assert replace(lost, value=0.1, name="fogzo", tuning=own).chosen_value == "kappa 0.1"
+    table = words.page_table(found)
+    assert [cells[:4] for cells in table.rows] == [
+        ["STE", "100 + –", "diverged", "diverged"],
+        ["placebo", "100 + 0", "82.00 ± 0.95", "diverged"],
+        ["FOGZO", "100 + –", "diverged", ""],
+    ]
+    assert "edge" not in table.caption
+    assert "0 of 3 tuned rows" in verdict_table({"a net": found}).caption
+    assert words.difference_table(found) is None
+    assert "FOGZO minus row, points [95%]" not in words.quality_table(found).heading
+
+
+def test_a_verdict_without_an_interval_is_told_from_a_row_that_was_not_run():
+    part = row("ste", (0.8, None, 0.8), tuning=[Candidate(0.01, None, 0.1)])
+    table = verdict_table({"a net": made(part, RIVALS[2], FOGZO)})
+    assert table.rows == [["a net", "? / ·", "· / ·", "− / ·", "? / · (STE)"]]
+    assert table.caption.startswith("1 signs in the first three columns")
+    assert "?: run, but without an interval" in table.caption
+    assert "?" not in verdict_table({"a net": made(*RIVALS, FOGZO)}).caption
+    assert verdict_table({"a net": made(RIVALS[0])}).rows[0][1:] == [*["· / ·"] * 3, "· / · ()"]
+
+
+def test_a_difference_from_a_run_that_diverged_is_not_taken_for_none():
+    cage = row("ste-cage", (0.8, None, 0.8), value=10.0, tuning=[Candidate(0.01, 10.0, 0.1)])
+    found = with_facts(*RIVALS, FOGZO, cage)
+    (line,) = [cells for cells in beside_table(found).rows if cells[0] == "STE, CAGE"]
+    assert line[1:3] == ["diverged", "diverged"]
+    assert beside_table(found).rows[0][2] == ""
+    assert minus_table({"a net": found}, ["ste-cage"]).rows[0][3] == "diverged"
+    assert leaders_table({"a net": found}).rows[0][3:5] == ["STE, CAGE", "diverged"]
+    lost = [replace(each, tuning=NEVER) for each in (RIVALS[0], FOGZO)]
+    assert leaders_table({"a net": made(*lost)}).rows[0][3] == "diverged"
+
+
+def test_a_rival_of_which_a_seed_diverged_is_named():
+    later = row("ste", (0.8, 0.8, None), budget="time")
+    found = made(RIVALS[0], row("ste-unmasked", (None, None, 0.8)), FOGZO, later)
+    said = (
+        "2 of 3 runs of STE, unmasked diverged; 1 of 3 runs of STE (equal time) diverged, so no "
+        "winner is called there."
+    )
+    assert said == words.story(found)[-2] == words.findings(found)[-2]
+    assert "diverged" not in " ".join(words.story(made(*RIVALS, FOGZO)))
+
+
 def test_every_row_can_be_drawn():
     assert set(STYLES) == set(ROWS)
 

@@ -20,6 +20,7 @@ from fogzo_lab.training.loop import train
 from fogzo_lab.training.method_config import PUBLISHED, MethodConfig
 from fogzo_lab.training.model_config import QuantizerConfig
 from fogzo_lab.training.parallel import Ranks
+from fogzo_lab.training.parq import around
 from fogzo_lab.training.run_folder import read_metrics
 from fogzo_lab.training.state import Training
 
@@ -147,6 +148,41 @@ def test_parq_ends_on_as_many_levels_as_it_has_and_is_evaluated_so(tmp_path):
         examine(tmp_path)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_parq_is_on_its_levels_in_the_end_of_a_few_steps_too(tmp_path, steps):
+    train(config(tmp_path, method=MethodConfig(name="parq"), max_steps=steps))
+    model = trained(tmp_path)["model"]
+    assert all(len(model[name].unique()) <= 4 for name in ("1.weight", "3.weight"))
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["softness"] == 0
+
+
+def test_parqs_annealing_ends_where_it_always_did_in_more_steps(tmp_path):
+    for steps in (*range(5, 200), 1265, 2531):
+        made = config(tmp_path, method=MethodConfig(name="parq"), max_steps=steps)
+        weight = torch.nn.Parameter(torch.zeros(2))
+        found = around(made, torch.optim.SGD([{"params": [weight], "quant_bits": 2}], lr=0.1))
+        assert found.prox_map.anneal_end == round(0.9 * steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "resets"), [(19, 10), (39, 20), (25, 10), (11, 4), (10, 10), (100, 10), (1265, 10)]
+)
+def test_winq_resets_as_often_as_it_is_told(tmp_path, steps, resets):
+    method = MethodConfig(name="winq", resets=resets)
+    training = Training(
+        config(tmp_path, method=method, max_steps=steps), Ranks(torch.device("cpu"))
+    )
+    pull = training.methods.acting
+    found = [step for step in range(steps) if pull.strength(step)]
+    assert len(found) == resets
+    assert {pull.strength(step) for step in found} == {0.8}
+    gaps = [b - a for a, b in itertools.pairwise([-1, *found])]
+    assert max(gaps) - min(gaps) <= 1
+    assert any(pull.strength(step) for step in range(steps, 2 * steps))  # as turns are timed there
+    if steps >= resets**2:  # to the step what it was
+        assert found == list(range(steps // resets - 1, steps, steps // resets))
+
+
 def test_parq_without_torchao_names_the_package_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("fogzo_lab.training.parq.find_spec", lambda name: None)
@@ -244,7 +280,7 @@ def test_a_rows_own_parameter_is_its_authors_or_tuned(tmp_path):
 
 
 def test_a_row_puts_its_own_parameter_where_it_belongs(tmp_path):
-    base = config(tmp_path)
+    base = config(tmp_path, max_steps=10)
     found = ROWS["ste-winq"].config(base, 0.5).method.options
     assert found == {"keep": 0.5, "resets": 10}
     assert ROWS["ste-cewt"].config(base, 2.5).method.options["rate_factor"] == 2.5
@@ -282,6 +318,11 @@ def test_the_default_rows_go_with_every_method(tmp_path, name):
         ({"ema_decay": 0.9, "method": MethodConfig(name="parq")}, "--ema-decay None"),
         ({"ema_decay": 0.9, "quantize_from": 1.0}, "nothing to average: --ema-decay None, or"),
         ({"precision": "fp16", "method": MethodConfig(name="parq")}, "--precision bf16"),
+        ({"max_steps": 1, "method": MethodConfig(name="parq")}, "got 1: --max-steps 2$"),
+        (
+            {"max_steps": 3, "method": MethodConfig(name="winq")},
+            "got 4 resets in 3 steps: --method.resets 3, or --max-steps 4$",
+        ),
         (
             {"quantizer": replace(LSQ, granularity=4), "method": MethodConfig(name="parq")},
             "groups of 4: --quantizer.granularity channel",
@@ -309,6 +350,6 @@ def test_muon_cannot_be_parqs(tmp_path):
 
 @pytest.mark.parametrize("name", ["cage", "winq", "dampening"])
 def test_probes_under_a_pull_are_warned_of(tmp_path, caplog, name):
-    options = {"estimator": "fogzo", "checkpoint_every": -1, "max_steps": 1}
+    options = {"estimator": "fogzo", "checkpoint_every": -1, "max_steps": 4}
     train(config(tmp_path, method=MethodConfig(name=name), **options))
     assert "a pull to the grid" in caplog.text and "--estimator ste" in caplog.text

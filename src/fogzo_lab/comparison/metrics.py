@@ -42,9 +42,9 @@ class Metric:
         return f"{self.text(summary.mean)} ± {self.text(summary.sd)}"
 
     def interval(self, found: Interval | None) -> str:
-        """A difference and its interval; nothing where there is none."""
+        """A difference and its interval; nothing where there is none, unless a run diverged."""
         if found is None or not found.exists:
-            return ""
+            return "" if found is None or math.isfinite(found.mean) else "diverged"
         ends = f"{self.text(found.low, '+')}, {self.text(found.high, '+')}"
         return f"{self.text(found.mean, '+')} [{ends}]"
 

@@ -1,7 +1,9 @@
 """Many comparisons in one table: what the intervals say of FOGZO beside its rivals."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
 
 from fogzo_lab.comparison.intervals import Interval, Verdict
 from fogzo_lab.comparison.results import BUDGETS, Budget, Comparison, RowResult
@@ -12,11 +14,13 @@ from fogzo_lab.table import Table
 RIVALS = ("ste", "ste-unmasked", "placebo")
 """Rows that every gradient should be compared with, none of which needs extra forward passes."""
 
-SIGNS: Mapping[Verdict | None, str] = {
+Called = Verdict | Literal["no interval", "not run"]
+SIGNS: Mapping[Called, str] = {
     "better": "+",
     "worse": "−",
     "not significant": "=",
-    None: "·",
+    "no interval": "?",
+    "not run": "·",
 }
 _WHEN: Mapping[Budget, str] = {"steps": "", "time": " at equal time"}
 
@@ -27,15 +31,15 @@ def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
     Args:
         comparisons: By what was trained, and how it was quantized.
     """
-    rows, calls = [], Counter[Verdict]()
+    rows, calls = [], Counter[Called]()
     for label, comparison in comparisons.items():
         cells = []
         for name in RIVALS:
             verdicts = [_verdict(comparison, name, budget) for budget in BUDGETS]
-            calls.update(verdict for verdict in verdicts if verdict)
+            calls.update(verdicts)
             cells.append(" / ".join(SIGNS[verdict] for verdict in verdicts))
         rows.append([label, *cells, _beside_the_best(comparison)])
-    count = calls.total()
+    count = sum(calls[verdict] for verdict in get_args(Verdict))
     tuned = [row for comparison in comparisons.values() for row in comparison.rows]
     caption = (
         f"{count} signs in the first three columns: {calls['better']} are +, {calls['worse']} "
@@ -43,6 +47,11 @@ def verdict_table(comparisons: Mapping[str, Comparison]) -> Table:
         f"chance alone would make about {count / 20:.0f} significant. Best learning rate at an "
         f"edge of the grid: {sum(row.at_edge_of_grid for row in tuned)} of {len(tuned)} tuned rows."
     )
+    if any(SIGNS["no interval"] in cell for cells in rows for cell in cells[1:]):
+        caption += (
+            f" {SIGNS['no interval']}: run, but without an interval, as a run diverged or the "
+            "seeds tell no spread."
+        )
     heading = ["network: quantizer", *(ROWS[name].label for name in RIVALS)]
     return Table("Verdicts", [*heading, "best free rival"], rows, caption)
 
@@ -199,7 +208,8 @@ def leaders_table(comparisons: Mapping[str, Comparison]) -> Table:
                 raise ValueError(f"{label} lacks a row: expected ste and fogzo")
             gaps = [_minus(comparison, row, "ste", budget) for row in (leader, fogzo)]
             reached = main.spread(ste.summary(main.key))
-            rows.append([label, budget, reached, leader.label, *map(main.called, gaps)])
+            led = leader.label if math.isfinite(leader.best_loss) else "diverged"
+            rows.append([label, budget, reached, led, *map(main.called, gaps)])
     heading = ["network: quantizer", "equal", "STE", "lowest validation loss", "it − STE"]
     caption = (
         "Test accuracy in % (more is better), or perplexity for LLaMA (less is better), mean ± "
@@ -265,18 +275,21 @@ def _beside_the_best(comparison: Comparison) -> str:
     signs, names = [], []
     for budget in BUDGETS:
         rival = best_free_rival(comparison, budget)
-        verdict = None if rival is None else _verdict(comparison, rival.name, budget)
+        verdict = "not run" if rival is None else _verdict(comparison, rival.name, budget)
         signs.append(SIGNS[verdict])
-        if rival is not None and verdict is not None:
+        if rival is not None and verdict != "not run":
             names.append(rival.label)
     return f"{' / '.join(signs)} ({' / '.join(dict.fromkeys(names))})"
 
 
-def _verdict(comparison: Comparison, name: str, budget: Budget) -> Verdict | None:
+def _verdict(comparison: Comparison, name: str, budget: Budget) -> Called:
     if budget == "time" and not comparison.has_equal_time:
-        return None
+        return "not run"
+    if any(comparison.find(each, budget) is None for each in (name, "fogzo")):
+        return "not run"
     gap = _gap(comparison, name, budget)
-    return None if gap is None else gap.verdict(comparison.main_metric.more_is_better)
+    verdict = None if gap is None else gap.verdict(comparison.main_metric.more_is_better)
+    return verdict or "no interval"
 
 
 def _gaps(comparison: Comparison) -> Iterator[tuple[Budget, Sequence[Interval | None]]]:

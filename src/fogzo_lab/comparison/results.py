@@ -117,7 +117,7 @@ class RowResult:
 
     @property
     def best_loss(self) -> float:
-        """The validation loss of what was chosen."""
+        """The validation loss of what was chosen; infinite where all candidates diverged."""
         return min(candidate.loss for candidate in self.tuning)
 
     @property
@@ -128,15 +128,17 @@ class RowResult:
 
     @property
     def at_edge_of_grid(self) -> bool:
-        """Whether a better learning rate may lie beyond the grid."""
+        """Whether a better learning rate may lie beyond the grid; no, if all of it diverged."""
         rates = list(self.loss_by_rate)
-        return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
+        at_end = len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
+        return at_end and math.isfinite(self.best_loss)
 
     @property
     def value_at_edge(self) -> bool:
         """Whether a better value of its own parameter may lie beyond those that were tried."""
         tried = {candidate.value for candidate in self.tuning if candidate.value is not None}
-        return len(tried) > 1 and self.value in (min(tried), max(tried))
+        at_end = len(tried) > 1 and self.value in (min(tried), max(tried))
+        return at_end and math.isfinite(self.best_loss)
 
     @property
     def forwards(self) -> float | None:
@@ -210,7 +212,7 @@ class Difference:
     Attributes:
         row: The other row.
         budget: At equal time either may be a row of equal steps, if that takes as long.
-        intervals: By the metric's key, those that either row has.
+        intervals: By the metric's key, those that any row has: a row that diverged has none.
     """
 
     row: RowResult
@@ -302,6 +304,7 @@ class Comparison:
     def differences(self) -> list[Difference]:
         """FOGZO minus every other row, in the rows' order; none without FOGZO."""
         names = dict.fromkeys(row.name for row in self.rows if row.name != "fogzo")
+        measured = {metric.key for metric in self.metrics}
         found = []
         for budget in BUDGETS:
             fogzo = self.find("fogzo", budget)
@@ -311,7 +314,7 @@ class Comparison:
                     intervals = {
                         key: Interval.paired(fogzo.values(key), row.values(key))
                         for key in METRICS
-                        if fogzo.summary(key) is not None or row.summary(key) is not None
+                        if key in measured
                     }
                     found.append(Difference(row, budget, intervals))
         return found
@@ -321,7 +324,7 @@ class Comparison:
     ) -> Interval | None:
         """FOGZO minus a row, at that row's budget or another.
 
-        None for FOGZO itself, and where neither has the metric.
+        None for FOGZO itself, and where no row has the metric.
         """
         for wanted in (budget or row.budget, "steps"):
             for difference in self.differences:

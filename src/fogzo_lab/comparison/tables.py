@@ -33,7 +33,8 @@ def page_table(comparison: Comparison) -> Table:
         heading += [metric.heading, "FOGZO − row"]
     rows = []
     for row in comparison.rows:
-        cells = [row.title, f"{row.steps:,} + {row.extra_forwards or 0:,g}"]
+        extra = "–" if row.extra_forwards is None else f"{row.extra_forwards:,g}"
+        cells = [row.title, f"{row.steps:,} + {extra}"]
         for metric in shown:
             gap = metric.called(comparison.interval(row, metric))
             cells += [metric.spread(row.summary(metric.key)), gap]
@@ -57,8 +58,8 @@ def quality_table(comparison: Comparison, differences: bool = True) -> Table:
     with_own = any(row.value is not None for row in comparison.rows)
     heading = ["row", *(metric.heading for metric in metrics), "learning rate"]
     heading += [*(["own parameter"] if with_own else []), "steps"]
-    gaps = [main.interval(comparison.interval(row, main)) for row in comparison.rows]
-    differences = differences and any(gaps)
+    gaps = [comparison.interval(row, main) for row in comparison.rows]
+    differences = differences and any(gap is not None and gap.exists for gap in gaps)
     if differences:
         heading += [f"FOGZO minus row, {main.unit or 'perplexity'} [95%]"]
     rows = []
@@ -66,7 +67,7 @@ def quality_table(comparison: Comparison, differences: bool = True) -> Table:
         cells = [row.title, *(metric.spread(row.summary(metric.key)) for metric in metrics)]
         cells += [row.chosen_rate, *([row.chosen_value] if with_own else [])]
         cells += [f"{row.steps:,}"]
-        cells += [gap] if differences else []
+        cells += [main.interval(gap)] if differences else []
         rows.append(cells)
     caption = (
         "Mean ± standard deviation over seeds, at the learning rate, and the row's own parameter, "
@@ -83,12 +84,12 @@ def difference_table(comparison: Comparison) -> Table | None:
         for metric in comparison.metrics
         if any(metric.key in gap.intervals for gap in comparison.differences)
     ]
+    if not any(gap.exists for found in comparison.differences for gap in found.intervals.values()):
+        return None
     rows = [
         [gap.title, *(metric.interval(gap.intervals.get(metric.key)) for metric in metrics)]
         for gap in comparison.differences
     ]
-    if not any(any(cells[1:]) for cells in rows):
-        return None
     caption = (
         "FOGZO minus row, paired by seed, with Student's 95% interval. A difference is significant "
         "where its interval excludes zero."
@@ -149,6 +150,7 @@ def findings(comparison: Comparison) -> list[str]:
             if labels:
                 sentences.append(f"{begin.format(metric.name)}{'; '.join(labels)}.")
     if sentences:
+        sentences += _left_out(comparison, comparison.rows)
         return [*sentences, "Each by a 95% interval of differences paired by seed."]
     return [_no_interval(comparison)] if comparison.differences else []
 
@@ -206,6 +208,7 @@ def story(comparison: Comparison) -> list[str]:
             lines.append(f"{when}, FOGZO was {'; '.join(parts)}.")
     if not verdicts:
         return [*lines, _no_interval(comparison)]
+    lines += _left_out(comparison, [row for row in comparison.rows if row is not fogzo])
     direction = "more" if main.more_is_better else "less"
     lines.append(
         "In brackets: FOGZO minus the row, and its 95% interval over seeds; "
@@ -257,10 +260,18 @@ def _no_interval(comparison: Comparison) -> str:
     return f"{why}, so no interval exists and no winner is called."
 
 
+def _left_out(comparison: Comparison, rows: Sequence[RowResult]) -> list[str]:
+    """A sentence on those of which no verdict tells, as a run diverged; none if all are whole."""
+    main = comparison.main_metric
+    said = [_diverged(row, main) for row in rows if row.name != "float"]
+    named = "; ".join(filter(None, said))
+    return [f"{named}, so no winner is called there."] if named else []
+
+
 def _diverged(row: RowResult, metric: Metric) -> str:
     """How many runs of a row have diverged, and no such number, in words; empty if none."""
     count = row.values(metric.key).count(None)
-    return f"{count} of {len(row.seeds)} runs of {row.label} diverged" if count else ""
+    return f"{count} of {len(row.seeds)} runs of {row.title} diverged" if count else ""
 
 
 def _range(metric: Metric, gap: Interval) -> str:

@@ -270,10 +270,21 @@ class TrainConfig(Options):
             raise ValueError(
                 f"{name} needs all of a weight, of which fsdp gives a rank a part: --parallel ddp"
             )
+        if name == "winq" and self.method.options["resets"] > self.max_steps:
+            resets = self.method.options["resets"]
+            raise ValueError(
+                f"winq resets once in a step at most, got {resets} resets in {self.max_steps} "
+                f"steps: --method.resets {self.max_steps}, or --max-steps {resets}"
+            )
         if name == "parq":
             self._check_parq()
 
     def _check_parq(self) -> None:
+        if self.max_steps < 2:
+            raise ValueError(
+                "parq ends on its levels in a step after those that draw weights to them, which "
+                f"takes 2 steps at least, got {self.max_steps}: --max-steps 2"
+            )
         if self.estimator != "ste":
             raise ValueError(
                 f"parq trains weights that no layer rounds, and {self.estimator} measures what "

@@ -1,6 +1,7 @@
 """The method of a run beside its estimator, at the places of the loop where it acts."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -109,6 +110,33 @@ def start_in_float(config: TrainConfig, model: nn.Module, step: int = 0) -> Swit
     return switch
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """``strength`` in ``resets`` steps, evenly spread over ``total_steps``, and so on after them.
+
+    >>> [step for step in range(7) if _Spread(0.8, 4, 7)(step)]
+    [1, 3, 5, 6]
+    """
+
+    strength: float
+    resets: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The strength at a step."""
+        before, after = (count * self.resets // self.total_steps for count in (step, step + 1))
+        return self.strength if after > before else 0.0
+
+
+def _resets(model: nn.Module, steps: int, *, resets: int, keep: float) -> GridPull:
+    """WinQ, as often as asked in a run."""
+    every = steps // resets
+    if steps // every == resets:
+        return winq(model, every=every, keep=keep)
+    # Such a period fits more often into a short run: 19 times into 19 steps, for 10.
+    return GridPull(model, _Spread(1 - keep, resets, steps))
+
+
 def _build(
     config: TrainConfig, model: nn.Module, optimizer: Optimizer
 ) -> GridPull | GridPenalty | Cewt | Annealing | None:
@@ -117,7 +145,7 @@ def _build(
         case "cage":
             return cage(model, optimizer, total_steps=steps, **options)
         case "winq":
-            return winq(model, every=max(1, steps // options["resets"]), keep=options["keep"])
+            return _resets(model, steps, **options)
         case "dampening":
             return dampening(model, total_steps=steps, **options)
         case "cewt":

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from fogzo.methods.pull import step_of
 from fogzo_lab.training.config import TrainConfig
 
-# Of the run, after which weights are on their levels.
+# Of the run, after which weights are on their levels; in a few steps, before the last one, as a
+# step draws weights by how many were taken before it.
 ANNEAL_END = 0.9
 _NOT_BITS = {"ternary": 0, "sign": 1}
 
@@ -50,7 +51,7 @@ def around(config: TrainConfig, optimizer: Optimizer) -> Optimizer:
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import TernaryUnifQuantizer, UnifQuantizer
 
-    end = max(1, round(ANNEAL_END * config.max_steps))
+    end = min(round(ANNEAL_END * config.max_steps), config.max_steps - 1)
     ternary = config.quantizer.preset == "ternary"
     made: Optimizer = QuantOptimizer(
         optimizer,

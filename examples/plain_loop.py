@@ -39,7 +39,8 @@ def main() -> None:
     fogzo.quantize_(model, fogzo.lsq(bits=2, granularity="channel"))
     weights = fogzo.quantized_weights(model)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    groups = fogzo.parameter_groups(model, weight_decay=0.01)  # step sizes do not decay
+    optimizer = torch.optim.AdamW(groups, lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     estimator = fogzo.FogzoEstimator(

@@ -221,7 +221,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
         ),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
-        # At the rate that all rows had chosen; most but FOGZO's are runs of those without "-inputs".
+        # At the rate that all rows had chosen; most but FOGZO's are of those without "-inputs".
         "long-deit-quest-w2a2-inputs": long(
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower[1:2], num_seeds=5
         ),

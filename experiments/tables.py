@@ -116,7 +116,11 @@ MASKS = {
 }
 """Step sizes that are kept, by network, bits and length: what a mask costs."""
 
-ALONE = ("linear-mnist-mlp", "long-deit-quest-w2a2-inputs")
+ALONE = (
+    "linear-mnist-mlp",
+    "long-deit-quest-w2a2-inputs",
+    "long-llama-quest-w2a2-inputs",
+)
 """Comparisons of one question."""
 
 METHODS = {

@@ -70,15 +70,25 @@ def refused(shows):
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1, 2.5, math.nan, math.inf])
 def test_a_noise_share_outside_its_range_is_refused(share):
     setup = Setup()
-    with refused("beta = 0.999 is noise_share=1e-3"):
+    with refused("leave it out for a kappa of 0.001, or noise_share=fogzo.linear_noise_share("):
         fogzo.FogzoEstimator(setup.weights, noise_share=share)
+    setup.assert_untouched()
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.1, math.nan, "much"])
+def test_the_weight_of_a_control_variate_is_refused_by_its_own_name(weight):
+    setup = Setup()
+    with refused("weight is the fraction of STE's bias that is removed, in [0, 1), got "):
+        fogzo.ControlVariateEstimator(setup.weights, weight=weight)
+    with refused("leave noise_share out, and weight, which has a default"):
+        fogzo.ControlVariateEstimator(setup.weights, noise_share=0.1)
     setup.assert_untouched()
 
 
 @pytest.mark.parametrize("share", [-1e-9, 1.0, math.nan])
 def test_a_noise_share_function_is_checked_when_it_is_called(share):
     setup = Setup(noise_share=lambda step: share)
-    with refused("noise_share=1e-3"):
+    with refused("noise_share=fogzo.linear_noise_share("):
         setup.estimator.refine_grads_(setup.loss_of)
     setup.assert_untouched()
 

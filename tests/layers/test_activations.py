@@ -565,7 +565,7 @@ REFUSALS = {
     ),
     "odd features": (
         _quantize(activations=fogzo.quest(2), features=7),
-        r"input of '0'.*rotation=None",
+        r"input of '0'.*dataclasses\.replace\(quantizer, rotation=None\)",
     ),
     "a preset not called": (_quantize(activations=fogzo.lsq), r"activations=fogzo\.lsq\(2\)\)"),
     "a number": (

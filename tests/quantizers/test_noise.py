@@ -19,9 +19,9 @@ def layer(quantizer, noise=SIGMA):
 
 @EVERY_PRESET
 def test_it_is_off_in_evaluation_codes_and_baked_weights(preset):
-    noisy, plain = layer(PRESETS[preset]()), layer(PRESETS[preset](), noise=0.0)
+    noisy, plain = (layer(PRESETS[preset](), noise=noise) for noise in (0.5, 0.0))
     expected = plain.quantized_weight()
-    with streams_put_back(0):
+    with streams_put_back(1):  # 0 would draw the weights again, and change no sign
         before = torch.get_rng_state()
         assert torch.equal(noisy.codes(), plain.codes())
         assert torch.equal(noisy.eval().quantized_weight(), expected)
@@ -61,9 +61,10 @@ def test_a_step_stays_positive_whatever_the_noise():
             assert end.item() >= 1.5 * 0.2
 
 
-def test_probes_see_the_noise_of_the_backward_pass_and_give_the_stream_back():
+@EVERY_PRESET
+def test_probes_see_the_noise_of_the_backward_pass_and_give_the_stream_back(preset):
     model = fill(nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)))
-    fogzo.quantize_(model, replace(fogzo.lsq(2), noise=SIGMA), everything)
+    fogzo.quantize_(model, replace(PRESETS[preset](), noise=SIGMA), everything)
     estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model), noise_share=0.01)
     x = draw(4, 16)
     with streams_put_back(0):

@@ -148,7 +148,7 @@ class GradientEstimator(ABC):
             )
         self._noise_share = noise_share
         self._count_weights()
-        if isinstance(noise_share, float):
+        if self.mixes_noise and isinstance(noise_share, float):
             warn_if_noise_dominates(noise_share, self.num_weights, self.num_samples)
         self.one_sided = one_sided
         self.seed = _check_seed(seed)

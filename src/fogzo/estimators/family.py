@@ -26,6 +26,7 @@ from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.linearized import LinearizedLoss
 from fogzo.probing.measure import Measurement, measure
+from fogzo.quantizers.checks import is_number
 
 
 class FogzoEstimator(GradientEstimator):
@@ -234,7 +235,13 @@ class ControlVariateEstimator(_NoiseOnly):
         if options.pop("noise_share", None) is not None:
             raise ValueError(
                 "ControlVariateEstimator has no noise share but a weight, the fraction of STE's "
-                "bias that it removes: fogzo.ControlVariateEstimator(weights, weight=1e-3)"
+                "bias that it removes: leave noise_share out, and weight, which has a default: "
+                "fogzo.ControlVariateEstimator(weights)"
+            )
+        if not (weight is None or callable(weight) or (is_number(weight) and 0 <= weight < 1)):
+            raise ValueError(
+                f"weight is the fraction of STE's bias that is removed, in [0, 1), got {weight!r}: "
+                "leave it out, fogzo.ControlVariateEstimator(weights), for that of least error"
             )
         options["noise_share"] = weight
         super().__init__(weights, **options)

@@ -240,8 +240,9 @@ def check_noise_share(noise_share: float) -> float:
         share = math.nan
     if not 0 <= share < 1:
         raise ValueError(
-            f"noise_share is q = 1 - beta, in [0, 1), got {noise_share!r:.80}: beta = 0.999 is "
-            "noise_share=1e-3; for pure noise use fogzo.SpsaEstimator"
+            f"noise_share is q = 1 - beta, in [0, 1), got {noise_share!r:.80}: leave it out for "
+            f"a kappa of {DEFAULT_KAPPA:g}, or noise_share=fogzo.linear_noise_share(total_steps="
+            "1000, kappa=0.01); for pure noise use fogzo.SpsaEstimator"
         )
     return share
 

@@ -130,7 +130,7 @@ def _choose(layer: SourceLayer, format: str, rules: Format, source: Source) -> S
         return (
             f"its weights are rotated (Hadamard), and {format} has no rotation of inputs: "
             'format="packed", format="float" (rotation folded into float weights), or train with '
-            "rotation=None"
+            "a quantizer that does not rotate, such as fogzo.lsq(2)"
         )
     if weight.dtype == torch.float64 and not rules.float64:
         return "its weights are float64, whose steps no reader holds: model.float(), then export"

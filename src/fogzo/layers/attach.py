@@ -411,8 +411,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     if isinstance(layer, QuantizedLayer):
         raise ValueError(
             f"{name!r} is quantized already ({layer.quantizer.grid.name}): start from a fresh "
-            "model, or leave it out with filter_fn=lambda module, name: "
-            "not isinstance(module, fogzo.QuantizedLayer)"
+            "model, or name what is to be quantized now, filter_fn=lambda module, name: "
+            "name in {...}; a filter replaces the default one, which leaves the head in float"
         )
     if isinstance(layer, QuantizedInput):
         raise ValueError(

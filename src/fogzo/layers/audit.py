@@ -39,7 +39,7 @@ class LayerAudit:
             warnings.warn(
                 f"the weights train but the learned step sizes of {listed(list(pairs))} do not, "
                 "as in an optimizer made before fogzo.quantize_, which does not know them. Make it "
-                "after: optimizer = torch.optim.AdamW(model.parameters())"
+                "after: torch.optim.AdamW(fogzo.parameter_groups(model, weight_decay=0.01))"
                 + caveat("Untrained step sizes"),
                 UserWarning,
                 stacklevel=2,

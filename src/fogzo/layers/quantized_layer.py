@@ -448,10 +448,12 @@ def warn_of_empty_groups(
             layers.append(f"{name!r} ({count} of {total} groups)" if total > 1 else f"{name!r}")
     if not layers:
         return
-    grid = quantizer.grid.name
-    zero = f"stay zero on the grid {grid}"
-    if quantizer.grid.offset:
-        zero = f'do not stay zero, as {grid} has no level there (levels="integer" has one)'
+    grid = quantizer.grid
+    zero = f"stay zero on the grid {grid.name}"
+    if grid.offset:
+        has_two = grid.high_code == grid.low_code + 1  # whose integers are -1 and 0
+        other = "fogzo.ternary()" if has_two else 'levels="integer"'
+        zero = f"do not stay zero, as {grid.name} has no level there ({other} has one)"
     warnings.warn(
         "no step size can be measured from weights that are zero, or next to nothing beside the "
         f"layer's others: {', '.join(layers)}. Such groups got the median step size of their "

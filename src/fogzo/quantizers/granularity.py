@@ -45,10 +45,11 @@ def to_groups(rows: Tensor, granularity: Granularity) -> Tensor:
         return rows
     inputs = rows.shape[1]
     if inputs % granularity:
-        fitting = max(size for size in range(1, min(granularity, inputs) + 1) if inputs % size == 0)
+        sizes = range(2, min(granularity, inputs) + 1)
+        fitting = [f"granularity={size} or " for size in sizes if inputs % size == 0][-1:]
         raise ValueError(
             f"a group size of {granularity} does not divide the {inputs} inputs of a layer: "
-            f'use granularity={fitting} or granularity="channel"'
+            f'use {"".join(fitting)}granularity="channel"'
         )
     return rows.reshape(-1, granularity)
 

@@ -57,8 +57,9 @@ class Quantizer:
             those of the output alone.
         noise: In training, round ``w + N(0, noise^2)`` in place of a weight w, and move a learned
             largest level likewise, anew in each forward pass: WinQ's noise (arXiv 2605.17471),
-            0.001 there, in the weights' own units. Inputs get none, codes are those without it,
-            and the draws are replayed as those of stochastic rounding are.
+            0.001 there, in the weights' own units. Inputs get none, codes and step sizes that are
+            measured in each forward pass are those without it, and the draws are replayed as those
+            of stochastic rounding are.
 
     >>> from fogzo.quantizers import TERNARY, abs_mean_scale
     >>> quantizer = Quantizer(TERNARY, abs_mean_scale(), "identity_unmasked")
@@ -199,9 +200,10 @@ class Quantizer:
         training: bool = False,
     ) -> Tensor:
         """What a call returns, without its checks: for the forward pass of layers."""
+        measured_on = weight  # as those are that probes hold
         if self.noise and training:
             weight, step = self._noisy(weight, step)
-        return self._quantize(weight, step, output_dim, training, (self.grid,))
+        return self._quantize(weight, step, output_dim, training, (self.grid,), measured_on)
 
     def quantize_input(
         self,
@@ -231,7 +233,7 @@ class Quantizer:
         )  # one row per token, as weights have one per output
         grids = self._input_grids if is_unsigned is not None else self._input_grids[:1]
         features = x.shape[feature_dim]
-        quantized = self._quantize(rows, step, 0, training, grids, features, is_unsigned)
+        quantized = self._quantize(rows, step, 0, training, grids, rows, features, is_unsigned)
         quantized = quantized.reshape(tokens.shape)
         return quantized if tokens is x else quantized.movedim(-1, feature_dim)
 
@@ -311,12 +313,15 @@ class Quantizer:
         output_dim: int,
         training: bool,
         grids: tuple[Grid, ...],
+        measured_on: Tensor,
         features: int | None = None,
         second: Tensor | None = None,
     ) -> Tensor:
         groups = self._groups(tensor, output_dim)
         follows = step is None and not self.scale.detached
-        step = self._measure(groups) if step is None else step
+        if step is None:
+            is_it = measured_on is tensor
+            step = self._measure(groups if is_it else self._groups(measured_on, output_dim))
         step = effective_step_size(step.to(tensor.dtype), self.scale_dtype)
         if follows:
             step = _following(step, groups)

@@ -42,7 +42,7 @@ class Hadamard:
         if block < 2:
             raise ValueError(
                 f"a Hadamard rotation needs an even input size, got {size}: leave this layer out "
-                "with filter_fn, or quantize it with rotation=None"
+                "with filter_fn, or quantize it with dataclasses.replace(quantizer, rotation=None)"
             )
         return block
 

@@ -221,11 +221,14 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
         ),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
-        # At the rate that all rows had chosen; most but FOGZO's are of those without "-inputs".
+        # At the rates that rows had chosen; most but FOGZO's are of those without "-inputs".
         "long-deit-quest-w2a2-inputs": long(
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower[1:2], num_seeds=5
         ),
         "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2], num_seeds=5),
+        "long-resnet-quest-w2a2-inputs": long(
+            replace(resnet, quantizer=QUEST, activations=QUEST), 4000, (rates[2], 3.16e-2)
+        ),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
         "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
         "long-resnet-lsq-w2": long(

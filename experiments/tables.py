@@ -120,6 +120,7 @@ ALONE = (
     "linear-mnist-mlp",
     "long-deit-quest-w2a2-inputs",
     "long-llama-quest-w2a2-inputs",
+    "long-resnet-quest-w2a2-inputs",
 )
 """Comparisons of one question."""
 

@@ -341,6 +341,8 @@ def test_the_conclusions_on_results_are_what_was_measured():
             literal = "quest" in name and not name.startswith("long")  # the measurement as it is
             loses = literal or (name, rival) == ("long-deit-quest-w2a2", "ste")
             expected = "worse" if loses else "not significant"
+            if (name, rival) == ("long-resnet-quest-w2a2-inputs", "placebo"):
+                expected = "better"
             assert gap.verdict(metric.more_is_better) == expected
     ahead = set()  # of the free rivals, in whatever metric
     for name, comparison in found.items():
@@ -360,15 +362,17 @@ def test_the_conclusions_on_results_are_what_was_measured():
         ("linear-mnist-mlp", "placebo", "train_loss", 0.016),
         ("long-deit-tanh", "placebo", "test_loss", 0.008),
         ("cifar-resnet-identity", "ste-unmasked", "train_loss", 0.027),
+        ("long-resnet-quest-w2a2-inputs", "placebo", "test_accuracy", -0.004),
+        ("long-resnet-quest-w2a2-inputs", "ste-unmasked", "test_accuracy", -0.011),
+        ("long-resnet-quest-w2a2-inputs", "ste-unmasked", "test_loss", 0.019),
+        ("long-resnet-quest-w2a2-inputs", "ste-unmasked", "train_loss", 0.01),
     }
-    assert (
-        "In losses, which say more of small differences, it is ahead of the placebo in three of"
-        in page
+    assert f"Of all {len(found)} comparisons it is in one" in page
+    assert "it is ahead of the placebo in three: with" in page
+    said = (
+        f"beats the placebo and the unmasked STE in one of {len(found)} comparisons, and is level"
     )
-    assert (
-        "In test accuracy or perplexity FOGZO beats the placebo and the unmasked STE nowhere"
-        in (" ".join(README.split()))
-    )
+    assert said in words("README.md")
 
 
 def curve_of(results, name):
@@ -796,6 +800,33 @@ def test_what_is_said_of_the_error_with_inputs_on_llama_is_what_was_measured():
     said += f"significant, and FOGZO from its placebo by {perplexity.format(*ends[3])}."
     assert said in page
     assert not any(map(excludes_zero, (gap, loss, changed, own)))
+
+
+def test_what_is_said_of_the_error_with_inputs_on_resnet_is_what_was_measured():
+    page, name = words("docs/research.md"), "resnet-quest-w2a2-inputs"
+    ste, placebo, unmasked = (
+        minus_at_length(name, "fogzo", row) for row in ("ste", "placebo", "ste-unmasked")
+    )
+    new, old = (
+        Comparison.from_dict(committed(f"long-{each}")).find("fogzo").values("test_accuracy")
+        for each in (name, "resnet-quest-w2a2")
+    )
+    changed = Interval.paired(new, old)
+    points = [
+        [100 * end for end in (gap.mean, gap.low, gap.high)]
+        for gap in (ste, placebo, unmasked, changed)
+    ]
+    said = "level with STE, {:+.1f} points [{:+.1f}, {:+.1f}], and **ahead of its placebo, by "
+    assert said.format(*points[0]) in page
+    said = "{:.1f} points [{:.1f}, {:.1f}], and of the unmasked STE, by {:.1f} [{:.1f}, {:.1f}]**"
+    assert said.format(*points[1], *points[2]) in page
+    said = "with the former error by {:+.1f} points [{:+.1f}, {:+.1f}], which is not significant"
+    assert said.format(*points[3]) in page
+    assert min(placebo.low, unmasked.low) > 0
+    assert not any(map(excludes_zero, (ste, changed)))
+    assert "by 0.4 points, and of the unmasked STE, by 1.1, on ResNet-18" in words(
+        "docs/results.md"
+    )
 
 
 def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():

@@ -80,13 +80,14 @@ class Audit:
         """
         found = lender.evaluate(closure)
         loss, wanted = float(found), float(expected)
+        distance = abs(loss - wanted) if math.isfinite(wanted) else math.nan  # within no tolerance
         # A loss that is not finite is a fallback of the step, not a mistake in the closure.
-        is_off = math.isfinite(loss) and not abs(loss - wanted) <= rounding(found, expected)
+        is_off = math.isfinite(loss) and not distance <= rounding(found, expected)
         if not lender.on_any_rank(is_off):
             return
         # All ranks ask again, as forward passes may communicate.
         scatter = _scatter(lender, closure, loss, max(abs(loss), abs(wanted), 1e-3))
-        is_off = is_off and not abs(loss - wanted) <= scatter
+        is_off = is_off and not distance <= scatter
         if not lender.on_any_rank(is_off):
             return
         if not is_off:

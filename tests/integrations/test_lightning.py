@@ -489,6 +489,16 @@ def test_what_cannot_be_refined_is_refused(options, says):
         runner.fit(module, data)
 
 
+def test_a_run_without_an_end_is_told_to_name_one_with_the_noise_that_was_asked_for():
+    callback = FogzoCallback(kappa=0.01, start=0.5)
+    with pytest.raises(ValueError, match=r"share\(total_steps=10_000, kappa=0.01, start=0.5\)\)"):
+        trainer(callback).fit(Module(), DataLoader(Streamed(), batch_size=6))
+    schedule = fogzo.linear_noise_share(total_steps=10_000, kappa=0.01, start=0.5)
+    for advised in (FogzoCallback(noise_share=schedule), FogzoCallback()):
+        trainer(advised).fit(Module(), DataLoader(Streamed(), batch_size=6))
+        assert advised.estimator.step == 4
+
+
 def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):
     runner = trainer(None)
     monkeypatch.setattr(runner._accelerator_connector, "strategy", FSDPStrategy())

@@ -92,9 +92,14 @@ class FogzoCallback(Callback):
         if self._kappa is not None or self._start:
             total = trainer.estimated_stepping_batches
             if not 0 < total < math.inf:  # it is -1 where the loader does not know its length
+                given = {"kappa": self._kappa} if self._kappa is not None else {}
+                given |= {"start": self._start} if self._start else {}
+                said = "".join(f", {name}={value}" for name, value in given.items())
                 raise ValueError(
                     "the noise grows until the end of a run, and this one has none: "
-                    "Trainer(max_steps=10_000), or FogzoCallback(noise_share=1e-4)"
+                    "Trainer(max_steps=10_000), or give its length here, FogzoCallback("
+                    f"noise_share=fogzo.linear_noise_share(total_steps=10_000{said})), or a "
+                    "little noise from the first step on, FogzoCallback()"
                 )
             schedule = linear_noise_share(
                 total_steps=int(total), kappa=self._kappa, start=self._start

@@ -24,7 +24,7 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
-from fogzo.integrations.options import check_class, check_noise
+from fogzo.integrations.options import check_options
 from fogzo.integrations.training_step import Recorder, undisturbed
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
@@ -58,9 +58,9 @@ class FogzoCallback(Callback):
         stats: Statistics of its last step.
 
     Raises:
-        ValueError: If a schedule is given twice or the estimator is no class; when fitting begins,
-            if the module has no quantized weights, or is trained in a way that leaves nothing to
-            refine.
+        ValueError: If a schedule is given twice, the estimator is no class or does not take the
+            options; when fitting begins, if the module has no quantized weights, or is trained in
+            a way that leaves nothing to refine.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class FogzoCallback(Callback):
         start: float = 0.0,
         **options: Any,
     ) -> None:
-        check_class("FogzoCallback(", estimator)
-        check_noise("FogzoCallback(", kappa, start, options)
+        own = ("estimator", "weights", "kappa", "start")
+        check_options("FogzoCallback(", estimator, options, own, kappa, start)
         self._cls, self._weights, self._options = estimator, weights, options
         self._kappa, self._start = kappa, start
         self.estimator: GradientEstimator | None = None

@@ -235,6 +235,21 @@ def test_a_learning_rate_that_changes_no_code_is_found():
     assert finding.kind == "still"
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_a_network_that_a_float_phase_has_trained_is_not_said_to_be_untrained(start):
+    model = fogzo.quantize_(fill(nn.Linear(16, 64), 0.05), fogzo.fixed(2), everything)
+    switch = fogzo.methods.quantize_from(model, start, total_steps=40) if start else None
+    watch = fogzo.Watch(model, every=10, window=5)
+    for step in range(40):
+        with torch.no_grad():
+            model.weight.add_(draw(64, 16, seed=step), alpha=0.05 if step < 40 * start else 1e-6)
+        watch.update()
+        if switch is not None:
+            switch.advance_()
+    kinds = [finding.kind for finding in watch.history[-1].findings]
+    assert ("still" in kinds) == (not start)
+
+
 @pytest.mark.parametrize("flips", [True, False])
 def test_a_frozen_base_does_not_hide_whether_the_rest_trains(flips):
     layers = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(64, 64))

@@ -67,7 +67,10 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
         return [_float_phase()]
     too_fast = _learning_rate(counted)
     # Whatever moves so far flips, or is out of reach of any level.
-    settles = [] if too_fast is not None else [_oscillating(counted), _still(counted)]
+    settles = [] if too_fast is not None else [_oscillating(counted)]
+    # What the float phase has trained, flips after it do not show.
+    if too_fast is None and not any(inspection.float_phase for inspection in history):
+        settles.append(_still(counted))
     found = [
         too_fast,
         _masked(_last_counted(last, counted)),

@@ -211,6 +211,14 @@ def test_a_fixed_step_that_masks_is_found():
     assert {name for name, _ in first.layers} <= {"0", "2"}
 
 
+def test_a_sign_that_masks_is_advised_to_learn_one_bit():
+    first = train(fogzo.sign(), lr=0.005)[0]
+    assert first.kind == "masked"
+    assert first.code == 'surrogate="identity_unmasked", or fogzo.lsq(1)'
+    assert first.options.endswith(", or --quantizer.preset lsq --quantizer.bits 1")
+    assert "masked" not in [finding.kind for finding in train(fogzo.lsq(1), lr=0.005)]
+
+
 def test_dead_channels_are_found():
     first = train(fogzo.lsq(2), kill=12)[0]
     assert first.kind == "dead"

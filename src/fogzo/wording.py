@@ -14,6 +14,16 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def alternatives(ways: Sequence[str]) -> str:
+    """Things to try, the last of them after "or".
+
+    >>> alternatives(["a", "b", "c"]), alternatives(["a"])
+    ('a, b, or c', 'a')
+    """
+    *others, last = ways
+    return ", or ".join([", ".join(others), last] if others else [last])
+
+
 def nearest(name: object, choices: Iterable[object]) -> str | None:
     """The choice that was probably meant by a name that is none of them.
 

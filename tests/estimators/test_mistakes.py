@@ -141,13 +141,19 @@ def test_less_than_one_sample_is_refused(cls, count):
     [
         ({"evaluate": "together"}, 'evaluate="in_place"'),
         ({"agreement": "exact"}, 'agreement="shrunk"'),
-        ({"noise_shape": "round"}, 'noise_shape="isotropic"'),
+        ({"noise_shape": "round"}, 'noise_shape="tensor_rms"'),
     ],
 )
 def test_an_unknown_option_is_refused_with_those_that_exist(option, shows):
     setup = Setup()
     with refused(shows):
         fogzo.FogzoEstimator(setup.weights, **option)
+
+
+def test_the_noise_shape_that_is_proposed_is_the_estimators_own():
+    setup = Setup()
+    with refused('noise_shape="isotropic"'):
+        fogzo.SpsaEstimator(setup.weights, noise_shape="round")
 
 
 @pytest.mark.parametrize(

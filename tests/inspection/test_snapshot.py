@@ -490,6 +490,59 @@ def test_the_numbers_of_the_finite_weights_are_as_without_the_others():
     assert (layer.step_size, layer.empty, layer.dead) == (1, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "code", "options"),
+    [
+        (
+            fogzo.fixed(2, step_size=50.0),
+            'learned step sizes, fogzo.lsq(bits), granularity="channel", or fewer bits',
+            "--quantizer.preset lsq, or --quantizer.granularity channel",
+        ),
+        (
+            fogzo.lsq(2),
+            'granularity="channel", or fewer bits',
+            "--quantizer.granularity channel",
+        ),
+        (fogzo.lsq(2, granularity="channel"), "fewer bits", "--quantizer.bits, fewer"),
+        (
+            fogzo.fixed(2, step_size=50.0, granularity=8),
+            "learned step sizes, fogzo.lsq(bits), or fewer bits",
+            "--quantizer.preset lsq",
+        ),
+        (
+            fogzo.sign(),
+            "a smaller learning rate or another initialization, for weights of both signs",
+            "--learning-rate, smaller",
+        ),
+    ],
+)
+def test_wasted_levels_are_advised_what_the_layer_has_not_yet(quantizer, code, options):
+    model = fogzo.quantize_(fill(nn.Linear(32, 64)), quantizer, everything)
+    with torch.no_grad():
+        if quantizer.scale.kind == "learned":
+            model.weight_step.mul_(50)
+        else:
+            model.weight.abs_()  # of one sign, so that of the middle levels there is one
+    (finding,) = [f for f in fogzo.inspect(model).findings if f.kind == "levels"]
+    assert (finding.code, finding.options) == (code, options)
+
+
+@pytest.mark.parametrize("kind", ["learned", "fixed"])
+def test_clipped_inputs_are_not_advised_to_learn_step_sizes_that_they_learn(kind):
+    inputs = fogzo.lsq(2) if kind == "learned" else fogzo.fixed(2)
+    model = fogzo.quantize_(fill(nn.Linear(32, 64)), fogzo.lsq(2), everything, activations=inputs)
+    x = draw(64, 32)
+    with fogzo.calibrate_(model):
+        model(x)
+    with torch.no_grad():
+        model.input_step.mul_(0.02)
+    found = fogzo.inspect(model, forward=lambda: model(x))
+    (finding,) = [f for f in found.findings if f.kind == "clipped"]
+    assert ("lsq" in finding.code) == ("lsq" in finding.options) == (kind == "fixed")
+    assert "learned" not in finding.code or kind == "fixed"
+    assert finding.options.endswith("abs_max")
+
+
 def test_a_float_phase_is_no_illness():
     model = quantized_net("lsq")
     fogzo.methods.quantize_from(model, 0.5, total_steps=10)

@@ -211,6 +211,14 @@ def test_a_fixed_step_that_masks_is_found():
     assert {name for name, _ in first.layers} <= {"0", "2"}
 
 
+def test_a_sign_that_masks_is_advised_to_learn_one_bit():
+    first = train(fogzo.sign(), lr=0.005)[0]
+    assert first.kind == "masked"
+    assert first.code == 'surrogate="identity_unmasked", or fogzo.lsq(1)'
+    assert first.options.endswith(", or --quantizer.preset lsq --quantizer.bits 1")
+    assert "masked" not in [finding.kind for finding in train(fogzo.lsq(1), lr=0.005)]
+
+
 def test_dead_channels_are_found():
     first = train(fogzo.lsq(2), kill=12)[0]
     assert first.kind == "dead"
@@ -233,6 +241,21 @@ def test_a_learning_rate_that_is_too_large_is_found():
 def test_a_learning_rate_that_changes_no_code_is_found():
     (finding,) = train(fogzo.lsq(2), lr=1e-8)
     assert finding.kind == "still"
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_a_network_that_a_float_phase_has_trained_is_not_said_to_be_untrained(start):
+    model = fogzo.quantize_(fill(nn.Linear(16, 64), 0.05), fogzo.fixed(2), everything)
+    switch = fogzo.methods.quantize_from(model, start, total_steps=40) if start else None
+    watch = fogzo.Watch(model, every=10, window=5)
+    for step in range(40):
+        with torch.no_grad():
+            model.weight.add_(draw(64, 16, seed=step), alpha=0.05 if step < 40 * start else 1e-6)
+        watch.update()
+        if switch is not None:
+            switch.advance_()
+    kinds = [finding.kind for finding in watch.history[-1].findings]
+    assert ("still" in kinds) == (not start)
 
 
 @pytest.mark.parametrize("flips", [True, False])

@@ -164,6 +164,30 @@ def test_what_cannot_be_refined_is_refused():
         refine(fresh_accelerator(), run.model, estimator=run.estimator)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"kappa": 0.1},
+            r"noise_share=fogzo.linear_noise_share\(total_steps=10_000, kappa=0.1\)\)",
+        ),
+        ({"kappa": 0.1, "start": 0.5}, r"share\(total_steps=10_000, kappa=0.1, start=0.5\)\)"),
+        ({"nsamples": 3}, r"no option 'nsamples', .*: refine\(accelerator, model, num_samples=3\)"),
+    ],
+)
+def test_options_that_an_accelerator_has_not_are_refused_with_those_it_has(options, says):
+    with pytest.raises(ValueError, match=says):
+        refine(fresh_accelerator(), network(), **options)
+
+
+def test_a_model_before_its_accelerator_is_refused():
+    accelerator, model = fresh_accelerator(), network()
+    with pytest.raises(ValueError, match=r"got Net and Accelerator: refine\(accelerator, model\)"):
+        refine(model, accelerator)
+    with pytest.raises(ValueError, match="got Accelerator and list"):
+        refine(accelerator, [model])
+
+
 def test_micro_batches_refined_by_mistake_are_found_out():
     # no_sync by hand: accelerator.sync_gradients says True for every micro-batch.
     run = Run(steps=1)

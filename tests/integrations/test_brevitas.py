@@ -196,7 +196,10 @@ def switched_off():
     ("model", "says"),
     [
         (lambda: nn.Linear(4, 4), "found no layer"),
-        (lambda: linear(quant.SignedBinaryWeightPerTensorConst, bits=1), "ClampedBinaryQuant"),
+        (
+            lambda: linear(quant.SignedBinaryWeightPerTensorConst, bits=1),
+            r"ClampedBinaryQuant .* layers, nn\.Linear, without brevitas, and then fogzo",
+        ),
         (lambda: linear(quant.Fp8e4m3WeightPerTensorFloat, bits=8), "FloatQuant"),
         (lambda: linear(quant.Int8WeightNormL2PerChannelFixedPoint), "DecoupledRescalingIntQuant"),
         (lambda: linear(quant.Int8AccumulatorAwareWeightQuant), "WithInput"),

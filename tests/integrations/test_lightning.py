@@ -489,6 +489,56 @@ def test_what_cannot_be_refined_is_refused(options, says):
         runner.fit(module, data)
 
 
+class Described(fogzo.FogzoEstimator):
+    """A class of one's own, which looks for a weight."""
+
+    def __init__(self, weights, *, name, **options):
+        super().__init__([w for w in weights if w.name == name], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kapa": 0.1}, r"no option 'kapa', but .*: FogzoCallback\(kappa=0.1\)"),
+        (
+            {"nsamples": 3},
+            r"no option 'nsamples', but .*num_samples.*: FogzoCallback\(num_samples=3\)",
+        ),
+        ({"colour": 3}, r"no option 'colour', .*: FogzoCallback\(num_samples=2\)"),
+        ({"kappa": -1}, "kappa is a noise-to-signal power"),
+        ({"start": 2}, "start is the fraction"),
+        ({"num_samples": 0}, "num_samples must be a positive integer"),
+        ({"noise_share": 1.5}, "noise_share"),
+        ({"evaluate": "fast"}, "evaluate must be one of"),
+        ({"model": 3}, "model must be the nn.Module"),
+        ({"estimator": fogzo.SpsaEstimator, "kappa": 0.1}, "leave noise_share out"),
+        ({"estimator": Described, "nme": "first"}, r": FogzoCallback\(name='first'\)"),
+    ],
+)
+def test_options_that_would_fail_when_training_begins_are_refused_at_once(options, says):
+    with pytest.raises(ValueError, match=says):
+        FogzoCallback(**options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_options_that_no_single_weight_would_take_are_accepted():
+    schedule = fogzo.linear_noise_share(total_steps=10, num_weights=999)
+    FogzoCallback(noise_share=schedule, model=Net(), evaluate="lean")
+    FogzoCallback(estimator=fogzo.ControlVariateEstimator, weight=fogzo.every(2, schedule))
+    FogzoCallback(estimator=Described, name="first", num_samples=2, kappa=0.1)
+    FogzoCallback(noise_share=0.9)  # of which it is warned when the weights are known
+
+
+def test_a_run_without_an_end_is_told_to_name_one_with_the_noise_that_was_asked_for():
+    callback = FogzoCallback(kappa=0.01, start=0.5)
+    with pytest.raises(ValueError, match=r"share\(total_steps=10_000, kappa=0.01, start=0.5\)\)"):
+        trainer(callback).fit(Module(), DataLoader(Streamed(), batch_size=6))
+    schedule = fogzo.linear_noise_share(total_steps=10_000, kappa=0.01, start=0.5)
+    for advised in (FogzoCallback(noise_share=schedule), FogzoCallback()):
+        trainer(advised).fit(Module(), DataLoader(Streamed(), batch_size=6))
+        assert advised.estimator.step == 4
+
+
 def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):
     runner = trainer(None)
     monkeypatch.setattr(runner._accelerator_connector, "strategy", FSDPStrategy())

@@ -370,7 +370,11 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
     made = fogzo.FogzoEstimator(fogzo.quantized_weights(trainer.model))
     with pytest.raises(ValueError, match=r"refine\(trainer, estimator=fogzo.FogzoEstimator, num_"):
         refine(trainer, estimator=made)
-    refine(trainer)
+    with pytest.raises(ValueError, match=r"'nsamples'.*: refine\(trainer, num_samples=3\)"):
+        refine(trainer, nsamples=3)
+    with pytest.raises(ValueError, match="start is the fraction"):
+        refine(trainer, start=2)
+    refine(trainer)  # what was refused has left nothing behind
     with pytest.raises(ValueError, match="once"):
         refine(trainer)
     with pytest.raises(ValueError, match=r"Trainer\(model=fogzo.quantize_"):

@@ -49,7 +49,7 @@ def test_a_config_of_another_version_is_refused():
         ({"max_steps": 0}, "--max-steps 500"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"num_samples": 0}, "--num-samples"),
-        ({"estimator": "spsa", "start": 0.5}, "--start"),
+        ({"estimator": "spsa", "start": 0.5}, "leave --start out, or --estimator fogzo"),
         ({"estimator": "control-variate", "start": 0.5}, "--start"),
         ({"accumulation": 0}, "--accumulation 1"),
         ({"ema_decay": 1.0}, "--ema-decay 0.99"),

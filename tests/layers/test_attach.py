@@ -739,6 +739,11 @@ REFUSALS = {
         lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
         r"default filter.*filter_fn=lambda module, name: True",
     ),
+    "a lone head": (
+        lambda: fill(nn.Linear(4, 4)),
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2)),
+        r"selected out of the model, a Linear \(the default filter",
+    ),
     "nothing to quantize": (
         lambda: nn.Sequential(nn.LayerNorm(4)),
         lambda m: fogzo.quantize_(m, fogzo.lsq(2)),

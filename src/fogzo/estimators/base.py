@@ -134,7 +134,7 @@ class GradientEstimator(ABC):
             "num_samples", num_samples, f"{name}(weights, num_samples=1)"
         )
         if noise_shape is not None:
-            check_choice("noise_shape", noise_shape, get_args(NoiseShape))
+            check_choice("noise_shape", noise_shape, get_args(NoiseShape), self.noise_shape)
             self.noise_shape = noise_shape
         if not isinstance(one_sided, bool):
             raise ValueError(
@@ -469,11 +469,14 @@ def mean_along(plan: Sequence[Direction], slopes: Sequence[float], norm: float) 
     return Refined(guide / norm if guide else 0.0, noise)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a `ValueError` unless the value is one of the words."""
+def check_choice(
+    name: str, value: object, choices: Sequence[str], proposed: str | None = None
+) -> None:
+    """Raise a `ValueError` unless the value is one of the words, the first of which is proposed."""
     if value not in choices:
         raise ValueError(
-            f'{name} must be one of {", ".join(choices)}, got {value!r}: {name}="{choices[0]}"'
+            f"{name} must be one of {', '.join(choices)}, got {value!r}: "
+            f'{name}="{proposed or choices[0]}"'
         )
 
 

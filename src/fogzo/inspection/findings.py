@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fogzo.inspection.records import Finding, Inspection, LayerInspection, percent
+from fogzo.wording import alternatives
 
 THRESHOLDS = {
     "learning_rate": 0.1,
@@ -67,7 +68,10 @@ def diagnose(history: Sequence[Inspection]) -> list[Finding]:
         return [_float_phase()]
     too_fast = _learning_rate(counted)
     # Whatever moves so far flips, or is out of reach of any level.
-    settles = [] if too_fast is not None else [_oscillating(counted), _still(counted)]
+    settles = [] if too_fast is not None else [_oscillating(counted)]
+    # What the float phase has trained, flips after it do not show.
+    if too_fast is None and not any(inspection.float_phase for inspection in history):
+        settles.append(_still(counted))
     found = [
         too_fast,
         _masked(_last_counted(last, counted)),
@@ -170,16 +174,21 @@ def _masked(inspection: Inspection) -> Finding | None:
     if not layers:
         return None
     named = {layer.name: layer for layer in inspection.layers}
-    learned = all(named[name].scale == "learned" for name, _ in layers)
+    masked = [named[name] for name, _ in layers]
+    code, options = "", ""
+    if not all(layer.scale == "learned" for layer in masked):
+        # The command's lsq has 2 bits, where a preset without any is left for it.
+        binary = all(layer.levels == 2 for layer in masked)
+        code = f", or fogzo.lsq({1 if binary else 'bits'})"
+        options = f", or --quantizer.preset lsq{' --quantizer.bits 1' if binary else ''}"
     return Finding(
         kind="masked",
         severity="high",
         layers=layers,
         message=f"weights are masked and frozen: {_each(layers)} "
         f"({THRESHOLDS['masked']:.0%} or more is reported)",
-        code='surrogate="identity_unmasked"' + ("" if learned else ", or fogzo.lsq(bits)"),
-        options="--quantizer.surrogate identity_unmasked"
-        + ("" if learned else ", or --quantizer.preset lsq"),
+        code=f'surrogate="identity_unmasked"{code}',
+        options=f"--quantizer.surrogate identity_unmasked{options}",
     )
 
 
@@ -284,14 +293,26 @@ def _levels(inspection: Inspection) -> Finding | None:
     if not few:
         return None
     said = [f"{layer.name!r} {layer.levels_used:.2g} of {layer.levels}" for layer in few[:3]]
+    code, options = [], []
+    if all(layer.levels == 2 for layer in few):  # no step size changes a sign
+        code.append("a smaller learning rate or another initialization, for weights of both signs")
+        options.append("--learning-rate, smaller")
+    else:
+        if not all(layer.scale == "learned" for layer in few):
+            code.append("learned step sizes, fogzo.lsq(bits)")
+            options.append("--quantizer.preset lsq")
+        if any(layer.one_step for layer in few):
+            code.append('granularity="channel"')
+            options.append("--quantizer.granularity channel")
+        code.append("fewer bits")
     return Finding(
         kind="levels",
         severity="medium",
         layers=[(layer.name, layer.levels_used) for layer in few],
         message=f"levels are wasted: the codes carry as much as so many equally frequent ones: "
         f"{', '.join(said)}{_more(few)} (less than half of the bits is reported)",
-        code='learned step sizes, fogzo.lsq(bits), granularity="channel", or fewer bits',
-        options="--quantizer.preset lsq, or --quantizer.granularity channel",
+        code=alternatives(code),
+        options=alternatives(options or ["--quantizer.bits, fewer"]),
     )
 
 
@@ -299,6 +320,8 @@ def _clipped(inspection: Inspection) -> Finding | None:
     layers = _beyond(inspection.layers, lambda layer: layer.clipped or 0.0, THRESHOLDS["clipped"])
     if not layers:
         return None
+    named = {layer.name: layer for layer in inspection.layers}
+    learned = all(named[name].input_scale == "learned" for name, _ in layers)
     return Finding(
         kind="clipped",
         severity="medium",
@@ -306,8 +329,11 @@ def _clipped(inspection: Inspection) -> Finding | None:
         message=f"inputs are clipped: {_each(layers)} of their values lie beyond the last level "
         f"({THRESHOLDS['clipped']:.0%} or more is reported)",
         code="with fogzo.calibrate_(model): model(x) on typical inputs, or step sizes that are "
-        "learned or measured anew, activations=fogzo.lsq(bits) or fogzo.abs_max(bits)",
-        options="--activations.preset lsq, or abs_max",
+        + ("" if learned else "learned or ")
+        + "measured anew, activations="
+        + ("" if learned else "fogzo.lsq(bits) or ")
+        + "fogzo.abs_max(bits)",
+        options=f"--activations.preset {'' if learned else 'lsq, or '}abs_max",
     )
 
 

@@ -50,6 +50,9 @@ class LayerInspection:
             the other numbers are those of the rest.
         trained: Whether its weight requires a gradient.
         evenly_spaced: Whether its levels are, as pulls to the grid need them.
+        one_step: Whether the whole weight has one step size.
+        input_scale: That of its input, ``"fixed"``, ``"learned"`` or ``"dynamic"``; None where it
+            takes it in float.
     """
 
     name: str
@@ -75,6 +78,8 @@ class LayerInspection:
     not_finite: float = 0.0
     trained: bool = True
     evenly_spaced: bool = True
+    one_step: bool = True
+    input_scale: str | None = None
 
     @property
     def bits_used(self) -> float:

@@ -89,7 +89,7 @@ def inspected(
     found = []
     for name, layer in layers:
         agreement, error = by_param.get(id(layer.weight)) or (None, None)
-        quantizer = layer.quantizer
+        quantizer, inputs = layer.quantizer, layer.activation_quantizer
         found.append(
             LayerInspection(
                 name=name,
@@ -102,6 +102,8 @@ def inspected(
                 agreement_error=error,
                 trained=layer.weight.requires_grad,
                 evenly_spaced=quantizer.companding is None,
+                one_step=quantizer.granularity == "tensor",
+                input_scale=None if inputs is None else inputs.scale.kind,
                 **numbers[name],
             )
         )

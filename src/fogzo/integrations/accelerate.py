@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fogzo.estimators import FogzoEstimator, GradientEstimator
-from fogzo.integrations.options import check_class
+from fogzo.integrations.options import check_options
 from fogzo.layers import quantized_weights
 from fogzo.probing.window import gradient_versions
 
@@ -31,16 +31,25 @@ def refine(
         accelerator: An `accelerate.Accelerator`.
         model: The quantized model, after `accelerator.prepare`.
         estimator: A member of the family.
-        **options: Its options, such as ``noise_share``.
+        **options: Its options, such as ``noise_share``: an accelerator does not know how long a run
+            is, so there is no ``kappa`` and ``start`` here, but
+            ``noise_share=fogzo.linear_noise_share(total_steps=1000, kappa=0.01, start=0.5)``.
 
     Returns:
         The estimator.
 
     Raises:
         ValueError: If the accelerator's backward is refined already, trains with DeepSpeed or
-            Megatron-LM, which keep the gradients to themselves, or the estimator is no class.
+            Megatron-LM, which keep the gradients to themselves, if the two come in the other order,
+            or the estimator is no class or does not take the options.
     """
-    check_class("refine(accelerator, model, ", estimator)
+    if not (hasattr(accelerator, "sync_gradients") and isinstance(model, nn.Module)):
+        raise ValueError(
+            "expected an accelerate.Accelerator and then a model, got "
+            f"{type(accelerator).__name__} and {type(model).__name__}: refine(accelerator, model)"
+        )
+    _check_schedule(options)
+    check_options("refine(accelerator, model, ", estimator, options, ("estimator",))
     distributed = str(accelerator.distributed_type).rpartition(".")[2]
     if distributed in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
@@ -71,6 +80,17 @@ def refine(
     wrapped.refined_by_fogzo, wrapped.own = made, backward
     accelerator.backward = wrapped
     return made
+
+
+def _check_schedule(options: dict[str, Any]) -> None:
+    """Raise a `ValueError` if noise is to grow until the end of a run, unknown here."""
+    given = [f"{name}={options[name]!r:.80}" for name in ("kappa", "start") if name in options]
+    if given:
+        raise ValueError(
+            f"an accelerator does not know how long a run is, of which {' and '.join(given)} "
+            "speak: refine(accelerator, model, noise_share=fogzo.linear_noise_share("
+            f"total_steps=10_000, {', '.join(given)})), with the optimizer steps of the run"
+        )
 
 
 def _forget_freed_models(accelerator: Any) -> None:

@@ -203,7 +203,9 @@ def _check(name: str, layer: Any) -> None:
         raise ValueError(
             f"{name!r}: {type(parts).__name__} does not round a weight to integers by one scale, "
             "which estimators need: weight_quant=brevitas.quant.Int8WeightPerChannelFloat, "
-            "weight_bit_width=4. Binary weights: fogzo.quantize_(model, fogzo.sign())"
+            "weight_bit_width=4. For binary weights build the model of torch's own layers, "
+            f"nn.{type(layer).__name__.removeprefix('Quant')}, without brevitas, and then "
+            "fogzo.quantize_(model, fogzo.sign())"
         )
     if "LearnedRound" in type(parts.int_quant.float_to_int_impl).__name__:
         raise ValueError(

@@ -24,7 +24,7 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
-from fogzo.integrations.options import check_class, check_noise
+from fogzo.integrations.options import check_options
 from fogzo.integrations.training_step import Recorder, undisturbed
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
@@ -58,9 +58,9 @@ class FogzoCallback(Callback):
         stats: Statistics of its last step.
 
     Raises:
-        ValueError: If a schedule is given twice or the estimator is no class; when fitting begins,
-            if the module has no quantized weights, or is trained in a way that leaves nothing to
-            refine.
+        ValueError: If a schedule is given twice, the estimator is no class or does not take the
+            options; when fitting begins, if the module has no quantized weights, or is trained in
+            a way that leaves nothing to refine.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class FogzoCallback(Callback):
         start: float = 0.0,
         **options: Any,
     ) -> None:
-        check_class("FogzoCallback(", estimator)
-        check_noise("FogzoCallback(", kappa, start, options)
+        own = ("estimator", "weights", "kappa", "start")
+        check_options("FogzoCallback(", estimator, options, own, kappa, start)
         self._cls, self._weights, self._options = estimator, weights, options
         self._kappa, self._start = kappa, start
         self.estimator: GradientEstimator | None = None
@@ -92,9 +92,14 @@ class FogzoCallback(Callback):
         if self._kappa is not None or self._start:
             total = trainer.estimated_stepping_batches
             if not 0 < total < math.inf:  # it is -1 where the loader does not know its length
+                given = {"kappa": self._kappa} if self._kappa is not None else {}
+                given |= {"start": self._start} if self._start else {}
+                said = "".join(f", {name}={value}" for name, value in given.items())
                 raise ValueError(
                     "the noise grows until the end of a run, and this one has none: "
-                    "Trainer(max_steps=10_000), or FogzoCallback(noise_share=1e-4)"
+                    "Trainer(max_steps=10_000), or give its length here, FogzoCallback("
+                    f"noise_share=fogzo.linear_noise_share(total_steps=10_000{said})), or a "
+                    "little noise from the first step on, FogzoCallback()"
                 )
             schedule = linear_noise_share(
                 total_steps=int(total), kappa=self._kappa, start=self._start

@@ -1,9 +1,83 @@
 """Options of the refinements that would fail, or say two things, only once training begins."""
 
-from collections.abc import Mapping
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fogzo.estimators import GradientEstimator
+import torch
+from torch import nn
+
+from fogzo.estimators import FogzoEstimator, GradientEstimator, linear_noise_share
+from fogzo.wording import nearest
+
+
+def check_options(
+    call: str,
+    estimator: object,
+    options: Mapping[str, Any],
+    own: Sequence[str] = (),
+    kappa: float | None = None,
+    start: float = 0.0,
+) -> None:
+    """Refuse now what would be refused when training begins.
+
+    Args:
+        call: How the refinement is asked for, up to its first option.
+        estimator: A member of the family.
+        options: Of the estimator.
+        own: Names of the options that the refinement itself takes.
+        kappa: Noise at the end of the run.
+        start: Fraction of the run that is plain STE before.
+
+    Raises:
+        ValueError: If the estimator is no class, has no such option or does not take its value, or
+            noise is given twice.
+    """
+    check_class(call, estimator)
+    assert isinstance(estimator, type)
+    _check_names(call, estimator, options, own)
+    check_noise(call, kappa, start, options)
+    schedule = linear_noise_share(total_steps=1, kappa=kappa, start=start)
+    if kappa is not None or start:
+        options = {**options, "noise_share": schedule}
+    if estimator.__module__ == FogzoEstimator.__module__:  # others may need the real weights
+        _check_values(estimator, options)
+
+
+def _check_names(
+    call: str, estimator: type, options: Mapping[str, Any], own: Sequence[str]
+) -> None:
+    """Raise a `ValueError` if there is an option that the estimator does not take."""
+    taken: list[str] = []
+    for cls in estimator.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        params = list(inspect.signature(vars(cls)["__init__"]).parameters.values())
+        taken += [param.name for param in params[2:] if param.kind != param.VAR_KEYWORD]
+        if all(param.kind != param.VAR_KEYWORD for param in params):
+            break  # it passes nothing on
+    for name, value in options.items():
+        if name not in taken:
+            meant = nearest(name, [*own, *taken])
+            raise ValueError(
+                f"{estimator.__name__} has no option {name!r:.80}, but "
+                f"{', '.join(sorted({*own, *taken}))}: {call}"
+                + (f"{meant}={value!r:.80})" if meant else "num_samples=2)")
+            )
+
+
+def _check_values(estimator: Any, options: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for what an estimator refuses, by making one of a single weight."""
+    module, weight = nn.Module(), nn.Parameter(torch.ones(1, device="cpu"))
+    module.weight = weight
+    # A schedule may know how many weights it was made for, and a model which ones.
+    given = {name: 0.0 if callable(value) else value for name, value in options.items()}
+    if isinstance(options.get("model"), nn.Module | None):
+        given["model"] = module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about the weights, and told of those
+        estimator([("weight", weight, 1.0)], **given)
 
 
 def check_class(call: str, estimator: object) -> None:

@@ -21,7 +21,7 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.integrations.counters import counters_put_back
-from fogzo.integrations.options import check_class, check_noise
+from fogzo.integrations.options import check_options
 from fogzo.layers import QuantizedLayer, quantized_weights
 from fogzo.wording import caveat, listed
 
@@ -57,7 +57,8 @@ def refine(
 
     Raises:
         ValueError: If the trainer is refined already, trains with DeepSpeed or sharding that
-            keeps the gradients to itself, or the estimator is no class.
+            keeps the gradients to itself, or the estimator is no class or does not take the
+            options.
     """
     if hasattr(trainer.compute_loss, "refined_by_fogzo"):
         raise ValueError(
@@ -69,8 +70,8 @@ def refine(
             "gradients cannot be refined under DeepSpeed or torch's DataParallel: train with DDP, "
             "torchrun --nproc-per-node=2 train.py, or on one GPU, CUDA_VISIBLE_DEVICES=0"
         )
-    check_class("refine(trainer, ", estimator)
-    check_noise("refine(trainer, ", kappa, start, options)
+    own = ("estimator", "kappa", "start")
+    check_options("refine(trainer, ", estimator, options, own, kappa, start)
     _check_quantized(trainer.model)
     return TrainerRefinement(trainer, estimator, kappa, start, options)
 

@@ -84,9 +84,10 @@ def select_layers(
             f"{type(model).__name__} has no layer that can be quantized: Linear, Conv1d/2d/3d, "
             "ConvTranspose1d/2d/3d, Embedding, transformers' Conv1D and fused experts are"
         )
+    names = (name or f"the model, a {type(layer).__name__}" for name, layer in layers.items())
     rule = "the default filter leaves embeddings and output heads alone"
     raise ValueError(
-        f"nothing was selected out of {', '.join(layers)} "
+        f"nothing was selected out of {', '.join(names)} "
         f"({rule if filter_fn is None else 'filter_fn returned False for each'}): "
         "to quantize all of them, "
         "fogzo.quantize_(model, quantizer, filter_fn=lambda module, name: True)"

@@ -208,7 +208,7 @@ class TrainConfig(Options):
             if given:
                 raise ValueError(
                     f"{self.estimator} has no steps of STE before or between its own: leave "
-                    f"{option} out, or this row"
+                    f"{option} out, or --estimator fogzo; of a comparison, leave this row out"
                 )
 
     def _check_linear(self) -> None:

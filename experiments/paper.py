@@ -232,7 +232,11 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
         "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
         "long-resnet-lsq-w2": long(
-            replace(resnet, quantizer=LSQ), 4000, (*rates[1:], 3.16e-2), WIDE_ROWS, num_seeds=5
+            replace(resnet, quantizer=LSQ),
+            4000,
+            (*rates[1:], 3.16e-2),
+            (*WIDE_ROWS, "ste-dampening-published"),
+            num_seeds=5,
         ),
         "long-resnet-quest-w2a2": long(
             replace(resnet, quantizer=QUEST, activations=QUEST), 4000, (*rates[1:], 3.16e-2)

@@ -868,7 +868,8 @@ def test_what_is_said_of_learned_steps_on_deit_is_what_was_measured():
 def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     page, name = words("docs/research.md"), "resnet-lsq-w2"
     long = Comparison.from_dict(committed(f"long-{name}"))
-    phase, cage, winq = "float-then-ste", "ste-cage-published", "ste-winq-published"
+    phase, damped = "float-then-ste", "ste-dampening-published"
+    cage, winq = "ste-cage-published", "ste-winq-published"
 
     def points(row, other="ste", sign=1, key=None):
         gap = minus_at_length(name, row, other, key)
@@ -892,14 +893,17 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
             assert not excludes_zero(minus_at_length(name, row, "ste", key))
     fogzo = minus_at_length(name, "fogzo", "ste")
     assert f"FOGZO within {100 * fogzo.low:.1f} to {100 * fogzo.high:+.1f} points" in page
-    behind = (*points(cage, sign=-1), *points(winq, sign=-1))
-    assert "CAGE is {} points behind STE {}, WinQ {} {}, both".format(*behind) in page
+    behind = (*points(cage, sign=-1), *points(winq, sign=-1), *points(damped, sign=-1))
+    said = (
+        "CAGE is {} points behind STE {}, WinQ {} {}, dampening, added when all others were known, "
+    )
+    assert (said + "{} {}, all").format(*behind) in page
     gain, interval = points(phase)
     cost = f"at {ratio:.2f} times the cost"
     assert f"by {gain} points {interval} {cost}" in words("docs/choosing.md")
     assert f"by {gain} points {cost}" in words("README.md")
-    lose = f"lose {points(winq, sign=-1)[0]} and {points(cage, sign=-1)[0]} points on ResNet-18"
-    assert lose in words("docs/choosing.md")
+    lost = [points(row, sign=-1)[0] for row in (winq, cage, damped)]
+    assert "lose {}, {} and {} points on ResNet-18".format(*lost) in words("docs/choosing.md")
     assert f"Float itself is {points('float')[0]} points ahead there" in words("README.md")
     back = f"cost {points('float')[0]} points, of which half of the steps in float win back {gain},"
     assert back in words("docs/results.md")

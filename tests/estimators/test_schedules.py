@@ -130,3 +130,9 @@ def test_a_schedule_that_knows_no_weights_says_how_to_read_it():
     schedule = fogzo.linear_noise_share(total_steps=10, kappa=1.0)
     with pytest.raises(ValueError, match=r"noise_share=schedule.*num_weights="):
         schedule(3)
+
+
+def test_weights_without_a_single_number_are_refused_when_the_estimator_is_made():
+    empty = [("w", torch.nn.Parameter(torch.zeros(0, 4)), 1.0)]
+    with pytest.raises(ValueError, match="num_weights must be a positive integer, got 0"):
+        fogzo.FogzoEstimator(empty)

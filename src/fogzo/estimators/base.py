@@ -114,7 +114,7 @@ class GradientEstimator(ABC):
     mixes_noise = True  # by `noise_share`, with a guide
     noise_shape: NoiseShape = "tensor_rms"
     noise_share: NoiseShare
-    num_weights = 0
+    num_weights = -1  # not counted yet
 
     def __init__(
         self,

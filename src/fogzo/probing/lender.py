@@ -296,7 +296,10 @@ class _BufferCopies:
 
 
 def _is_plain(buffer: Tensor) -> bool:
-    return type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_inference()
+    if type(buffer) is not Tensor or buffer.layout is not torch.strided or buffer.is_inference():
+        return False
+    # Of these CUDA copies one at a time alone.
+    return buffer.dtype not in (torch.uint16, torch.uint32, torch.uint64)
 
 
 def _version(buffer: Tensor) -> int:

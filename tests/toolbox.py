@@ -138,6 +138,15 @@ def batch(rows: int = 16, dtype: torch.dtype = torch.float32, seed: int = 1) -> 
     return [draw(rows, size, seed=seed + size).to(dtype) for size in (8, 3)]
 
 
+def told(mistake: Callable[[], object]) -> str:
+    """What a `ValueError` says, for a rank to report."""
+    try:
+        mistake()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def backward(loss_of: Callable[[], Tensor]) -> Tensor:
     """The loss, after its backward pass."""
     loss = loss_of()

@@ -150,7 +150,7 @@ def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
-def sum_over_later_cuts(tensor: Tensor, like: Tensor) -> Tensor:
+def sum_over_parts_of_rows(tensor: Tensor, like: Tensor) -> Tensor:
     """Sum a tensor over the ranks that hold the same rows of ``like`` and other parts of them."""
     if not is_sharded(like):
         return tensor

@@ -20,7 +20,7 @@ import fogzo
 from fogzo import collectives
 from fogzo.probing.directions import Directions
 from fogzo.probing.measure import NO_FLIP
-from toolbox import cpu_mesh, draw, everything, fill, joined, run_ranks
+from toolbox import cpu_mesh, draw, everything, fill, joined, run_ranks, told
 
 RANKS = 2
 STEPS = 2
@@ -272,11 +272,7 @@ def another_batch_on_one_rank(rank):
     """What each rank is told where only the last one's closure evaluates another batch."""
     model, estimator, _, loss = after_backward(rank)
     x, y = batch(0 if rank < RANKS - 1 else 1, rank)
-    try:
-        estimator.refine_grads_(lambda: mse_loss(model(x), y), expected_loss=loss)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    return told(lambda: estimator.refine_grads_(lambda: mse_loss(model(x), y), expected_loss=loss))
 
 
 class Half(nn.Module):
@@ -412,14 +408,7 @@ def messages(rank):
         "stacked": lambda: fogzo.FogzoEstimator(weights, evaluate="stacked"),
         "too early": lambda: too_early.refine_grads_(lambda: mse_loss(early(x), y)),
     }
-    told = {}
-    for name, mistake in mistakes.items():
-        try:
-            mistake()
-            told[name] = "nothing"
-        except ValueError as error:
-            told[name] = str(error)
-    return told
+    return {name: told(mistake) for name, mistake in mistakes.items()}
 
 
 def used(model):

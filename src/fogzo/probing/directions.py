@@ -24,7 +24,7 @@ from fogzo.collectives import (
     full,
     local,
     shard_like,
-    sum_over_later_cuts,
+    sum_over_parts_of_rows,
     sum_over_shards,
 )
 from fogzo.layers.weights import QuantizedWeight
@@ -160,7 +160,7 @@ class Directions:
         assert part.grad is not None
         moved = part.rotated(part.grad) * part.moves
         squares = torch.linalg.vector_norm(moved, dim=dims, keepdim=True).square()
-        norms = sum_over_later_cuts(squares, part.weight.param).sqrt()
+        norms = sum_over_parts_of_rows(squares, part.weight.param).sqrt()
         if noise_shape == "isotropic":
             return part.eps.reciprocal().nan_to_num_(posinf=0.0) * ((norms > 0) | (not self.guided))
         total = sum(weight.param.numel() for weight in self.weights)

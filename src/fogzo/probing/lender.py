@@ -298,7 +298,7 @@ class _BufferCopies:
 def _is_plain(buffer: Tensor) -> bool:
     if type(buffer) is not Tensor or buffer.layout is not torch.strided or buffer.is_inference():
         return False
-    # Of these CUDA copies one at a time alone.
+    # CUDA's copy of many at once has no kernel for these.
     return buffer.dtype not in (torch.uint16, torch.uint32, torch.uint64)
 
 

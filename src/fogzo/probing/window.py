@@ -204,7 +204,8 @@ class Window:
         if not grads:
             return any(self._versions)
         # Looking at them stops a GPU, so only if something has been done to them.
-        if self._at_start == self._versions:
+        # Asked of all ranks, as a version holds an id, which a later tensor of one may have again.
+        if not self._on_any_rank(self._at_start != self._versions):
             return False
         return not self._on_any_rank(any(bool(local(grad).any()) for grad in grads))
 

@@ -320,8 +320,8 @@ class Quantizer:
         groups = self._groups(tensor, output_dim)
         follows = step is None and not self.scale.detached
         if step is None:
-            is_it = measured_on is tensor
-            step = self._measure(groups if is_it else self._groups(measured_on, output_dim))
+            own = groups if measured_on is tensor else self._groups(measured_on, output_dim)
+            step = self._measure(own)
         step = effective_step_size(step.to(tensor.dtype), self.scale_dtype)
         if follows:
             step = _following(step, groups)

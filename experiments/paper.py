@@ -226,8 +226,12 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower[1:2], num_seeds=5
         ),
         "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2], num_seeds=5),
+        # Three seeds, and five more that were to confirm them.
         "long-resnet-quest-w2a2-inputs": long(
-            replace(resnet, quantizer=QUEST, activations=QUEST), 4000, (rates[2], 3.16e-2)
+            replace(resnet, quantizer=QUEST, activations=QUEST),
+            4000,
+            (rates[2], 3.16e-2, 0.1),
+            num_seeds=8,
         ),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
         "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),

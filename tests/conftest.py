@@ -1,6 +1,7 @@
 """Options of the tests, and the order of their files."""
 
 import gc
+import logging
 import signal
 
 import pytest
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported and collected, which stays to the end."""
+    """Spare tests what collecting them has left: objects that stay, and loggers."""
     gc.collect()
     gc.freeze()
+    # pytest adds its handlers to each logger that does not propagate, six times per test, which
+    # takes longer than many tests.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
+            logger.propagate = True

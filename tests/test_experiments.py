@@ -96,14 +96,13 @@ def test_a_plot_is_small_and_drawn_the_same_every_time(name, tmp_path):
 
 
 def test_plots_of_long_comparisons_are_drawn_the_same_every_time(tmp_path):
-    first, *others = import_module("tables").LONG.values()
+    first, *others, last = import_module("tables").LONG.values()
     for script, name in (("lengths", first), ("masked_share", "masked-share")):
         for path in (tmp_path / "first.svg", tmp_path / "second.svg"):
             import_module(script).plot(committed(name), path)
         assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
-    for name in others:
-        import_module("lengths").plot(committed(name), tmp_path / f"{name}.svg")
-    drawn = [folder(name) / "length.svg" for name in (first, *others)]
+    import_module("lengths").plot(committed(last), tmp_path / "last.svg")
+    drawn = [folder(name) / "length.svg" for name in (first, *others, last)]
     assert max(path.stat().st_size for path in drawn) < 100_000
     assert (folder("masked-share") / "gains.svg").stat().st_size < 100_000
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fogzo
 
 SEEDS = range(3)
-STEPS = 25
+STEPS = 15
 OPTIMIZERS = {
     "adamw": lambda parameters: [torch.optim.AdamW(parameters, lr=1e-2)],
     "sgd": lambda parameters: [torch.optim.SGD(parameters, lr=0.1, momentum=0.9)],

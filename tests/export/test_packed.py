@@ -26,6 +26,7 @@ import fogzo.export.transformers
 from fogzo.export import export, load_, unpack_
 from fogzo.export.packed import PackedLayer
 from fogzo.quantizers import Hadamard
+from toolbox import pairwise
 
 QUANTIZERS = {
     "lsq1": lambda: fogzo.lsq(1),
@@ -60,9 +61,7 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pairwise(network=NETWORKS, quantizer=QUANTIZERS, inputs=INPUTS)
 def test_the_served_model_is_the_trained_one(network, quantizer, inputs, tmp_path):
     model = quantized(NETWORKS[network](), QUANTIZERS[quantizer](), INPUTS[inputs](), inner)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -73,7 +73,7 @@ def comparison(in_this_process, tmp_path_factory):
         rows=SOME,
         learning_rates=(3e-3, 2e-2),
         kappas=(0.1, 1.0),
-        num_seeds=3,
+        num_seeds=2,
         tuning_seeds=1,
         workers=2,
     )
@@ -95,7 +95,7 @@ def test_every_row_tries_every_candidate_and_reports_the_best_on_validation(comp
         assert set(losses) == {(rate, value) for rate in (3e-3, 2e-2) for value in own}
         assert losses[row.learning_rate, row.value] == min(losses.values()) == row.best_loss
         assert row.tuning_runs == len(losses) * config.tuning_seeds
-        assert len(row.seeds) == 3
+        assert len(row.seeds) == config.num_seeds
         assert row.summary("train_loss").mean > 0
     runs = len(list((config.base.output_dir / "runs").iterdir()))
     assert progress[-2:] == [(runs, runs)] * 2

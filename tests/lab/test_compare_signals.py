@@ -17,7 +17,7 @@ from fogzo_lab.cli.main import main
 from forked import Python
 
 OPTIONS = ("--rows", "ste", "fogzo", "--learning-rates", "0.003", "--num-seeds", "2")
-OPTIONS += ("--max-steps", "200", "--log-every", "5", "--no-equal-time", "--workers", "1")
+OPTIONS += ("--max-steps", "100", "--log-every", "5", "--no-equal-time", "--workers", "1")
 
 
 def command(folder):

@@ -40,7 +40,7 @@ RUNS = {
         *("--data.max-eval-blocks", 16),
     ),
 }
-STEPS = 30
+STEPS = 20
 
 
 def command(name, folder, *more):

@@ -365,7 +365,7 @@ def test_no_damaged_state_is_trained_on(finished, tmp_path, caplog, change):
         return loss, [p.detach().clone() for p in training.model.parameters()]
 
     expected = begun()
-    for place in random.Random(change).sample([*places(value)], 12):
+    for place in random.Random(change).sample([*places(value)], 6):
         changed = damaged(value, place, change)
         if changed is None:
             continue

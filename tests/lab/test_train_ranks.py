@@ -34,9 +34,7 @@ from fogzo_lab.training.state import Training
 from forked import Python, finish
 
 VARIANTS = {
-    f"n={n}, accumulation {k}": {"num_samples": n, "accumulation": k}
-    for n in (1, 2)
-    for k in (1, 3)
+    f"n={n}, accumulation {k}": {"num_samples": n, "accumulation": k} for n, k in ((1, 1), (2, 3))
 }
 STEPS = 6
 CAGE = MethodConfig(name="cage", strength=1.0, start=0.5)

@@ -4,6 +4,10 @@ BIN := .venv/bin
 # Small matrices on few cores: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
+# One for each of CI's two cores, as the start of a third one takes more than it gives; WORKERS=8
+# where there are more cores.
+WORKERS ?= 2
+
 # What keeps glibc from handing memory back to the system between two forwards.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
@@ -17,11 +21,9 @@ test: lint suite results-check docs  ## everything CI checks
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 
-# One worker for each of CI's two cores, as a third one's collection takes more than it gives; with
-# bytecode kept, as it starts some hundred interpreters. WORKERS=8 where there are more cores.
-WORKERS ?= 2
+# With bytecode kept, as it starts some hundred interpreters.
 suite: .venv/installed
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

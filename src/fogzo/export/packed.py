@@ -8,6 +8,7 @@ rotated where it was. Everything else has its own name; tied tensors are there o
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -182,7 +183,7 @@ def _fit_to_assign(tensors: dict[str, Tensor], model: nn.Module) -> None:
         tensors[name] = made[id(tensor)]
 
 
-def check_version(config: dict[str, Any], folder: Path | str) -> None:
+def check_version(config: Mapping[str, Any], folder: Path | str) -> None:
     """Raise a `ValueError` unless this version can read the folder."""
     if config.get("format_version") != VERSION:
         raise ValueError(

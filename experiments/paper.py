@@ -239,7 +239,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(resnet, quantizer=LSQ),
             4000,
             (*rates[1:], 3.16e-2),
-            (*WIDE_ROWS, "ste-dampening-published"),
+            (*WIDE_ROWS, "ste-dampening-published", "ste-stable-qat"),
             num_seeds=5,
         ),
         "long-resnet-quest-w2a2": long(

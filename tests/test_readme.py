@@ -901,12 +901,20 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
         "CAGE is {} points behind STE {}, WinQ {} {}, dampening, added when all others were known, "
     )
     assert (said + "{} {}, all").format(*behind) in page
+    stable = "ste-stable-qat"
+    ratio_of_stable = long.run_seconds[stable] / long.run_seconds["ste"]
+    said = "is {} points behind {} at {:.2f} times STE's cost, and {} nats in training loss {}"
+    losses = points(stable, key="train_loss")
+    assert said.format(*points(stable, sign=-1), ratio_of_stable, *losses) in page
     gain, interval = points(phase)
     cost = f"at {ratio:.2f} times the cost"
     assert f"by {gain} points {interval} {cost}" in words("docs/choosing.md")
     assert f"by {gain} points {cost}" in words("README.md")
     lost = [points(row, sign=-1)[0] for row in (winq, cage, damped)]
-    assert "lose {}, {} and {} points on ResNet-18".format(*lost) in words("docs/choosing.md")
+    said = "lose {}, {} and {} points on ResNet-18, StableQAT's slope {}".format(
+        *lost, points(stable, sign=-1)[0]
+    )
+    assert said in words("docs/choosing.md")
     assert f"Float itself is {points('float')[0]} points ahead there" in words("README.md")
     back = f"cost {points('float')[0]} points, of which half of the steps in float win back {gain},"
     assert back in words("docs/results.md")

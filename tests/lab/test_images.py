@@ -237,6 +237,22 @@ def test_class_names_count_even_where_no_image_shows_them(folder):
     assert load_images(ImagesConfig(dataset=str(folder))).num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"), [(["dog", "cat", "bird"], [2, 1, 0]), (["cat", "dog"], [1, 2])]
+)
+def test_class_names_say_what_the_numbers_of_the_test_split_mean(folder, names, labels):
+    def named(names):
+        return datasets.ClassLabel(names=names)
+
+    write(folder, "train", pictures(6), [0, 1, 2] * 2, label=named(["bird", "cat", "dog"]))
+    write(folder, "test", pictures(len(names)), list(range(len(names))), label=named(names))
+    data = load_images(ImagesConfig(dataset=str(folder)))
+    assert data.test.batch(torch.arange(len(names)))[1].tolist() == labels
+    write(folder, "test", pictures(2), [0, 1], label=named(["cat", "emu"]))
+    with pytest.raises(ValueError, match="has the class 'emu', but the training split only bird"):
+        load_images(ImagesConfig(dataset=str(folder)))
+
+
 @pytest.fixture
 def lazy(folder, monkeypatch):
     """The folder's images, decoded when asked for."""

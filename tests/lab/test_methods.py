@@ -11,7 +11,7 @@ import torch
 from fogzo_lab.cli.export import ExportConfig, export_run
 from fogzo_lab.comparison.compare import CompareConfig, compare
 from fogzo_lab.comparison.rows import ROWS
-from fogzo_lab.comparison.timing import phases_of
+from fogzo_lab.comparison.timing import phases_of, run_seconds
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
@@ -249,6 +249,14 @@ def test_a_runs_phases_are_timed_each_for_its_share():
     (first, _), (second, _) = phases_of(ROWS["float-then-fogzo"].config(recipe, None))
     assert (first.quantize_from, first.estimator) == (1.0, "ste")
     assert (second.quantize_from, second.estimator, second.start) == (0.0, "fogzo", 0.0)
+
+
+def test_the_float_phase_of_an_averaged_run_is_timed():
+    recipe = replace(RECIPES["digits-mlp"](), ema_decay=0.9)
+    (first, _), (second, _) = phases_of(ROWS["float-then-ste"].config(recipe, None))
+    assert (first.quantize_from, first.ema_decay, second.ema_decay) == (1.0, 0.9, 0.9)
+    averaged = ROWS["float-then-ste"].config(recipe, None)
+    assert run_seconds({"float-then-ste": averaged}, rounds=3, steps=1)["float-then-ste"] > 0
 
 
 # Rows

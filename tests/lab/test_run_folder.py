@@ -102,6 +102,14 @@ def test_resuming_without_a_good_checkpoint_is_refused_and_leaves_every_byte(con
     assert train(replace(config, resume=True, overwrite=True))["steps"] == 20
 
 
+def test_no_report_of_a_replaced_run_is_left(config):
+    train(config)
+    report = config.output_dir / "report.html"
+    report.write_text("of this run")
+    train(replace(config, learning_rate=0.01, overwrite=True))
+    assert not report.exists()
+
+
 @pytest.mark.parametrize("options", [{"learning_rate": 0.01}, {"seed": 3}])
 def test_resuming_a_finished_run_without_checkpoints_under_another_config_is_refused(
     config, options

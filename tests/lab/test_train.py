@@ -389,6 +389,27 @@ def test_step_sizes_of_another_quantizer_are_measured_anew(config, tmp_path, cha
     assert [torch.equal(*pair) for pair in zip(found, measured, strict=True)] == [not keeps] * 2
 
 
+@pytest.mark.parametrize("before", ["fixed", "lsq", "bbq"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        QuantizerConfig(preset="none"),
+        QuantizerConfig(preset="quest"),
+        QuantizerConfig(preset="fixed", granularity="channel"),
+    ],
+    ids=lambda quantizer: quantizer.preset,
+)
+def test_weights_of_any_quantizer_can_be_where_training_begins(config, tmp_path, before, after):
+    quantizer = QuantizerConfig(preset=before)
+    first = replace(config, max_steps=2, estimator="ste", output_dir=tmp_path / "before")
+    train(replace(first, quantizer=quantizer, activations=quantizer))
+    begun = replace(first, quantizer=after, initial_weights=first.output_dir)
+    state = Training(begun, CPU).model.state_dict()
+    given = load_checkpoint(newest_checkpoint(first.output_dir))["model"]
+    for name in ("1.weight", "3.weight", "1.bias"):
+        assert torch.equal(state[name], given[name])
+
+
 @pytest.mark.parametrize(("bits", "keeps"), [(2, True), (4, False)])
 def test_learned_step_sizes_of_inputs_come_with_the_weights(config, tmp_path, bits, keeps):
     lsq = {"quantizer": QuantizerConfig(preset="lsq"), "activations": QuantizerConfig(preset="lsq")}

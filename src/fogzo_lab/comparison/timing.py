@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from fogzo_lab.interleaved import take_turns
+from fogzo_lab.options import deferred_checks
 from fogzo_lab.system.devices import synchronize
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.loop import training_step
@@ -66,15 +67,16 @@ def phases_of(config: TrainConfig) -> list[tuple[TrainConfig, float]]:
     found = []
     for begin, end in itertools.pairwise(bounds):
         acts = begin >= pulling
-        alike = replace(
-            config,
-            start=0.0,
-            estimator=config.estimator if begin >= probing else "ste",
-            quantize_from=0.0 if begin >= config.quantize_from else 1.0,
-            method=replace(method, start=0.0 if "start" in method.options else None)
-            if acts
-            else MethodConfig(),
-        )
+        with deferred_checks():  # a float phase alone may not be averaged, as part of a run it may
+            alike = replace(
+                config,
+                start=0.0,
+                estimator=config.estimator if begin >= probing else "ste",
+                quantize_from=0.0 if begin >= config.quantize_from else 1.0,
+                method=replace(method, start=0.0 if "start" in method.options else None)
+                if acts
+                else MethodConfig(),
+            )
         found.append((alike, end - begin))
     return found
 

@@ -76,7 +76,9 @@ def read_files(config: ImagesConfig) -> Read:
         )
     names = {name: f"the {name} split of {dataset!r}" for name in ("train", tests[0])}
     labels, test_labels = (_labels(splits[name], what) for name, what in names.items())
-    classes = getattr(splits["train"].features[_find(splits["train"], _LABEL_COLUMNS)], "names", ())
+    classes, test_classes = (_class_names(splits[name]) for name in names)
+    if classes and test_classes and test_classes != classes:
+        test_labels = _renumbered(test_labels, test_classes, classes, names[tests[0]])
     num_classes = len(classes) or int(labels.max()) + 1
     if num_classes < 2:
         raise ValueError(
@@ -150,6 +152,21 @@ def _labels(table: Any, what: str) -> Tensor:
             "to_parquet, and give the folder as --data.dataset ./path"
         )
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _class_names(table: Any) -> list[str]:
+    """What the numbers of labels mean, in their order; empty where it is not said."""
+    return getattr(table.features[_find(table, _LABEL_COLUMNS)], "names", None) or []
+
+
+def _renumbered(labels: Tensor, names: list[str], classes: list[str], what: str) -> Tensor:
+    """Labels that count in an order of their own, in the order of the training split's classes."""
+    if unknown := sorted(set(names) - set(classes)):
+        raise ValueError(
+            f"{what} has the class {unknown[0]!r}, but the training split only "
+            f"{', '.join(classes[:10])}: name the classes of both alike"
+        )
+    return torch.tensor([classes.index(name) for name in names])[labels]
 
 
 def _values(table: Any, column: str) -> Any:

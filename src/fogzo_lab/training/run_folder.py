@@ -149,7 +149,8 @@ class RunFolder(ExitStack):
         clear_partial(self.path)
         for name in _FILES:
             (self.path / f"{name}.partial").unlink(missing_ok=True)
-        (self.path / "result.json").unlink(missing_ok=True)
+        for name in ("result.json", "report.html"):  # of a run that had ended
+            (self.path / name).unlink(missing_ok=True)
         path = self.path / "metrics.jsonl"
         if self._resumed:
             kept = _recovered(path, step, position)

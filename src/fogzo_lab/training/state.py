@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from fogzo import (
 from fogzo.collectives import local
 from fogzo.estimators import GradientEstimator, RefineStats
 from fogzo.estimators.schedules import NoiseShare
+from fogzo.layers.quantized_layer import STEP_NAMES
 from fogzo.probing.rng import RngState
 from fogzo.quantizers.smoothing import LAWS, with_radius
 from fogzo_lab.data.config import AugmentationConfig, ImagesConfig
@@ -394,10 +395,15 @@ def find_weights(run: Path) -> Path:
     return checkpoint
 
 
-def load_weights(model: nn.Module, run: Path) -> int:
+def load_weights(model: nn.Module, run: Path, without: Collection[str] = ()) -> int:
     """Load the weights of another run, averaged if it averaged them; returns its step.
 
     Weights of a float run are quantized anew, as its checkpoint has no step sizes.
+
+    Args:
+        model: Takes the weights.
+        run: A run, or one of its checkpoints.
+        without: Names of layers' tensors that stay as they are, such as weight_step.
 
     Raises:
         ValueError: If there is no checkpoint, or one of another network.
@@ -410,6 +416,11 @@ def load_weights(model: nn.Module, run: Path) -> int:
         if found["ema"] is not None:
             average = found["ema"]["average"]
             weights = {name: average.get(name, weight) for name, weight in weights.items()}
+        weights = {
+            name: weight
+            for name, weight in weights.items()
+            if name.rpartition(".")[2] not in without
+        }
         check_same_tensors(model.state_dict(), weights, all_of_them=False)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
@@ -427,18 +438,27 @@ def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> bool:
     Returns:
         Whether the step sizes of inputs came with them.
     """
-    step = load_weights(model, run)
-    folder = run if step_of(run) is None else run.parent.parent
+    checkpoint = find_weights(run)
+    folder = checkpoint.parent.parent
     # Weights that came without their config may be of any quantizer.
     other = read_config(folder) if (folder / "config.json").exists() else None
-    if (
-        other is None
-        or other.in_float_at(step)
-        or other.quantizer.build() != config.quantizer.build()
-    ):
-        measure_step_sizes_(model)
+    quantized = config.quantizer.preset != "none"
+    if other is None:
+        load_weights(model, run)
+        if quantized:
+            measure_step_sizes_(model)
         return False
-    return other.activations.build_for_inputs() == config.activations.build_for_inputs()
+    in_float = other.in_float_at(step_of(checkpoint) or 0)
+    same = not in_float and other.quantizer.build() == config.quantizer.build()
+    inputs = other.activations.build_for_inputs() == config.activations.build_for_inputs()
+    # Step sizes of another quantizer have other names and shapes.
+    fitting = (same, same and inputs)
+    kinds = [kind for kind, fits in zip(("weight", "input"), fitting, strict=True) if not fits]
+    without = [name for name in STEP_NAMES if name.startswith(tuple(kinds))]
+    load_weights(model, run, without)
+    if quantized and not same:
+        measure_step_sizes_(model)
+    return same and inputs
 
 
 def check_same_tensors(

@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Small matrices on few cores: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
-# Bytecode is written when a module is first imported, and not of all that pip installs.
-export PYTHONDONTWRITEBYTECODE :=
 
 # One for each of CI's two cores, as the start of a third one takes more than it gives; WORKERS=8
 # where there are more cores.
@@ -25,8 +23,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers $(WORKERS)
 
+# With bytecode kept, as it starts some hundred interpreters.
 suite: .venv/installed
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed  ## build the documentation in site/, an error on any broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -52,7 +51,7 @@ results-check: .venv/installed  ## rebuild the tables of docs/ from the committe
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:

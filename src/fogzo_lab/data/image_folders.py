@@ -45,15 +45,15 @@ def load_splits(dataset: str) -> Any:
     found = _find(root) if root is not None else None
     files = [*chain(*found.splits.values())] if found is not None else []
     try:
-        if found is not None and found.kind == "imagefolder":
+        if found is None:
+            return datasets.load_dataset(HUB_IDS.get(dataset, dataset))
+        if found.kind == "imagefolder":
             return datasets.load_dataset(found.kind, data_files=found.paths)
-        if found is not None:
-            # Each by itself: together, all would be taken to have the first one's class names.
-            return {
-                name: datasets.load_dataset(found.kind, data_files={name: paths})[name]
-                for name, paths in found.paths.items()
-            }
-        return datasets.load_dataset(HUB_IDS.get(dataset, dataset))
+        # Each by itself: together, all would be taken to have the first one's class names.
+        return {
+            name: datasets.load_dataset(found.kind, data_files={name: paths})[name]
+            for name, paths in found.paths.items()
+        }
     except Exception as error:  # whatever the hub, the disk or a parser has to say
         unhelpful = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = first_line((unhelpful and error.__cause__) or error)

@@ -442,23 +442,20 @@ def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> bool:
     folder = checkpoint.parent.parent
     # Weights that came without their config may be of any quantizer.
     other = read_config(folder) if (folder / "config.json").exists() else None
-    quantized = config.quantizer.preset != "none"
-    if other is None:
-        load_weights(model, run)
-        if quantized:
-            measure_step_sizes_(model)
-        return False
-    in_float = other.in_float_at(step_of(checkpoint) or 0)
-    same = not in_float and other.quantizer.build() == config.quantizer.build()
-    inputs = other.activations.build_for_inputs() == config.activations.build_for_inputs()
-    # Step sizes of another quantizer have other names and shapes.
-    fitting = (same, same and inputs)
-    kinds = [kind for kind, fits in zip(("weight", "input"), fitting, strict=True) if not fits]
-    without = [name for name in STEP_NAMES if name.startswith(tuple(kinds))]
+    same = inputs = False
+    without: list[str] = []
+    if other is not None:
+        in_float = other.in_float_at(step_of(checkpoint) or 0)
+        same = not in_float and other.quantizer.build() == config.quantizer.build()
+        own = config.activations.build_for_inputs()
+        inputs = same and other.activations.build_for_inputs() == own
+        # Step sizes of another quantizer have other names and shapes.
+        fits = {"weight": same, "input": inputs}
+        without = [name for name in STEP_NAMES if not fits[name.partition("_")[0]]]
     load_weights(model, run, without)
-    if quantized and not same:
+    if not same and config.quantizer.preset != "none":
         measure_step_sizes_(model)
-    return same and inputs
+    return inputs
 
 
 def check_same_tensors(

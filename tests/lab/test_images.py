@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import numpy
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from pictures import encode, everything, pictures, write, write_set
@@ -250,6 +251,18 @@ def test_class_names_say_what_the_numbers_of_the_test_split_mean(folder, names, 
     assert data.test.batch(torch.arange(len(names)))[1].tolist() == labels
     write(folder, "test", pictures(2), [0, 1], label=named(["cat", "emu"]))
     with pytest.raises(ValueError, match="has the class 'emu', but the training split only bird"):
+        load_images(ImagesConfig(dataset=str(folder)))
+
+
+def test_a_label_that_has_no_name_is_refused(folder):
+    names = datasets.ClassLabel(names=["bird", "cat", "dog"])
+    for name in ("train", "test"):
+        write(folder, name, pictures(6), [0, 1, 2] * 2, label=names)
+    path = folder / "test-00000-of-00001.parquet"
+    table = parquet.read_table(path)
+    meaning = table.schema.metadata[b"huggingface"].replace(b', "dog"', b"")
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": meaning}), path)
+    with pytest.raises(ValueError, match="has the label 2, but names only bird, cat:"):
         load_images(ImagesConfig(dataset=str(folder)))
 
 

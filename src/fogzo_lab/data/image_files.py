@@ -77,8 +77,6 @@ def read_files(config: ImagesConfig) -> Read:
     names = {name: f"the {name} split of {dataset!r}" for name in ("train", tests[0])}
     labels, test_labels = (_labels(splits[name], what) for name, what in names.items())
     classes, test_classes = (_class_names(splits[name]) for name in names)
-    if classes and test_classes and test_classes != classes:
-        test_labels = _renumbered(test_labels, test_classes, classes, names[tests[0]])
     num_classes = len(classes) or int(labels.max()) + 1
     if num_classes < 2:
         raise ValueError(
@@ -90,6 +88,8 @@ def read_files(config: ImagesConfig) -> Read:
             f"{names[tests[0]]} has the label {int(test_labels.max())}, but the training split "
             f"only 0 to {num_classes - 1}: number both alike"
         )
+    if classes and test_classes and test_classes != classes:
+        test_labels = _renumbered(test_labels, test_classes, classes, names[tests[0]])
 
     encoded = {name: _encoded(splits[name], what) for name, what in names.items()}
     table, column = encoded["train"]
@@ -165,6 +165,11 @@ def _renumbered(labels: Tensor, names: list[str], classes: list[str], what: str)
         raise ValueError(
             f"{what} has the class {unknown[0]!r}, but the training split only "
             f"{', '.join(classes[:10])}: name the classes of both alike"
+        )
+    if int(labels.max()) >= len(names):
+        raise ValueError(
+            f"{what} has the label {int(labels.max())}, but names only {', '.join(names[:10])}: "
+            "name all of its classes"
         )
     return torch.tensor([classes.index(name) for name in names])[labels]
 

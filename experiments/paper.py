@@ -234,7 +234,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             num_seeds=8,
         ),
         "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
-        "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
+        "long-resnet-tanh": long(
+            replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2), num_seeds=5
+        ),
         "long-resnet-lsq-w2": long(
             replace(resnet, quantizer=LSQ),
             4000,

@@ -233,7 +233,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             (rates[2], 3.16e-2, 0.1),
             num_seeds=8,
         ),
-        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
+        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept, num_seeds=5)),
         "long-resnet-tanh": long(
             replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2), num_seeds=5
         ),

@@ -63,6 +63,15 @@ def images(tmp_path):
         (("train", "digits-mlp", "--optimizer", "adamv"), "--optimizer adam"),
         (("train", "digits-mlp", "--optimizer", "lbfgs"), "--optimizer adamw"),
         (("train", "digits-mlp", "--optimizer", "muon", "--model.hidden"), "--optimizer adamw"),
+        (("train", "digits-mlp", "--estimator", "ste", "--kappa", "0.3"), "is for fogzo, placebo,"),
+        (
+            ("train", "digits-mlp", "--quantizer.preset", "none", "--one-sided"),
+            "changes nothing with --quantizer.preset none",
+        ),
+        (
+            ("compare", "digits-mlp", "--rows", "ste", "placebo", "--probe-fraction", "0.5"),
+            "changes nothing with ste placebo: leave --probe-fraction 0.5 out",
+        ),
         (("train", "digits-mlp", "--max-steps", "0"), "--max-steps"),
         (("train", "digits-mlp", "--batch-size", "5000"), "--batch-size 1146"),
         (("train", "digits-mlp", "--accumulation", "7"), "--batch-size 63"),

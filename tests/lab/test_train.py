@@ -17,7 +17,7 @@ from fogzo_lab.data.config import AugmentationConfig, ImagesConfig
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.training import loop
 from fogzo_lab.training.checkpoint import load_checkpoint, newest_checkpoint
-from fogzo_lab.training.config import EstimatorName
+from fogzo_lab.training.config import USED_BY, EstimatorName
 from fogzo_lab.training.loop import DivergedError, train, training_step
 from fogzo_lab.training.model_config import QuantizerConfig
 from fogzo_lab.training.parallel import Ranks
@@ -288,6 +288,37 @@ def test_micro_batches_equal_one_batch(name):
     config = replace(config, data=_plain(name))  # random crops would differ
     results = [parameters_after(replace(config, accumulation=k)) for k in (1, 3)]
     assert_same_training(*results)
+
+
+OTHER_VALUES = {
+    "num_samples": 2,
+    "kappa": 0.5,
+    "noise_shape": "isotropic",
+    "agreement": "shrunk",
+    "start": 0.5,
+    "perturbation": "rademacher",
+    "radius": 3.0,
+    "one_sided": True,
+    "probe_every": 2,
+    "probe_fraction": 0.5,
+    "probe_precision": "bf16",
+    "probe_loss": "linear",
+}
+
+
+def test_an_option_changes_the_training_of_the_estimators_that_it_is_for():
+    # Two change no training: how probes are evaluated, and a number that is logged.
+    assert set(USED_BY) == {*OTHER_VALUES, "evaluate", "track_flips"}
+    config = shrunk(RECIPES["digits-mlp"](), max_steps=6, agreement="measured")
+    for estimator in get_args(EstimatorName):
+        alone = replace(config, estimator=estimator)
+        losses, parameters = parameters_after(alone)
+        for option, value in OTHER_VALUES.items():
+            if option in ("start", "probe_every") and estimator in ("spsa", "control-variate"):
+                continue  # which are refused
+            other = parameters_after(replace(alone, **{option: value}))
+            same = other[0] == losses and all(map(torch.equal, other[1], parameters))
+            assert same == (estimator not in USED_BY[option]), (estimator, option)
 
 
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet"])  # what small networks gain from

@@ -20,7 +20,7 @@ from fogzo_lab.comparison.rows import ROWS
 from fogzo_lab.options import deferred_checks
 from fogzo_lab.recipes import RECIPES
 from fogzo_lab.system.json_files import dumps
-from fogzo_lab.training.config import TrainConfig
+from fogzo_lab.training.config import USED_BY, TrainConfig
 from fogzo_lab.training.evaluate import EvalConfig, evaluate_run
 from fogzo_lab.training.loop import DivergedError, train
 from fogzo_lab.training.run_folder import read_metrics
@@ -82,6 +82,8 @@ def _train(arguments: Sequence[str]) -> None:
         for name, recipe in RECIPES.items()
     }
     config = _parse("train", arguments, defaults)
+    chosen = {f"--estimator {config.estimator}": config.estimator}
+    _check_used(config, RECIPES[arguments[0]](), chosen)
     if config.inspect_every and not config.has_codes:  # which the rows of a comparison may be
         raise ValueError(
             "--inspect-every looks at the codes of quantized layers, of which this run has none: "
@@ -116,6 +118,8 @@ def _compare(arguments: Sequence[str]) -> None:
     for option, answer in _OF_ONE_RUN.items():
         if getattr(config.base, option) != getattr(recipe, option):
             raise ValueError(answer)
+    rows = {name: ROWS[name].change(recipe).estimator for name in config.rows}
+    _check_used(config.base, recipe, rows)
     if config.plan:
         display.compare_plan(plan(config))
         return
@@ -127,6 +131,27 @@ def _compare(arguments: Sequence[str]) -> None:
         raise
     path = report.write_compare_report(config, results)
     display.compare_results(results, path)
+
+
+def _check_used(config: TrainConfig, recipe: TrainConfig, estimators: Mapping[str, str]) -> None:
+    """Raise a `ValueError` for an option, other than the recipe's, that nothing here uses.
+
+    Args:
+        config: What would be trained.
+        recipe: What it begins with.
+        estimators: By the option that chose it.
+    """
+    in_float = config.quantizer.preset == "none"
+    for option, users in USED_BY.items():
+        given = getattr(config, option)
+        unused = in_float or not set(users).intersection(estimators.values())
+        if unused and given != getattr(recipe, option):
+            said = f"--{option.replace('_', '-')}" + ("" if given is True else f" {given}")
+            chosen = "--quantizer.preset none" if in_float else " ".join(estimators)
+            raise ValueError(
+                f"{said} is for {', '.join(users)}, and changes nothing with {chosen}: leave "
+                f"{said} out, or {'--quantizer.preset lsq' if in_float else 'choose one of these'}"
+            )
 
 
 _OF_ONE_RUN = {

@@ -35,6 +35,26 @@ ScheduleName = Literal["cosine", "linear", "onecycle", "wsd", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Perturbation = Literal["auto", "uniform", "triangular", "normal", "logistic", "rademacher"]
+_PROBING: tuple[EstimatorName, ...] = ("fogzo", "lambda", "control-variate", "spsa")
+_WITH_NOISE: tuple[EstimatorName, ...] = ("fogzo", "placebo", "control-variate", "spsa")
+_BESIDE_STE: tuple[EstimatorName, ...] = ("fogzo", "lambda", "placebo")
+USED_BY: dict[str, tuple[EstimatorName, ...]] = {
+    "num_samples": _WITH_NOISE,
+    "evaluate": _PROBING,
+    "kappa": ("fogzo", "placebo"),
+    "noise_shape": ("fogzo", "placebo", "control-variate"),
+    "agreement": ("fogzo", "lambda"),
+    "start": _BESIDE_STE,
+    "perturbation": _WITH_NOISE,
+    "radius": (*_WITH_NOISE, "lambda"),
+    "one_sided": _PROBING,
+    "probe_every": _BESIDE_STE,
+    "probe_fraction": _PROBING,
+    "probe_precision": _PROBING,
+    "probe_loss": _PROBING,
+    "track_flips": _PROBING,
+}
+"""The options of estimators, and which of these make anything of them."""
 _Radius = Annotated[float, Rule(lambda radius: 0 < radius <= 1000, "in (0, 1000]")]
 _CheckpointEvery = Annotated[int, Rule(lambda steps: steps >= -1, "-1 or more")]
 

@@ -45,6 +45,15 @@ class Tied(nn.Module):
         return self.last(self.second(self.first(x).relu()).relu())
 
 
+class TiedOutside(nn.Module):
+    """An embedding whose weight a module of one's own reads, or one that sums rows."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.reader = nn.Embedding(8, 8), reader
+        reader.weight = self.embed.weight
+
+
 def _mlp() -> nn.Sequential:
     return fill(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 4)))
 
@@ -200,6 +209,16 @@ def test_steps_of_channels_cannot_serve_a_tie_between_layouts(quantizer):
     with pytest.raises(ValueError, match=r'granularity="tensor" without rotation'):
         fogzo.quantize_(model, quantizer)
     _assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("reader", [nn.Module, partial(nn.EmbeddingBag, 8, 8)])
+def test_the_advice_for_a_tie_with_what_stays_in_float_works(reader):
+    model = fill(TiedOutside(reader()))
+    with pytest.raises(ValueError, match=r"'embed' shares.*'reader', which.*in float.*clone\(\)\)"):
+        fogzo.quantize_(model, fogzo.lsq(2), everything)
+    module = model.get_submodule("reader")
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    fogzo.quantize_(model, fogzo.lsq(2), everything)
 
 
 # --- the default selection ---------------------------------------------------------------------
@@ -753,6 +772,11 @@ REFUSALS = {
         lambda: fill(Tied()),
         lambda m: fogzo.quantize_(m, fogzo.lsq(2), lambda module, name: name == "first"),
         r"'first' shares its weight with 'second'.*return True for both",
+    ),
+    "a tie with a module of one's own": (
+        lambda: fill(TiedOutside(nn.Module())),
+        lambda m: fogzo.quantize_(m, fogzo.lsq(2), everything),
+        r"'embed' shares its weight with 'weight' of 'reader', which.*leave the weight out",
     ),
     "integer weights": (
         _integer_model,

@@ -87,7 +87,8 @@ def quantize_(
     Raises:
         ValueError: If an argument is of another kind, torch.inference_mode() is on, nothing is
             selected, a layer is quantized already or cannot be, a weight is not finite, or a tied
-            one is selected in one place and not in another. The model is then untouched.
+            one is selected in one place and not, or cannot be, in another. The model is then
+            untouched.
     """
     require_module(model, "fogzo.quantize_(model, fogzo.lsq(bits=2))")
     check_weight_quantizer(quantizer)
@@ -102,7 +103,7 @@ def quantize_(
     if filter_fn is None:
         layers = without_adapters(model, layers)
     selected = select_layers(model, layers, filter_fn)
-    check_ties(layers, selected, has_one_step(quantizer))
+    check_ties(model, layers, selected, has_one_step(quantizer))
 
     # Two passes: every error comes before the first change.
     steps: dict[int, KeptSteps] = {}

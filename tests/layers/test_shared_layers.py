@@ -327,6 +327,27 @@ def test_another_parameter_may_be_parametrized():
     assert torch.allclose(layer(x), before + layer.bias / 2)
 
 
+@pytest.mark.parametrize("activations", ["drop", "keep"])
+def test_a_parametrization_that_baking_in_would_lose_is_refused(activations):
+    model = fogzo.quantize_(_net(), fogzo.lsq(2), everything, fogzo.abs_max(8)).eval()
+    nn.utils.parametrize.register_parametrization(model[4], "bias", Doubled())
+    classes, before = [type(module) for module in model], model(draw(2, 4, 8))
+    with pytest.raises(ValueError, match=r"'bias' of '4'.*remove_parametrizations\(layer, \"bias"):
+        fogzo.dequantize_(model, activations)
+    assert [type(module) for module in model] == classes
+    nn.utils.parametrize.remove_parametrizations(model[4], "bias")
+    fogzo.dequantize_(model, activations)
+    if activations == "keep":
+        assert torch.equal(model(draw(2, 4, 8)), before)
+
+
+def test_a_parametrization_from_before_quantize_outlives_it():
+    layer, x = fill(nn.Linear(8, 8)), draw(2, 8)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    before = fogzo.quantize_(layer, fogzo.lsq(2), everything)(x)
+    assert torch.equal(fogzo.dequantize_(layer)(x), before)
+
+
 # --- weights that are replaced -----------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
 from fogzo.layers.quantizable import check_quantizable, require_module, warn_of_own_quantization
-from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
+from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_, plain_experts_class
 from fogzo.layers.quantized_input import QuantizedInput, quantized_input_class
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
@@ -176,7 +176,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
 
     Raises:
         ValueError: If nothing in the model is quantized, FSDP has sharded it, weights are offloaded
-            or a parametrization was put on one after `quantize_`. The model is then untouched.
+            or a parametrization was put on a layer after `quantize_`. The model is then untouched.
     """
     if activations not in ("drop", "keep", None):
         raise ValueError(
@@ -192,6 +192,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
         )
     for layer in layers:
         layer._check_own_weight()
+        _check_other_parameters(layer)
         if layer.weight.is_meta:
             raise ValueError(
                 f"the weight of {layer._name!r} is on the meta device, offloaded: "
@@ -406,6 +407,21 @@ def padding_rows(layer: nn.Module) -> Tensor | None:
     rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
     rows[index] = True
     return rows
+
+
+def _check_other_parameters(layer: QuantizedLayer) -> None:
+    """Raise a `ValueError` if the layer's own class does not know what computes a parameter."""
+    module, plain = cast(nn.Module, layer), plain_class(layer)
+    if isinstance(layer, ExpertMatrices):
+        module, plain = layer.experts, plain_experts_class(layer.experts)
+    for name in getattr(module, "parametrizations", ()):
+        # Torch's class with the property that computes it lies on top of the quantized layer's.
+        if not isinstance(getattr(plain, name, None), property):
+            raise ValueError(
+                f"a parametrization was put on {name!r} of {layer._name!r} after fogzo.quantize_ "
+                "and would be lost: torch.nn.utils.parametrize.remove_parametrizations("
+                f'layer, "{name}") first'
+            )
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

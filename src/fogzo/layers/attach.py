@@ -165,8 +165,8 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = None) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
-    Warns of layers that never ran although others did: something else may have read their weights
-    in float.
+    Warns of layers whose quantized weight no forward pass used although the model ran: something
+    may have read it in float.
 
     Args:
         model: Quantized.
@@ -223,8 +223,8 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
-        own = ("_forward_dtype", "_measured_on", "_float_phase", "observe_quantized_weight")
-        for name in own:
+        own = ("_forward_dtype", "_weight_was_read", "_measured_on", "_float_phase")
+        for name in (*own, "observe_quantized_weight"):
             layer.__dict__.pop(name, None)
         if keeps_input:
             cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))

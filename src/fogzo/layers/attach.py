@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -43,6 +44,9 @@ from fogzo.wording import caveat, listed
 
 logger = logging.getLogger(__name__)
 
+# Beside the mean magnitude of a layer's weights.
+_NOTHING = 1e-4
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -82,7 +86,8 @@ def quantize_(
     Warns:
         UserWarning: If weights that share a step size are all zero, or next to nothing beside the
             layer's others: fixed and learned scales then have nothing to measure it from, and take
-            it from the layer's other groups.
+            it from the layer's other groups. Also if the padding of an embedding is zero and would
+            not stay so.
 
     Raises:
         ValueError: If an argument is of another kind, torch.inference_mode() is on, nothing is
@@ -108,6 +113,7 @@ def quantize_(
     # Two passes: every error comes before the first change.
     steps: dict[int, KeptSteps] = {}
     empty_groups: dict[str, tuple[int, int]] = {}
+    padded: list[str] = []
     for name, layer in selected.items():
         _check_layer(name, layer)
         if id(layer.weight) not in steps:
@@ -116,6 +122,8 @@ def quantize_(
                 own = quantizer_for(layer, quantizer)
                 step, empty = own.find_step_size(weight, dim)
                 own.codes(weight, step, dim)
+                if not empty and _moves_padding(layer, own, step):  # else said of empty groups
+                    padded.append(name)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
             steps[id(layer.weight)] = kept_steps(quantizer, step, weight.requires_grad)
@@ -125,6 +133,7 @@ def quantize_(
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)
     warn_of_empty_groups(quantizer, empty_groups)
+    _warn_of_padding(padded)
     stale: list[str] = []
     for name, layer in selected.items():
         attach_(name, layer, quantizer, steps[id(layer.weight)], stale)
@@ -407,6 +416,37 @@ def padding_rows(layer: nn.Module) -> Tensor | None:
     rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
     rows[index] = True
     return rows
+
+
+def _moves_padding(
+    layer: nn.Module, quantizer: Quantizer | ExpertQuantizer, step: Tensor | None
+) -> bool:
+    """Whether the padding of an embedding is zero, and is not once it is quantized.
+
+    What a row's own step size makes of it, measured in every forward pass, is next to nothing.
+    """
+    rows = padding_rows(layer)
+    if rows is None:
+        return False
+    weight = cast(Tensor, layer.weight).detach()
+    zero = (weight == 0) & rows.to(weight.device)
+    if not zero.any():
+        return False
+    padding = quantizer.quantize_weight(weight, step)[zero]
+    return bool(padding.abs().max() > _NOTHING * weight.abs().mean())
+
+
+def _warn_of_padding(names: list[str]) -> None:
+    """Say which embeddings have padding that does not stay zero."""
+    if names:
+        warnings.warn(
+            f"the padding row of {listed(names)} is zero, and does not stay so, as the quantizer "
+            'has no level there: levels="integer", as in fogzo.lsq(2, levels="integer"), or '
+            "fogzo.ternary() has one. To leave an embedding in float: fogzo.quantize_(model, "
+            "quantizer, filter_fn=lambda module, name: name not in {...})" + caveat("Zero weights"),
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_other_parameters(layer: QuantizedLayer) -> None:

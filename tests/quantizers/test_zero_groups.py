@@ -128,7 +128,8 @@ def test_zeros_stay_zero_where_the_grid_has_a_zero():
 
 
 @pytest.mark.parametrize(
-    "quantizer", [fogzo.fixed(2), fogzo.bbq(2, granularity="tensor"), fogzo.sign(granularity="tensor")]
+    "quantizer",
+    [fogzo.fixed(2), fogzo.bbq(2, granularity="tensor"), fogzo.sign(granularity="tensor")],
 )
 def test_padding_that_does_not_stay_zero_is_named_once(quantizer):
     model = nn.Sequential(nn.Embedding(10, 16, padding_idx=0), nn.Linear(16, 4))
@@ -145,7 +146,9 @@ def test_padding_is_not_named_again_among_groups_of_zeros():
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("quantizer", [fogzo.lsq(2, levels="integer"), fogzo.ternary(), fogzo.quest(2)])
+@pytest.mark.parametrize(
+    "quantizer", [fogzo.lsq(2, levels="integer"), fogzo.ternary(), fogzo.quest(2)]
+)
 def test_padding_that_stays_zero_needs_no_warning(quantizer):
     layer = nn.Embedding(10, 16, padding_idx=0)
     fogzo.quantize_(layer, quantizer, everything)  # without a warning, which would be an error

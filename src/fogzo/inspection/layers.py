@@ -133,7 +133,7 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
 
 
 def backward_ran(layers: Sequence[tuple[str, QuantizedLayer]]) -> bool:
-    """Whether a weight has a gradient; zeros alone are what ``zero_grad(set_to_none=False)`` left."""
+    """Whether a weight has a gradient; zeros alone ``zero_grad(set_to_none=False)`` left."""
     grads = (layer.weight.grad for _, layer in layers)
     return any(grad is not None and bool(full(grad).any()) for grad in grads)
 

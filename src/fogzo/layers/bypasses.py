@@ -31,11 +31,12 @@ def warn_of_bypassed_layers(model: nn.Module, only_with_gradient: bool = False) 
     ]
     if bypassed:
         warnings.warn(
-            f"the forward of {listed(bypassed)} never ran, or did not read self.weight of the object "
-            "that it was called on, and only that is quantized: what reads layer.weight itself (or "
-            "self._parameters, or by a method bound before) uses the float weight. Call the layer, "
-            "layer(x), or leave it out, fogzo.quantize_(model, quantizer, filter_fn=...). Layers that are not "
-            f"used at all are no mistake{caveat('Bypassed layers')}",
+            f"the forward of {listed(bypassed)} never ran, or did not read self.weight of the "
+            "object that it was called on, and only that is quantized: what reads layer.weight "
+            "itself (or self._parameters, or by a method bound before) uses the float weight. Call "
+            "the layer, layer(x), or leave it out, fogzo.quantize_(model, quantizer, "
+            "filter_fn=...). Layers that are not used at all are no mistake"
+            + caveat("Bypassed layers"),
             UserWarning,
             stacklevel=3,
         )

@@ -133,6 +133,15 @@ def test_it_is_refused_with_what_came_and_what_to_write(call, value):
         CALLS[call][0](value)
 
 
+@pytest.mark.parametrize(("granularity", "groups"), [("tensor", 1), ("channel", 8), (4, 32)])
+def test_another_number_of_step_sizes_is_refused(granularity, groups):
+    quantizer, weight = fogzo.lsq(2, granularity=granularity), torch.ones(8, 16)
+    for count in (3, 16):
+        with pytest.raises(ValueError, match=rf"here \({groups}, 1\), got shape \({count}, 1\)"):
+            quantizer(weight, torch.ones(count, 1))
+    quantizer(weight, torch.ones(groups, 1))
+
+
 @pytest.mark.parametrize("step", [1e-6, 1e-7, 6e-5, 1e6, 7e4])
 def test_a_step_that_the_scale_dtype_cannot_hold_is_refused(step):
     with pytest.raises(ValueError, match=r"does not fit scale_dtype torch\.float16.*bfloat16"):

@@ -254,6 +254,18 @@ def test_a_model_can_be_quantized_again_once_its_hooks_are_off():
     assert not torch.equal(model(x), plain)
 
 
+@pytest.mark.parametrize("activations", [None, fogzo.abs_max(8)])
+def test_a_symbolic_trace_of_a_quantized_model_says_to_trace_before(activations):
+    plain, x = fill(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))), draw(2, 8)
+    model = fogzo.quantize_(copy.deepcopy(plain), fogzo.lsq(2), everything, activations)
+    with pytest.raises(ValueError, match=r"cannot follow '0'.*quantize_\(traced.*export\(model"):
+        torch.fx.symbolic_trace(model)
+    traced = fogzo.quantize_(torch.fx.symbolic_trace(plain), fogzo.lsq(2), everything, activations)
+    assert torch.equal(traced(x), model(x))
+    exported = torch.export.export(model.eval(), (x,), strict=False).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
 # --- parametrizations --------------------------------------------------------------------------
 
 

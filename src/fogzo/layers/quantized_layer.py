@@ -81,6 +81,8 @@ class QuantizedLayer(QuantizedInput):
         if "weight" not in self._parameters:
             self._check_own_weight()
         tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and args and isinstance(args[0], torch.fx.Proxy):
+            self._refuse_symbolic_trace()
         args = self.with_quantized_input(args)
         weight = self.weight_of_forward(tracing)
         if tracing:
@@ -338,6 +340,13 @@ class QuantizedLayer(QuantizedInput):
         raise ValueError(
             f"torch.jit.script cannot compile {self._name!r}, which is quantized: bake the "
             "quantized weights in first, torch.jit.script(fogzo.dequantize_(model))"
+        )
+
+    def _refuse_symbolic_trace(self) -> None:
+        raise ValueError(
+            f"torch.fx.symbolic_trace cannot follow {self._name!r}, which is quantized: trace the "
+            "float model first, traced = torch.fx.symbolic_trace(model), then "
+            "fogzo.quantize_(traced, quantizer); or torch.export.export(model, (x,))"
         )
 
     def extra_repr(self) -> str:

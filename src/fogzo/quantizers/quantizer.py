@@ -91,6 +91,12 @@ class Quantizer:
             raise ValueError(
                 f"noise must be a standard deviation, 0 or more, got {self.noise!r}: noise=0.001"
             )
+        if self.companding is not None and self.grid.low >= 0:
+            raise ValueError(
+                f"the levels of {self.grid.name} have one side and the curve of a bell two, got "
+                'companding with them: fogzo.bbq(2, levels="half"), or '
+                'activations=fogzo.lsq(2, levels="unsigned")'
+            )
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
         object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))

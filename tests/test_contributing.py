@@ -100,6 +100,7 @@ def test_messages_send_readers_to_caveats_that_exist():
         "Compiled models",
         "DDP",
         "Dropout",
+        "Encoders in eval mode",
         "Losses with derivatives",
         "Threads",
         "Tied weights",

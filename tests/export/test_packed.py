@@ -145,7 +145,7 @@ def test_tied_embedding_and_head_are_written_once(inputs, tmp_path):
 
 @pytest.mark.parametrize("build", [bert, llama, tied_llama])
 def test_what_was_loaded_is_saved_as_it_was_packed(build, tmp_path):
-    model = fogzo.quantize_(build(), fogzo.lsq(2), lambda *_: True).eval()
+    model = fogzo.quantize_(build(), fogzo.lsq(2, levels="integer"), lambda *_: True).eval()
     export(model, tmp_path / "out", verify=False)
     config = model.config.to_dict()
     loaded = load_(type(model)(model.config), tmp_path / "out").eval()
@@ -161,7 +161,7 @@ def test_what_was_loaded_is_saved_as_it_was_packed(build, tmp_path):
 
 def test_what_is_tied_beside_packed_weights_stays_tied(tmp_path):
     model = bert()
-    fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True)
+    fogzo.quantize_(model, fogzo.lsq(2, levels="integer"), lambda *_: True)
     assert export(model, tmp_path / "out").logits_difference == 0
     served = type(model).from_pretrained(tmp_path / "out").eval()
     assert served.cls.predictions.decoder.codes is served.bert.embeddings.word_embeddings.codes

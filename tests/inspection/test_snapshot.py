@@ -175,6 +175,14 @@ def test_channels_without_gradient_or_weights_are_dead():
     assert [finding.kind for finding in after.findings] == ["dead"]
 
 
+def test_gradients_set_to_zero_make_no_channel_dead():
+    model = fogzo.quantize_(fill(nn.Linear(8, 8)), fogzo.lsq(2), everything)
+    backward(lambda: model(draw(4, 8))[:, 1:].sum())
+    assert fogzo.inspect(model).layers[0].dead == 1 / 8
+    torch.optim.SGD(model.parameters(), lr=0.1).zero_grad(set_to_none=False)
+    assert fogzo.inspect(model).layers[0].dead == 0
+
+
 def test_a_channel_that_is_masked_as_a_whole_is_not_dead():
     quantizer = fogzo.fixed(2, step_size=1e-3, surrogate="identity")
     model = fogzo.quantize_(fill(nn.Linear(8, 4)), quantizer, everything)
@@ -279,6 +287,21 @@ def test_convolutions_embeddings_and_tied_layers_are_inspected_once():
     assert [layer.weights for layer in found.layers] == [108, 24, 80]
     backward(lambda: model["out"](model["embed"](torch.tensor([1, 2]))).sum())
     assert fogzo.inspect(model).layers[2].dead == 0  # tokens that a batch lacks are not
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_clipped_inputs_of_any_tied_layer_are_found(number):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    fogzo.quantize_(fill(model), fogzo.lsq(2), everything, activations=fogzo.lsq(2))
+    x = draw(64, 16)
+    with fogzo.calibrate_(model):
+        model(x)
+    state = {"input_step": model[number].input_step / 50}
+    model[number].load_state_dict(state, strict=False)
+    found = fogzo.inspect(model, forward=lambda: model(x))
+    assert [layer.clipped > 0.25 for layer in found.layers] == [True]
+    assert [finding.kind for finding in found.findings] == ["clipped"]
 
 
 def test_a_compiled_model_is_looked_at_uncompiled():

@@ -243,6 +243,17 @@ def test_a_learning_rate_that_changes_no_code_is_found():
     assert finding.kind == "still"
 
 
+def test_the_first_steps_of_a_warm_up_are_not_said_to_train_nothing():
+    model = one_layer(*[0.0137] * 8)
+    watch = fogzo.Watch(model, every=20, window=5)
+    for step in range(40):
+        move(model, *[0.0137 - 1e-5 * step * step] * 8)
+        watch.update()
+    kinds = [[finding.kind for finding in found.findings] for found in watch.history]
+    assert watch.history[0].layers[0].flips == 0
+    assert not any("still" in found for found in kinds)
+
+
 @pytest.mark.parametrize("start", [0.0, 0.5])
 def test_a_network_that_a_float_phase_has_trained_is_not_said_to_be_untrained(start):
     model = fogzo.quantize_(fill(nn.Linear(16, 64), 0.05), fogzo.fixed(2), everything)
@@ -264,7 +275,7 @@ def test_a_frozen_base_does_not_hide_whether_the_rest_trains(flips):
     model = fogzo.quantize_(layers, fogzo.fixed(2, step_size=1.0), everything)
     model[1].requires_grad_(False)
     watch = fogzo.Watch(model, every=2)
-    for size in (0.2, -0.2 if flips else 0.3):
+    for size in (0.2, -0.2 if flips else 0.3) * 2:
         move(model, *4 * [size])
         found = watch.update()
     assert [finding.kind for finding in found.findings].count("still") == (not flips)

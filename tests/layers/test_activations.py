@@ -273,6 +273,21 @@ def test_zeros_and_overflows_measure_nothing(caplog):
     assert layer.input_state.item() == 1
 
 
+def test_calibrating_within_calibrating_is_refused_and_ends_nothing():
+    layer = _layer(nn.Linear(8, 4), fogzo.lsq(2)).eval()
+    first, second = draw(5, 8), 100 * draw(5, 8, seed=1)
+    with torch.no_grad(), fogzo.calibrate_(layer):
+        layer(first)
+        with pytest.raises(ValueError, match="one block around"), fogzo.calibrate_(layer):
+            pass
+        layer(second)
+    step = layer.input_step.item()
+    with torch.no_grad(), fogzo.calibrate_(layer):
+        layer(first)
+        layer(second)
+    assert step == layer.input_step.item()
+
+
 def test_an_exception_ends_calibrating():
     model = _mlp(fogzo.lsq(2))
     with pytest.raises(RuntimeError), fogzo.calibrate_(model):

@@ -54,6 +54,27 @@ class Experts(nn.Module):
         return self.last(self.used(x))
 
 
+class BoundBefore(nn.Linear):
+    """Computes by a method that holds the layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.compute = super().forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+class ByParameters(nn.Linear):
+    """Finds its weight among the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dict(self.named_parameters())["weight"], self.bias)
+
+
 def _trained(model: nn.Module) -> nn.Module:
     model(draw(4, 8)).square().sum().backward()
     return model
@@ -76,6 +97,17 @@ def test_calibration_names_a_bypassed_layer():
     model = fogzo.quantize_(HandTied(), fogzo.lsq(2), everything, fogzo.lsq(2))
     with pytest.warns(UserWarning, match=BYPASSED), fogzo.calibrate_(model):
         model(draw(4, 8))
+
+
+@pytest.mark.parametrize("make", [BoundBefore, ByParameters])
+def test_a_layer_whose_forward_goes_around_self_weight_is_named(make):
+    model = nn.Sequential(make(), nn.Linear(8, 2))
+    _trained(fogzo.quantize_(model, fogzo.lsq(2), lambda module, name: name == "0"))
+    assert torch.equal(model[0](draw(4, 8)), F.linear(draw(4, 8), model[0].weight, model[0].bias))
+    with pytest.warns(UserWarning, match=r"forward of '0' .* did not read self\.weight"):
+        warn_of_bypassed_layers(model, only_with_gradient=True)
+    with pytest.warns(UserWarning, match=r"forward of '0' .* did not read self\.weight"):
+        fogzo.dequantize_(model)
 
 
 def test_a_layer_that_another_forward_replaced_is_named():

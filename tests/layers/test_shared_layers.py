@@ -119,7 +119,7 @@ def test_no_forward_leaves_the_quantized_weight_behind():
     layer = fogzo.quantize_(fill(Looped(8, 8)), fogzo.lsq(2), everything)
     before = set(vars(layer))
     layer(draw(2, 8))
-    assert set(vars(layer)) - before == {"_forward_dtype", "calls", "last"}
+    assert set(vars(layer)) - before == {"_forward_dtype", "_weight_was_read", "calls", "last"}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -254,6 +254,18 @@ def test_a_model_can_be_quantized_again_once_its_hooks_are_off():
     assert not torch.equal(model(x), plain)
 
 
+@pytest.mark.parametrize("activations", [None, fogzo.abs_max(8)])
+def test_a_symbolic_trace_of_a_quantized_model_says_to_trace_before(activations):
+    plain, x = fill(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))), draw(2, 8)
+    model = fogzo.quantize_(copy.deepcopy(plain), fogzo.lsq(2), everything, activations)
+    with pytest.raises(ValueError, match=r"cannot follow '0'.*quantize_\(traced.*export\(model"):
+        torch.fx.symbolic_trace(model)
+    traced = fogzo.quantize_(torch.fx.symbolic_trace(plain), fogzo.lsq(2), everything, activations)
+    assert torch.equal(traced(x), model(x))
+    exported = torch.export.export(model.eval(), (x,), strict=False).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
 # --- parametrizations --------------------------------------------------------------------------
 
 
@@ -325,6 +337,27 @@ def test_another_parameter_may_be_parametrized():
     before = layer(x)
     nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
     assert torch.allclose(layer(x), before + layer.bias / 2)
+
+
+@pytest.mark.parametrize("activations", ["drop", "keep"])
+def test_a_parametrization_that_baking_in_would_lose_is_refused(activations):
+    model = fogzo.quantize_(_net(), fogzo.lsq(2), everything, fogzo.abs_max(8)).eval()
+    nn.utils.parametrize.register_parametrization(model[4], "bias", Doubled())
+    classes, before = [type(module) for module in model], model(draw(2, 4, 8))
+    with pytest.raises(ValueError, match=r"'bias' of '4'.*remove_parametrizations\(layer, \"bias"):
+        fogzo.dequantize_(model, activations)
+    assert [type(module) for module in model] == classes
+    nn.utils.parametrize.remove_parametrizations(model[4], "bias")
+    fogzo.dequantize_(model, activations)
+    if activations == "keep":
+        assert torch.equal(model(draw(2, 4, 8)), before)
+
+
+def test_a_parametrization_from_before_quantize_outlives_it():
+    layer, x = fill(nn.Linear(8, 8)), draw(2, 8)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    before = fogzo.quantize_(layer, fogzo.lsq(2), everything)(x)
+    assert torch.equal(fogzo.dequantize_(layer)(x), before)
 
 
 # --- weights that are replaced -----------------------------------------------------------------

@@ -292,6 +292,6 @@ def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match=r"expected the norms of 0\.weight, 2\.weight"):
         cewt(model, adamw(model)).load_state_dict({"norms": {"0.weight": 1.0}})
     padded = nn.Sequential(nn.Embedding(4, 8, padding_idx=0), nn.Linear(8, 2))
-    fogzo.quantize_(padded, fogzo.fixed(2), EVERYTHING)
+    fogzo.quantize_(padded, fogzo.ternary(), EVERYTHING)
     with pytest.raises(ValueError, match="must not move"):
         cewt(padded, adamw(padded))

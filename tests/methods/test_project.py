@@ -67,6 +67,20 @@ def test_no_mask_holds_a_weight_that_was_rotated_back():
     assert torch.equal(made.weight, once)
 
 
+@pytest.mark.parametrize("grid", [uniform(1, "integer"), uniform(2), uniform(3)])
+@pytest.mark.parametrize("dtype, left", [(torch.float32, 0), (torch.bfloat16, 2e-3)])
+def test_rotated_weights_stop_short_of_the_ends_by_what_their_dtype_rounds(grid, dtype, left):
+    made = nn.Linear(64, 64).to(dtype)
+    with torch.no_grad():
+        made.weight.copy_(draw(64, 64) / 5)
+    masked = Quantizer(grid, fixed_scale(0.1), rotation=Hadamard(64))
+    fogzo.quantize_(made, masked, everything)
+    codes, before = made.codes(), fogzo.inspect(made).layers[0].masked
+    project_(made)
+    assert fogzo.inspect(made).layers[0].masked <= left < before
+    assert (made.codes() != codes).double().mean() <= 5 * left
+
+
 def test_what_is_frozen_or_held_stays():
     model = nn.Sequential(nn.Embedding(6, 8, padding_idx=2), nn.Linear(8, 4))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -131,6 +132,27 @@ CALLS = {
 def test_it_is_refused_with_what_came_and_what_to_write(call, value):
     with pytest.raises(ValueError, match=r"(got|unknown|value=).*(for example|fixed_scale)"):
         CALLS[call][0](value)
+
+
+def test_a_step_size_and_the_rule_to_measure_it_by_are_refused_together():
+    for call in (partial(fogzo.fixed, 2, step_size=0.1), partial(fixed_scale, 0.1)):
+        with pytest.raises(ValueError, match=r"got init='mse'.*step_size=0\.1\) or fixed_scale"):
+            call(init="mse")
+    assert fixed_scale() == fixed_scale(init="mse") == fogzo.fixed(2).scale
+
+
+def test_levels_of_one_side_are_refused_to_a_bell():
+    with pytest.raises(ValueError, match=r"uniform2-unsigned have one side.*bbq\(2, levels=\"half"):
+        fogzo.bbq(2, granularity="tensor", levels="unsigned")
+
+
+@pytest.mark.parametrize(("granularity", "groups"), [("tensor", 1), ("channel", 8), (4, 32)])
+def test_another_number_of_step_sizes_is_refused(granularity, groups):
+    quantizer, weight = fogzo.lsq(2, granularity=granularity), torch.ones(8, 16)
+    for count in (3, 16):
+        with pytest.raises(ValueError, match=rf"here \({groups}, 1\), got shape \({count}, 1\)"):
+            quantizer(weight, torch.ones(count, 1))
+    quantizer(weight, torch.ones(groups, 1))
 
 
 @pytest.mark.parametrize("step", [1e-6, 1e-7, 6e-5, 1e6, 7e4])

@@ -102,6 +102,15 @@ def test_float16_holds_steps_of_wider_dtypes(dtype):
     torch.testing.assert_close(found[1:], step[1:], rtol=2**-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_steps_may_be_powers_of_two(dtype):
+    step = torch.tensor([0.2, 0.3, 0.4, 3.5, 0.0, torch.finfo(dtype).max], dtype=dtype)
+    found = effective_step_size(step, torch.float8_e8m0fnu)
+    assert found[:4].tolist() == [0.25, 0.25, 0.5, 4.0]
+    assert found.isfinite().all() and (found > 0).all()
+    assert torch.equal(found.to(torch.float8_e8m0fnu).to(dtype), found)
+
+
 def test_compiled_it_is_the_same():
     knee = torch.full((3, 1), 0.1)
     step = torch.tensor([[0.3], [0.1], [-0.2]], requires_grad=True)

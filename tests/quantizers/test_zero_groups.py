@@ -127,6 +127,34 @@ def test_zeros_stay_zero_where_the_grid_has_a_zero():
     assert not layer.quantized_weight()[3].any()
 
 
+@pytest.mark.parametrize(
+    "quantizer",
+    [fogzo.fixed(2), fogzo.bbq(2, granularity="tensor"), fogzo.sign(granularity="tensor")],
+)
+def test_padding_that_does_not_stay_zero_is_named_once(quantizer):
+    model = nn.Sequential(nn.Embedding(10, 16, padding_idx=0), nn.Linear(16, 4))
+    with pytest.warns(UserWarning, match=r"padding row of '0' is zero.*levels=\"integer\"") as said:
+        fogzo.quantize_(model, quantizer, everything)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert model[0](torch.tensor([0])).abs().mean() > 0.1
+
+
+def test_padding_is_not_named_again_among_groups_of_zeros():
+    with pytest.warns(UserWarning, match="do not stay zero") as said:
+        quantizer = fogzo.lsq(2, granularity="channel")
+        fogzo.quantize_(nn.Embedding(10, 16, padding_idx=0), quantizer, everything)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "quantizer", [fogzo.lsq(2, levels="integer"), fogzo.ternary(), fogzo.quest(2)]
+)
+def test_padding_that_stays_zero_needs_no_warning(quantizer):
+    layer = nn.Embedding(10, 16, padding_idx=0)
+    fogzo.quantize_(layer, quantizer, everything)  # without a warning, which would be an error
+    assert layer(torch.tensor([0])).abs().max() < 1e-7
+
+
 def test_a_float_checkpoint_with_zeros_gets_usable_steps_too():
     model = nn.Sequential(_layer([]))
     fogzo.quantize_(model, fogzo.lsq(2, granularity="channel"), everything)

@@ -38,7 +38,7 @@ THRESHOLDS = {
 - ``fp16``: relative rounding error of a step size
 - ``in_float``: share of the matrix weights outside embeddings and heads
 - ``still``: changes per code in the run so far, had all steps flipped as many as the one with most,
-  below which it is reported
+  below which it is reported, from the second inspection on
 """
 
 # An agreement that is not known better than this says nothing.
@@ -265,8 +265,8 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
 
 
 def _still(counted: Sequence[Inspection]) -> Finding | None:
-    if not counted:
-        return None
+    if len(counted) < 2:
+        return None  # a warm-up hardly moves its first steps
     trained = [replace(i, layers=[layer for layer in i.layers if layer.trained]) for i in counted]
     if not all(i.layers for i in trained):
         return None  # a base under adapters

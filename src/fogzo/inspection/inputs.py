@@ -1,7 +1,7 @@
 """How many input values of each layer lie beyond the levels of its activation quantizer."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,35 +13,44 @@ from fogzo.layers import QuantizedLayer, QuantizedWeight
 from fogzo.probing.lender import Lender
 from fogzo.quantizers.step_sizes import positive_step_size
 
-Layers = Sequence[tuple[str, QuantizedLayer]]
-
 
 def clipped_inputs(
-    layers: Layers, weights: Sequence[QuantizedWeight], forward: Callable[[], object]
+    layers: Mapping[str, Sequence[QuantizedLayer]],
+    weights: Sequence[QuantizedWeight],
+    forward: Callable[[], object],
 ) -> dict[str, float]:
-    """The share of input values that are clipped, by layer, in one forward pass.
+    """The share of input values that are clipped, by weight, in one forward pass.
 
     It runs without gradient and in the mode that the model is in. Buffers, modes and random
     streams come back as they were, and a compiled model runs uncompiled.
 
     Args:
-        layers: To look at; those that take their inputs in float are left out.
+        layers: To look at, tied ones together, of which the worst counts; those that take their
+            inputs in float are left out.
         weights: All of the model, whose records name it.
         forward: Runs the model.
     """
-    counts = {name: [0, 0] for name, layer in layers if layer.activation_quantizer is not None}
+    counts = [
+        (name, layer, [0, 0])
+        for name, tied in layers.items()
+        for layer in tied
+        if layer.activation_quantizer is not None
+    ]
     if not counts:
         return {}
     lender = Lender(weights)
     with torch.no_grad(), ExitStack() as stack:
-        for name, layer in layers:
-            if name in counts:
-                stack.enter_context(_hooked(layer, partial(_count, counts[name])))
+        for _, layer, count in counts:
+            stack.enter_context(_hooked(layer, partial(_count, count)))
         stack.enter_context(lender.lend([], copy=False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to load
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         lender.evaluate(lambda: _nothing(forward()))
-    return {name: clipped / seen for name, (clipped, seen) in counts.items() if seen}
+    worst: dict[str, float] = {}
+    for name, _, (clipped, seen) in counts:
+        if seen:
+            worst[name] = max(worst.get(name, 0.0), clipped / seen)
+    return worst
 
 
 def _nothing(output: object) -> float:

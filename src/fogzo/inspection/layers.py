@@ -1,5 +1,6 @@
 """The numbers of one quantized layer as it is: codes, mask, thresholds, step sizes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,15 @@ def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
             )
         found.setdefault(id(layer.weight), (name, layer))
     return list(found.values())
+
+
+def uses_of_weights(model: nn.Module) -> dict[int, list[QuantizedLayer]]:
+    """All quantized layers of each weight, tied ones together, by the weight's identity."""
+    uses: dict[int, list[QuantizedLayer]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            uses.setdefault(id(module.weight), []).append(module)
+    return uses
 
 
 def matrices_in_float(model: nn.Module) -> list[InFloat]:
@@ -122,8 +132,14 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
     return nothing if padding is None else nothing & ~padding[:, 0].to(nothing.device)
 
 
+def backward_ran(layers: Sequence[tuple[str, QuantizedLayer]]) -> bool:
+    """Whether a weight has a gradient; zeros alone ``zero_grad(set_to_none=False)`` left."""
+    grads = (layer.weight.grad for _, layer in layers)
+    return any(grad is not None and bool(full(grad).any()) for grad in grads)
+
+
 @torch.no_grad()
-def alive_channels(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
+def alive_channels(layer: QuantizedLayer, x: Tensor, trains: bool) -> Tensor | None:
     """Which output channels have a gradient, or would have one if they were not masked.
 
     None if nobody knows: where there has been no backward pass, in embeddings, whose outputs are
@@ -132,10 +148,11 @@ def alive_channels(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     Args:
         layer: The layer.
         x: Its `in_step_sizes`.
+        trains: Whether `backward_ran`.
     """
     grad = layer.weight.grad
     by_chance = isinstance(layer, nn.Embedding | ExpertMatrices)
-    if grad is None or not layer.weight.requires_grad or by_chance:
+    if grad is None or not trains or not layer.weight.requires_grad or by_chance:
         return None
     alive = to_rows(full(grad), layer.output_dim).ne(0).any(1)
     return alive | ~to_rows(gets_gradient(layer, x), layer.output_dim).any(1)

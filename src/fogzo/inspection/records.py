@@ -43,7 +43,7 @@ class LayerInspection:
         moved: Mean distance by which a weight moves per step, in step sizes.
         frozen: Share that is masked and does not move.
         clipped: Share of the layer's input values that lie beyond the end levels by more than half
-            a step size.
+            a step size; of tied layers that of the one with most.
         agreement: Measured slope of the loss over the one that the layer's gradient predicts.
         agreement_error: Its standard error.
         not_finite: Share of its weights, or of its step sizes if that is more, that is not finite;

@@ -11,10 +11,12 @@ from fogzo.inspection.inputs import clipped_inputs
 from fogzo.inspection.layers import (
     Numbers,
     alive_channels,
+    backward_ran,
     dead_channels,
     matrices_in_float,
     numbers_of,
     quantized_layers,
+    uses_of_weights,
 )
 from fogzo.inspection.records import Inspection, LayerInspection
 from fogzo.layers import QuantizedLayer, quantized_weights
@@ -80,8 +82,11 @@ def inspected(
 ) -> Inspection:
     """An inspection, with what was counted meanwhile by layer."""
     weights = quantized_weights(model)
-    clipped = {} if forward is None else clipped_inputs(layers, weights, forward)
-    numbers = {name: _numbers(layer, counted.get(name, {})) for name, layer in layers}
+    uses = uses_of_weights(model)
+    tied = {name: uses[id(layer.weight)] for name, layer in layers}
+    clipped = {} if forward is None else clipped_inputs(tied, weights, forward)
+    trains = backward_ran(layers)
+    numbers = {name: _numbers(layer, counted.get(name, {}), trains) for name, layer in layers}
     # Then no loss says anything.
     broken = any(own["not_finite"] for own in numbers.values())
     measured = {} if closure is None or broken else agreements(weights, closure, num_samples)
@@ -89,7 +94,8 @@ def inspected(
     found = []
     for name, layer in layers:
         agreement, error = by_param.get(id(layer.weight)) or (None, None)
-        quantizer, inputs = layer.quantizer, layer.activation_quantizer
+        quantizer = layer.quantizer
+        inputs = [own for use in tied[name] if (own := use.activation_quantizer) is not None]
         found.append(
             LayerInspection(
                 name=name,
@@ -103,7 +109,7 @@ def inspected(
                 trained=layer.weight.requires_grad,
                 evenly_spaced=quantizer.companding is None,
                 one_step=quantizer.granularity == "tensor",
-                input_scale=None if inputs is None else inputs.scale.kind,
+                input_scale=inputs[0].scale.kind if inputs else None,
                 **numbers[name],
             )
         )
@@ -117,10 +123,10 @@ def inspected(
     return replace(inspection, findings=diagnose([*history, inspection]))
 
 
-def _numbers(layer: QuantizedLayer, counted: Numbers) -> Numbers:
+def _numbers(layer: QuantizedLayer, counted: Numbers, trains: bool) -> Numbers:
     """What a look at a layer tells, and what was counted of it."""
     x = layer.in_step_sizes()
     found = numbers_of(layer, x) | counted
     if "dead" not in found:
-        found["dead"] = dead_channels(layer, alive_channels(layer, x))
+        found["dead"] = dead_channels(layer, alive_channels(layer, x, trains))
     return found

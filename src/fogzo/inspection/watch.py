@@ -10,6 +10,7 @@ from fogzo.collectives import shard_like, sum_over_shards
 from fogzo.inspection.layers import (
     Numbers,
     alive_channels,
+    backward_ran,
     dead_channels,
     gets_gradient,
     quantized_layers,
@@ -77,8 +78,9 @@ class Watch:
         if until > self.window:
             return None
         layers = quantized_layers(self.model)
+        trains = backward_ran(layers)
         for name, layer in layers:
-            self._counters.setdefault(name, _Counter()).see(layer)
+            self._counters.setdefault(name, _Counter()).see(layer, trains)
         if until:
             return None
         inspection = inspected(
@@ -142,8 +144,13 @@ class _Counter:
         self._alive: Tensor | None = None
 
     @torch.no_grad()
-    def see(self, layer: QuantizedLayer) -> None:
-        """Compare with the last time."""
+    def see(self, layer: QuantizedLayer, trains: bool) -> None:
+        """Compare with the last time.
+
+        Args:
+            layer: The layer of the weight.
+            trains: Whether `backward_ran`.
+        """
         if layer.is_in_float != self._was_in_float:  # step sizes were measured anew, so all moved
             self._was_in_float, self._codes = layer.is_in_float, None
             self.begin()
@@ -169,7 +176,7 @@ class _Counter:
         else:
             self._last = torch.zeros_like(codes, dtype=torch.int8)
         self._codes, self._sample = codes, sample
-        alive = alive_channels(layer, whole)
+        alive = alive_channels(layer, whole, trains)
         if alive is not None:
             self._alive = alive if self._alive is None else self._alive | alive
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
 from fogzo.layers.quantizable import check_quantizable, require_module, warn_of_own_quantization
-from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_
+from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_, plain_experts_class
 from fogzo.layers.quantized_input import QuantizedInput, quantized_input_class
 from fogzo.layers.quantized_layer import (
     QuantizedLayer,
@@ -42,6 +43,9 @@ from fogzo.quantizers.step_sizes import knee_of
 from fogzo.wording import caveat, listed
 
 logger = logging.getLogger(__name__)
+
+# Beside the mean magnitude of a layer's weights.
+_NOTHING = 1e-4
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,12 +86,14 @@ def quantize_(
     Warns:
         UserWarning: If weights that share a step size are all zero, or next to nothing beside the
             layer's others: fixed and learned scales then have nothing to measure it from, and take
-            it from the layer's other groups.
+            it from the layer's other groups. Also if the padding of an embedding is zero and would
+            not stay so.
 
     Raises:
         ValueError: If an argument is of another kind, torch.inference_mode() is on, nothing is
             selected, a layer is quantized already or cannot be, a weight is not finite, or a tied
-            one is selected in one place and not in another. The model is then untouched.
+            one is selected in one place and not, or cannot be, in another. The model is then
+            untouched.
     """
     require_module(model, "fogzo.quantize_(model, fogzo.lsq(bits=2))")
     check_weight_quantizer(quantizer)
@@ -102,11 +108,12 @@ def quantize_(
     if filter_fn is None:
         layers = without_adapters(model, layers)
     selected = select_layers(model, layers, filter_fn)
-    check_ties(layers, selected, has_one_step(quantizer))
+    check_ties(model, layers, selected, has_one_step(quantizer))
 
     # Two passes: every error comes before the first change.
     steps: dict[int, KeptSteps] = {}
     empty_groups: dict[str, tuple[int, int]] = {}
+    padded: list[str] = []
     for name, layer in selected.items():
         _check_layer(name, layer)
         if id(layer.weight) not in steps:
@@ -115,6 +122,8 @@ def quantize_(
                 own = quantizer_for(layer, quantizer)
                 step, empty = own.find_step_size(weight, dim)
                 own.codes(weight, step, dim)
+                if not empty and _moves_padding(layer, own, step):  # else said of empty groups
+                    padded.append(name)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
             steps[id(layer.weight)] = kept_steps(quantizer, step, weight.requires_grad)
@@ -124,6 +133,7 @@ def quantize_(
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)
     warn_of_empty_groups(quantizer, empty_groups)
+    _warn_of_padding(padded)
     stale: list[str] = []
     for name, layer in selected.items():
         attach_(name, layer, quantizer, steps[id(layer.weight)], stale)
@@ -164,8 +174,8 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = None) -> ModelT:
     """Bake the quantized weights in and leave a plain model of the original classes.
 
-    Warns of layers that never ran although others did: something else may have read their weights
-    in float.
+    Warns of layers whose quantized weight no forward pass used although the model ran: something
+    may have read it in float.
 
     Args:
         model: Quantized.
@@ -175,7 +185,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
 
     Raises:
         ValueError: If nothing in the model is quantized, FSDP has sharded it, weights are offloaded
-            or a parametrization was put on one after `quantize_`. The model is then untouched.
+            or a parametrization was put on a layer after `quantize_`. The model is then untouched.
     """
     if activations not in ("drop", "keep", None):
         raise ValueError(
@@ -191,6 +201,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
         )
     for layer in layers:
         layer._check_own_weight()
+        _check_other_parameters(layer)
         if layer.weight.is_meta:
             raise ValueError(
                 f"the weight of {layer._name!r} is on the meta device, offloaded: "
@@ -221,8 +232,8 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
                 layer.weight.copy_(layer._quantized(training=False))
         del layer.quantizer, layer.weight_step, layer.weight_step_knee
         del layer.output_dim, layer._held_step_size, layer._name, layer._stale
-        own = ("_forward_dtype", "_measured_on", "_float_phase", "observe_quantized_weight")
-        for name in own:
+        own = ("_forward_dtype", "_weight_was_read", "_measured_on", "_float_phase")
+        for name in (*own, "observe_quantized_weight"):
             layer.__dict__.pop(name, None)
         if keeps_input:
             cast(nn.Module, layer).__class__ = quantized_input_class(plain_class(layer))
@@ -231,6 +242,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
         if isinstance(layer, ExpertMatrices):
             detach_matrices_(layer)
         cast(nn.Module, layer).__class__ = plain_class(layer)
+    _give_fast_path_back(model)
     tell_transformers(model)
     return model
 
@@ -333,18 +345,42 @@ def attach_(
         layer._remember_weight()
 
 
+# Torch's own marks of an encoder layer without a fast path, and of an encoder without the format of
+# that path.
+_WITHOUT_FAST_PATH: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
 def leave_fast_path(model: nn.Module, kind: type[nn.Module] = QuantizedLayer) -> None:
     """Make transformer encoders call their layers of this kind.
 
     In eval mode they would read the weights alone, raw, and take inputs in float.
     """
+    for module, name, value in _encoders(model):
+        if _holds(module, kind):
+            module.__dict__.setdefault("_fast_path", getattr(module, name))
+            setattr(module, name, value)
+
+
+def _give_fast_path_back(model: nn.Module) -> None:
+    """Undo `leave_fast_path` where no layer is left that quantizes its weight or input."""
+    for module, name, _ in _encoders(model):
+        if "_fast_path" in module.__dict__ and not _holds(module, QuantizedInput):
+            setattr(module, name, module.__dict__.pop("_fast_path"))
+
+
+def _encoders(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Transformer encoders and their layers, each with its mark and what it then holds."""
     for module in model.modules():
-        if not any(isinstance(layer, kind) for layer in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch's own mark of a layer without a fast path
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the format of the fast path alone
+        for kind, (name, value) in _WITHOUT_FAST_PATH.items():
+            if isinstance(module, kind):
+                yield module, name, value
+
+
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(layer, kind) for layer in module.modules())
 
 
 def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> QuantizedWeight:
@@ -405,6 +441,52 @@ def padding_rows(layer: nn.Module) -> Tensor | None:
     rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
     rows[index] = True
     return rows
+
+
+def _moves_padding(
+    layer: nn.Module, quantizer: Quantizer | ExpertQuantizer, step: Tensor | None
+) -> bool:
+    """Whether the padding of an embedding is zero, and is not once it is quantized.
+
+    What a row's own step size makes of it, measured in every forward pass, is next to nothing.
+    """
+    rows = padding_rows(layer)
+    if rows is None:
+        return False
+    weight = cast(Tensor, layer.weight).detach()
+    zero = (weight == 0) & rows.to(weight.device)
+    if not zero.any():
+        return False
+    padding = quantizer.quantize_weight(weight, step)[zero]
+    return bool(padding.abs().max() > _NOTHING * weight.abs().mean())
+
+
+def _warn_of_padding(names: list[str]) -> None:
+    """Say which embeddings have padding that does not stay zero."""
+    if names:
+        warnings.warn(
+            f"the padding row of {listed(names)} is zero, and does not stay so, as the quantizer "
+            'has no level there: levels="integer", as in fogzo.lsq(2, levels="integer"), or '
+            "fogzo.ternary() has one. To leave an embedding in float: fogzo.quantize_(model, "
+            "quantizer, filter_fn=lambda module, name: name not in {...})" + caveat("Zero weights"),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_other_parameters(layer: QuantizedLayer) -> None:
+    """Raise a `ValueError` if the layer's own class does not know what computes a parameter."""
+    module, plain = cast(nn.Module, layer), plain_class(layer)
+    if isinstance(layer, ExpertMatrices):
+        module, plain = layer.experts, plain_experts_class(layer.experts)
+    for name in getattr(module, "parametrizations", ()):
+        # Torch's class with the property that computes it lies on top of the quantized layer's.
+        if not isinstance(getattr(plain, name, None), property):
+            raise ValueError(
+                f"a parametrization was put on {name!r} of {layer._name!r} after fogzo.quantize_ "
+                "and would be lost: torch.nn.utils.parametrize.remove_parametrizations("
+                f'layer, "{name}") first'
+            )
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

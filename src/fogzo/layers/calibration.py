@@ -10,6 +10,7 @@ from fogzo.collectives import is_sharded
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.quantizable import require_module
 from fogzo.layers.quantized_input import QuantizedInput
+from fogzo.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
     'uniform2-unsigned'
 
     Raises:
-        ValueError: If no layer quantizes its input, or FSDP has sharded the model.
+        ValueError: If no layer quantizes its input, FSDP has sharded the model, or another such
+            block is open for one of its layers.
     """
     require_module(model, "with fogzo.calibrate_(model): model(x)")
     layers = {
@@ -53,6 +55,12 @@ def calibrate_(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             "this model is sharded, and a step size measured now would be lost with the gathered "
             "parameters: call fogzo.calibrate_(model) before fully_shard(model)"
+        )
+    if begun := [name for name, layer in measuring.items() if layer.is_tallying]:
+        raise ValueError(
+            f"{listed(begun)} are measured by another fogzo.calibrate_(model) already, and its "
+            "inputs would be lost: open one block around all forward passes, with "
+            "fogzo.calibrate_(model): model(first); model(second)"
         )
     for layer in measuring.values():
         layer.begin_tally()

@@ -64,7 +64,7 @@ def chosen_forms(
     check_weight_quantizer(quantizer)
     layers = quantizable_layers(model)
     selected = select_layers(model, layers, filter_fn)
-    check_ties(layers, selected, has_one_step(quantizer))
+    check_ties(model, layers, selected, has_one_step(quantizer))
     inputs = activation_quantizers(selected, activations)
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)

@@ -151,6 +151,11 @@ class QuantizedInput(nn.Module):
         self._tally = _Tally()
 
     @property
+    def is_tallying(self) -> bool:
+        """Whether `begin_tally` was called and `end_tally` was not."""
+        return self._tally is not None
+
+    @property
     def tallied(self) -> int:
         """How many inputs a tally has measured."""
         return 0 if self._tally is None else self._tally.count

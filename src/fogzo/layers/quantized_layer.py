@@ -51,6 +51,7 @@ class QuantizedLayer(QuantizedInput):
     _loading: bool = False
     # In which the last forward pass saw the weight, as FSDP gathers it in another. None before.
     _forward_dtype: torch.dtype | None = None
+    _weight_was_read: bool = False
     observe_quantized_weight: Callable[[Tensor], None] | None = None
     """Called with the quantized weight of every eager forward pass; no copy of the layer has it."""
 
@@ -58,6 +59,15 @@ class QuantizedLayer(QuantizedInput):
     def forward_ran(self) -> bool:
         """Whether anything has called this layer since it was quantized."""
         return self._forward_dtype is not None
+
+    @property
+    def weight_was_read(self) -> bool:
+        """Whether a forward pass has used the quantized weight.
+
+        One does not that reads the weight by ``self._parameters``, say, or by a method that was
+        bound to the layer before.
+        """
+        return self._weight_was_read
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses, differentiable by the surrogate."""
@@ -71,11 +81,14 @@ class QuantizedLayer(QuantizedInput):
         if "weight" not in self._parameters:
             self._check_own_weight()
         tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and args and isinstance(args[0], torch.fx.Proxy):
+            self._refuse_symbolic_trace()
         args = self.with_quantized_input(args)
         weight = self.weight_of_forward(tracing)
         if tracing:
             # Only the trace sees this attribute, and unlike a view's it knows whose it is.
             self.__dict__["weight"] = weight
+            self.__dict__["_weight_was_read"] = True  # as nobody could tell
             try:
                 return super().forward(*args, **kwargs)
             finally:
@@ -319,13 +332,21 @@ class QuantizedLayer(QuantizedInput):
         return self
 
     def _replicate_for_data_parallel(self) -> Any:
-        self.__dict__["_forward_dtype"] = self.weight.dtype  # a replica's forward runs for it
+        # A replica's forward runs for it.
+        self.__dict__.update(_forward_dtype=self.weight.dtype, _weight_was_read=True)
         return super()._replicate_for_data_parallel()
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise ValueError(
             f"torch.jit.script cannot compile {self._name!r}, which is quantized: bake the "
             "quantized weights in first, torch.jit.script(fogzo.dequantize_(model))"
+        )
+
+    def _refuse_symbolic_trace(self) -> None:
+        raise ValueError(
+            f"torch.fx.symbolic_trace cannot follow {self._name!r}, which is quantized: trace the "
+            "float model first, traced = torch.fx.symbolic_trace(model), then "
+            "fogzo.quantize_(traced, quantizer); or torch.export.export(model, (x,))"
         )
 
     def extra_repr(self) -> str:
@@ -407,10 +428,15 @@ def _view_class(cls: Any) -> Any:
         members = {
             "__module__": __name__,
             "__slots__": ("_quantized_weight",),
-            "weight": property(lambda self: self._quantized_weight),
+            "weight": property(_read_quantized_weight),
         }
         cls._view = type(cls.__name__, (cls,), members)
     return cls.__dict__["_view"]
+
+
+def _read_quantized_weight(view: Any) -> Tensor:
+    view.__dict__["_weight_was_read"] = True
+    return view._quantized_weight
 
 
 def plain_class(layer: nn.Module) -> Any:

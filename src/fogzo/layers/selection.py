@@ -161,9 +161,16 @@ def _id(layer: nn.Module) -> int:
 
 
 def check_ties(
-    layers: dict[str, nn.Module], selected: dict[str, nn.Module], one_step: bool
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    selected: dict[str, nn.Module],
+    one_step: bool,
 ) -> None:
-    """A tied weight must be quantized wherever it is used, or the uses would drift apart."""
+    """A tied weight must be quantized wherever it is used, or the uses would drift apart.
+
+    Raises:
+        ValueError: If it is not, or its uses have no step sizes in common.
+    """
     first: dict[int, str] = {}
     for name, layer in selected.items():
         other = first.setdefault(_id(layer), name)
@@ -179,6 +186,35 @@ def check_ties(
                 f"{first[_id(layer)]!r} shares its weight with {name!r}, which is not selected: "
                 "let filter_fn return True for both, or for neither"
             )
+    _check_other_holders(model, selected, first)
+
+
+def _check_other_holders(
+    model: nn.Module, selected: Mapping[str, nn.Module], first: Mapping[int, str]
+) -> None:
+    """Raise a `ValueError` if a module that is no selected layer holds the weight of one.
+
+    Args:
+        model: All of it.
+        selected: The layers that will be quantized.
+        first: The first of them that uses a weight, by the weight's identity.
+    """
+    own = {
+        (id(layer.experts), layer.parameter)
+        if isinstance(layer, ExpertMatrices)
+        else (id(layer), "weight")
+        for layer in selected.values()
+    }
+    for module_name, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if id(param) in first and (id(module), name) not in own:
+                raise ValueError(
+                    f"{first[id(param)]!r} shares its weight with {name!r} of {module_name!r}, "
+                    f"which would use it in float, as {type(module).__name__} is no layer that can "
+                    "be quantized: leave the weight out with filter_fn, or untie it first, module "
+                    f"= model.get_submodule({module_name!r}); module.{name} = "
+                    f"torch.nn.Parameter(module.{name}.detach().clone())"
+                )
 
 
 def warn_of_selection(

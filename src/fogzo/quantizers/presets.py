@@ -23,13 +23,13 @@ def fixed(
     bits: int,
     *,
     step_size: float | None = None,
-    init: Rule = "mse",
+    init: Rule | None = None,
     levels: Levels | None = None,
     surrogate: str | Surrogate = "identity_unmasked",
     granularity: Granularity = "tensor",
     scale_dtype: torch.dtype | None = None,
 ) -> Quantizer:
-    """A constant step size (the paper's "fixed alpha"): given, or measured once by rule `init`.
+    """A constant step size (the paper's "fixed alpha"): given, or measured once by `init`, "mse".
 
     Gradients pass everywhere, as nothing would bring back a weight that a mask had stopped beyond
     the range; ``surrogate="identity"`` is the paper's masked STE. Inputs of layers keep nothing

@@ -91,6 +91,12 @@ class Quantizer:
             raise ValueError(
                 f"noise must be a standard deviation, 0 or more, got {self.noise!r}: noise=0.001"
             )
+        if self.companding is not None and self.grid.low >= 0:
+            raise ValueError(
+                f"the levels of {self.grid.name} have one side and the curve of a bell two, got "
+                'companding with them: fogzo.bbq(2, levels="half"), or '
+                'activations=fogzo.lsq(2, levels="unsigned")'
+            )
         surrogate = resolve_surrogate(self.surrogate, self.grid)
         object.__setattr__(self, "surrogate", surrogate)
         object.__setattr__(self, "_input_grids", (for_inputs(self.grid), unsigned(self.grid)))
@@ -189,7 +195,7 @@ class Quantizer:
             ValueError: If the weight is no such tensor, or the step no such step sizes.
         """
         _check_weight(weight)
-        _check_step(step)
+        _check_step(step, self._group_count(weight, output_dim))
         return self.quantize_weight(weight, step, output_dim, training)
 
     def quantize_weight(
@@ -372,6 +378,11 @@ class Quantizer:
         wide = torch.promote_types(groups.dtype, torch.float32)
         return self.scale.measure(groups.detach().to(wide), self.grid)
 
+    def _group_count(self, weight: Tensor, output_dim: int) -> int:
+        if isinstance(self.granularity, int):
+            return weight.numel() // self.granularity
+        return 1 if self.granularity == "tensor" else weight.shape[output_dim]
+
     def _groups(self, weight: Tensor, output_dim: int, rotated: bool = False) -> Tensor:
         if self.granularity == "tensor" and self.rotation is None:
             return weight.reshape(1, -1)  # every order of the weights will do, so copy none
@@ -405,13 +416,13 @@ def _check_weight(weight: object) -> None:
         )
 
 
-def _check_step(step: object) -> None:
-    if step is None or (isinstance(step, Tensor) and step.dim() == 2 and step.shape[1] == 1):
+def _check_step(step: object, groups: int) -> None:
+    if step is None or (isinstance(step, Tensor) and step.shape in ((groups, 1), (1, 1))):
         return
     shape = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else f"{step!r:.80}"
     raise ValueError(
-        f"step sizes must be a tensor of shape (groups, 1), got {shape}: for example "
-        "quantizer(weight, quantizer.initial_step_size(weight))"
+        f"step sizes must be a tensor of shape (groups, 1), here ({groups}, 1), got {shape}: for "
+        "example quantizer(weight, quantizer.initial_step_size(weight))"
     )
 
 

@@ -113,9 +113,22 @@ class Scale:
         return 1 / math.sqrt(size * _largest(grid)) if self.kind == "learned" else 1.0
 
 
-def fixed_scale(value: float | None = None, init: Rule = "mse") -> Scale:
-    """A constant step size: `value`, or what the rule `init` finds when the layer is quantized."""
-    return Scale(init, "fixed", value)
+def fixed_scale(value: float | None = None, init: Rule | None = None) -> Scale:
+    """A constant step size: `value`, or what a rule finds when the layer is quantized.
+
+    Args:
+        value: The step size.
+        init: The rule, by default ``"mse"``.
+
+    Raises:
+        ValueError: If both are given, or one is none.
+    """
+    if value is not None and init is not None:
+        raise ValueError(
+            f"a step size of {value!r} needs no rule to measure it by, got init={init!r}: "
+            f"fogzo.fixed(2, step_size={value!r}) or fixed_scale({value!r}), or init alone"
+        )
+    return Scale("mse" if init is None else init, "fixed", value)
 
 
 def learned_scale(init: Rule = "lsq") -> Scale:

@@ -25,8 +25,9 @@ def effective_step_size(step: Tensor, dtype: torch.dtype | None) -> Tensor:
         own, limits = torch.finfo(step.dtype), torch.finfo(dtype)
         # Float16 steps of a wider dtype stay within float16.
         smallest = max(limits.smallest_normal, _minimum(step.dtype))
-        # A bfloat16 step size clamped at float16's maximum would round up, and then to infinity.
-        largest = min(limits.max, own.max * (1 - limits.eps)) * (1 - own.eps)
+        # A bfloat16 step size clamped at float16's maximum would round up, and then to infinity;
+        # a power of two of half of it does not (float8_e8m0fnu, whose eps is 1).
+        largest = min(limits.max, own.max * (1 - min(limits.eps, 0.5))) * (1 - own.eps)
         value = value.clamp(smallest, largest).to(dtype).to(step.dtype)
     return _straight_through(step, value)
 

@@ -388,3 +388,60 @@ def test_other_folders_are_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no model"):
         load_(mlp(), tmp_path / "packed")
+
+
+class TiedEnds(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        if tied:
+            self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.inner(self.first(x)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_two_tensors_are_not_loaded_into_one_parameter(device, tmp_path):
+    model = fogzo.quantize_(TiedEnds(False), fogzo.lsq(4), lambda _, name: name == "inner")
+    export(model, tmp_path / "out", verify=False)
+    with torch.device(device):
+        tied, untied = TiedEnds(True), TiedEnds(False)
+    with pytest.raises(ValueError, match=r"another network \('first\.weight' and 'last\.weight'"):
+        load_(tied, tmp_path / "out")
+    x = torch.randn(3, 8)
+    assert torch.equal(logits(load_(untied, tmp_path / "out"), x), logits(model, x))
+    with torch.no_grad():
+        model.last.weight.copy_(model.first.weight)  # which one parameter holds as well
+    export(model, tmp_path / "equal", verify=False)
+    loaded = load_(TiedEnds(True), tmp_path / "equal")
+    assert torch.equal(logits(loaded, x), logits(model, x))
+
+
+class Wrapper(nn.Module):
+    """Holds a model of transformers, whose head it may share."""
+
+    def __init__(self, shares_head):
+        super().__init__()
+        if shares_head:
+            self.own = nn.Linear(64, 96, bias=False)
+        self.net = llama()
+        if shares_head:
+            self.net.lm_head.weight = self.own.weight
+
+    def forward(self, tokens):
+        return self.net(tokens).logits
+
+
+@pytest.mark.parametrize("shares_head", [False, True])
+def test_a_model_of_transformers_in_another_is_saved_as_it_was_packed(shares_head, tmp_path):
+    model = fogzo.quantize_(
+        Wrapper(shares_head).eval(), fogzo.lsq(2), lambda _, name: "embed" not in name
+    )
+    x = inputs_of(model.net)
+    export(model, tmp_path / "out", verify=False)
+    loaded = load_(Wrapper(shares_head), tmp_path / "out").eval()
+    assert torch.equal(logits(loaded, x), logits(model, x))
+    loaded.net.save_pretrained(tmp_path / "part")
+    served = type(model.net).from_pretrained(tmp_path / "part").eval()
+    assert torch.equal(logits(served, x), logits(model, x))

@@ -101,6 +101,7 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
     check_version(config, folder)
     tensors = read_tensors(folder)
     tensors |= {alias: tensors[owner] for alias, owner in config["ties"].items()}
+    _check_shared(tensors, model, folder)
     pack_layers_(model, config["modules"])
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     if on_meta:
@@ -120,9 +121,7 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
             f"no file holds {listed(left)}, on the meta device still, which a model computes as it "
             f"is built: fogzo.export.load_({type(model).__name__}(...), folder), built on the CPU"
         )
-    if next(models_of_transformers(model), None) is model:
-        take_own_config(model)
-        cast(Any, model).config.quantization_config = config  # for its save_pretrained
+    _tell_transformers(model, config)
     return model
 
 
@@ -160,6 +159,59 @@ def unpack_(model: ModelT) -> ModelT:
     for own in models_of_transformers(model):
         forget_quantization_(own)
     return model
+
+
+def _check_shared(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:
+    """Raise a `ValueError` if one parameter of the model would be loaded from two tensors."""
+    owners: dict[int, str] = {}
+    for name, own in model.state_dict(keep_vars=True).items():
+        first = owners.setdefault(id(own), name)
+        if not {first, name} <= tensors.keys() or tensors[first] is tensors[name]:
+            continue
+        if not torch.equal(tensors[first].to(own.dtype), tensors[name].to(own.dtype)):
+            raise ValueError(
+                f"{folder} is of another network ({first!r} and {name!r} are two tensors in it, "
+                "and one in this model): build the one that was exported"
+            )
+
+
+def _tell_transformers(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Let `save_pretrained` of transformers' models, also of parts, say how they are packed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for own in models_of_transformers(model):
+        part = _of_part(names[id(own)], model, config)
+        if part["modules"]:
+            take_own_config(own)
+            own.config.quantization_config = part
+
+
+def _of_part(part: str, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of a part of the model, which has to be loaded without the rest."""
+    if not part:
+        return dict(config)
+    prefix = f"{part}."
+    inside = {
+        name.removeprefix(prefix): dict(description)
+        for name, description in config["modules"].items()
+        if name.startswith(prefix)
+    }
+    owners: dict[str, str] = {}
+    for name, description in inside.items():
+        if "tied_to" not in description:
+            continue
+        owner = description.pop("tied_to")
+        first = owners.setdefault(owner, owner if owner.startswith(prefix) else prefix + name)
+        if first != prefix + name:
+            description["tied_to"] = first.removeprefix(prefix)
+        else:  # the file of the part has to hold what is elsewhere in the whole
+            kept = model.get_submodule(first)._non_persistent_buffers_set
+            kept.difference_update(("codes", "scales"))
+    ties = {
+        name.removeprefix(prefix): owner.removeprefix(prefix)
+        for name, owner in config["ties"].items()
+        if name.startswith(prefix) and owner.startswith(prefix)
+    }
+    return {**config, "modules": inside, "ties": ties}
 
 
 def _fit_to_assign(tensors: dict[str, Tensor], model: nn.Module) -> None:

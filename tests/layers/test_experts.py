@@ -81,6 +81,21 @@ def test_experts_that_a_batch_leaves_out_are_not_called_dead():
     assert [layer.dead for layer in found.layers] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_output_channels_of_experts_are_inspected_one_by_one(transposed):
+    model = Net(transposed)
+    sizes = torch.logspace(-1, 1, 16)
+    with torch.no_grad():
+        model.experts.up *= sizes if transposed else sizes.unsqueeze(1)
+    quantizer = fogzo.fixed(2, granularity="channel")
+    fogzo.quantize_(model, quantizer, lambda module, name: name == "experts.up")
+    with torch.no_grad():
+        (model.experts.up[1].T if transposed else model.experts.up[1])[3] = 0
+    (layer,) = fogzo.inspect(model).layers
+    assert layer.outgrown == pytest.approx(1, abs=0.01)  # nothing has moved
+    assert layer.empty == layer.dead == 1 / (EXPERTS * 16)
+
+
 def separate(model: Net, quantizer: fogzo.Quantizer) -> list[nn.Linear]:
     """The experts' first matrices as linear layers, quantized one by one."""
     layers = []

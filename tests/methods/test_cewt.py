@@ -291,6 +291,12 @@ def test_impossible_calls_are_refused():
         cewt(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"expected the norms of 0\.weight, 2\.weight"):
         cewt(model, adamw(model)).load_state_dict({"norms": {"0.weight": 1.0}})
+    constraint = cewt(model, adamw(model))
+    norms = dict(constraint.norms)
+    for norm in (math.nan, math.inf, 0.0, None):
+        with pytest.raises(ValueError, match=r"norm of '2\.weight' must be a positive, finite"):
+            constraint.load_state_dict({"norms": norms | {"2.weight": norm}})
+    assert constraint.norms == norms
     padded = nn.Sequential(nn.Embedding(4, 8, padding_idx=0), nn.Linear(8, 2))
     fogzo.quantize_(padded, fogzo.ternary(), EVERYTHING)
     with pytest.raises(ValueError, match="must not move"):

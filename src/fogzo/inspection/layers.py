@@ -126,7 +126,7 @@ def next_to_nothing(layer: QuantizedLayer) -> Tensor:
 
     The padding of an embedding is meant to be zero.
     """
-    rows = to_rows(full(layer.weight.detach()), layer.output_dim)
+    rows = _output_rows(layer, full(layer.weight.detach()))
     sizes = torch.linalg.vector_norm(rows.float(), dim=1)
     nothing, padding = sizes <= _NOTHING * sizes[sizes.isfinite()].mean(), padding_rows(layer)
     return nothing if padding is None else nothing & ~padding[:, 0].to(nothing.device)
@@ -193,7 +193,7 @@ def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
         return {}
     if x.shape != layer.weight.shape or not x.numel():  # some are not finite, or there are none
         return {}
-    groups = to_rows(x, layer.output_dim).reshape(kept.numel(), -1)
+    groups = _output_rows(layer, x).reshape(kept.numel(), -1)
     groups = groups[_spread(len(groups), 64)]
     groups = groups[:, _spread(groups.shape[1], _SAMPLE // len(groups))].cpu().double()
     groups = groups[groups.any(1)]  # of zeros nothing can be measured
@@ -203,6 +203,13 @@ def _outgrown(layer: QuantizedLayer, x: Tensor) -> Numbers:
     largest = groups.abs().amax(1, keepdim=True)
     rule = replace(quantizer.scale, value=None)
     return {"outgrown": float((rule.measure(groups / largest, quantizer.grid) * largest).mean())}
+
+
+def _output_rows(layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    """A weight, or what has its shape, with a row for each output channel, of experts in turn."""
+    if isinstance(layer, ExpertMatrices):
+        return (weight.transpose(1, 2) if layer.transposed else weight).flatten(0, 1)
+    return to_rows(weight, layer.output_dim)
 
 
 def _spread(count: int, most: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from fogzo.collectives import is_sharded
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.methods.pull import Weights, as_records
-from fogzo.quantizers.checks import require_type
+from fogzo.quantizers.checks import require_positive, require_type
 from fogzo.wording import listed
 
 
@@ -68,7 +68,7 @@ class Cewt:
         """Continue with the norms that `state_dict` returned.
 
         Raises:
-            ValueError: If they are not of the same weights.
+            ValueError: If they are not of the same weights, or one is none that can be kept.
         """
         norms = state_dict.get("norms") if isinstance(state_dict, dict) else None
         if not isinstance(norms, dict) or norms.keys() != self.norms.keys():
@@ -76,6 +76,9 @@ class Cewt:
                 f"expected the norms of {', '.join(self.norms)}, got {state_dict!r:.80}: "
                 "constraint.load_state_dict(checkpoint['constraint'])"
             )
+        example = "constraint.load_state_dict(checkpoint['constraint']) from before it diverged"
+        for name, norm in norms.items():
+            require_positive(f"the norm of {name!r}", norm, example)
         self.norms = {name: float(norms[name]) for name in self.norms}
 
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -243,15 +243,16 @@ def test_a_learning_rate_that_changes_no_code_is_found():
     assert finding.kind == "still"
 
 
-def test_the_first_steps_of_a_warm_up_are_not_said_to_train_nothing():
-    model = one_layer(*[0.0137] * 8)
-    watch = fogzo.Watch(model, every=20, window=5)
-    for step in range(40):
-        move(model, *[0.0137 - 1e-5 * step * step] * 8)
+def test_a_warm_up_is_not_said_to_train_nothing_until_it_ends():
+    model = one_layer(*[0.5] * 8)
+    watch, position = fogzo.Watch(model, every=20, window=5), 0.5
+    for step in range(120):
+        position -= 2e-5 * min(step, 80)  # which crosses no threshold
+        move(model, *[position] * 8)
         watch.update()
+    assert all(found.layers[0].flips == 0 for found in watch.history)
     kinds = [[finding.kind for finding in found.findings] for found in watch.history]
-    assert watch.history[0].layers[0].flips == 0
-    assert not any("still" in found for found in kinds)
+    assert ["still" in found for found in kinds] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])

@@ -38,12 +38,14 @@ THRESHOLDS = {
 - ``fp16``: relative rounding error of a step size
 - ``in_float``: share of the matrix weights outside embeddings and heads
 - ``still``: changes per code in the run so far, had all steps flipped as many as the one with most,
-  below which it is reported, from the second inspection on
+  below which it is reported, from the second inspection on and not while weights move ever faster
 """
 
 # An agreement that is not known better than this says nothing.
 _KNOWN = 0.1
 _SURE = 3.0  # standard errors
+# A linear warm-up moves weights so much farther in each of its first five inspections.
+_FASTER = 1.2
 
 
 def diagnose(history: Sequence[Inspection]) -> list[Finding]:
@@ -265,11 +267,11 @@ def _oscillating(counted: Sequence[Inspection]) -> Finding | None:
 
 
 def _still(counted: Sequence[Inspection]) -> Finding | None:
-    if len(counted) < 2:
-        return None  # a warm-up hardly moves its first steps
     trained = [replace(i, layers=[layer for layer in i.layers if layer.trained]) for i in counted]
     if not all(i.layers for i in trained):
         return None  # a base under adapters
+    if len(trained) < 2 or _speeds_up(*trained[-2:]):
+        return None
     changes = max((i.mean("flips") or 0.0) * (i.step or i.counted) for i in trained)
     if changes >= THRESHOLDS["still"]:
         return None
@@ -283,6 +285,11 @@ def _still(counted: Sequence[Inspection]) -> Finding | None:
         "weights that require gradients",
         options="--learning-rate, larger",
     )
+
+
+def _speeds_up(before: Inspection, last: Inspection) -> bool:
+    """Whether weights move farther per step than they did, as early in a warm-up."""
+    return (last.mean("moved") or 0.0) > _FASTER * (before.mean("moved") or 0.0)
 
 
 def _levels(inspection: Inspection) -> Finding | None:

@@ -25,7 +25,7 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.integrations.options import check_options
-from fogzo.integrations.training_step import Recorder, undisturbed
+from fogzo.integrations.training_step import Recorder
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
 
@@ -178,8 +178,7 @@ class FogzoCallback(Callback):
                 "the gradients are of a loss that Lightning does not know of: in training_step "
                 "call self.manual_backward(loss), not loss.backward()"
             )
-        with undisturbed(trainer, pl_module):
-            self.stats = estimator.refine_grads_()
+        self.stats = estimator.refine_grads_()
         self._fallbacks += self.stats.fallback is not None
         self._recorder.backwards = 0
         self._is_refined = True

@@ -23,7 +23,6 @@ import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 
 FogzoCallback = fogzo.integrations.lightning.FogzoCallback
 
@@ -599,9 +598,11 @@ def test_a_run_without_an_end_is_told_to_name_one_with_the_noise_that_was_asked_
         assert advised.estimator.step == 4
 
 
-def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_strategies_that_keep_the_gradients_to_themselves_are_refused(package, monkeypatch):
     runner = trainer(None)
-    monkeypatch.setattr(runner._accelerator_connector, "strategy", FSDPStrategy())
+    strategy = pytest.importorskip(f"{package}.strategies").FSDPStrategy()
+    monkeypatch.setattr(runner._accelerator_connector, "strategy", strategy)
     with pytest.raises(ValueError, match="fully_shard in configure_model"):
         FogzoCallback().on_fit_start(runner, Module())
 

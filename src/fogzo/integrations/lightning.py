@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -212,7 +211,9 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
             "two callbacks refine the gradients of this module: "
             "Trainer(callbacks=[FogzoCallback()])"
         )
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+    # By name, as pytorch_lightning has classes of its own.
+    strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if strategies & {"FSDPStrategy", "DeepSpeedStrategy"}:
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps gradients in a form of its own, and they "
             'cannot be refined: Trainer(strategy="ddp"), or ModelParallelStrategy() with '

@@ -1,6 +1,7 @@
 """Lightning's Trainer with the callback."""
 
 import copy
+import itertools
 import pickle
 import tempfile
 
@@ -22,7 +23,6 @@ import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 
 FogzoCallback = fogzo.integrations.lightning.FogzoCallback
 
@@ -194,6 +194,65 @@ def test_probes_leave_no_trace_in_logs_metrics_and_the_modules_own_numbers(run):
     expected = [stats.agreement for stats in callback.all]
     assert list(dict.fromkeys(agreements)) == pytest.approx(expected)
     assert logged[-2].keys() >= {"agreement", "kappa", "fallbacks", "loss"}
+
+
+class ByIndex(Module):
+    """Weighs each batch by its number."""
+
+    def number(self, batch_idx):
+        return batch_idx
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = mse_loss(self.net(x), y) * (1 + self.number(batch_idx) / 4)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        self.manual_backward(loss / 2)
+        if batch_idx % 2 or len(x) < 6:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+
+class ByCounters(ByIndex):
+    """The same by what it counts itself."""
+
+    def number(self, batch_idx):
+        self.seen += 1
+        self.losses.append(self.seen)
+        self.total += 1
+        self.mean_loss(1.0)
+        assert self.seen == len(self.losses) == self.total == self.mean_loss.weight
+        return self.seen - 1
+
+
+class BySchedule(ByIndex):
+    """The same by an object that it holds."""
+
+    def number(self, batch_idx):
+        return next(self.schedule)
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_a_loss_that_counts_its_calls_is_replayed_with_the_count_of_each(manual):
+    runs = []
+    for cls in (ByCounters, ByIndex):
+        module, callback = cls(manual, dropout=0.0), Kept(noise_share=0.1)
+        trainer(callback, **(MANUAL if manual else {})).fit(module, loader())
+        runs.append((module, callback))
+    (counting, kept), (told, expected) = runs
+    assert counting.seen == counting.total == 7
+    assert kept.all == expected.all and len(kept.all) == 4
+    assert max(differences(counting.net, told.net)) == 0
+
+
+def test_a_count_that_nobody_puts_back_is_told_where_it_would_be():
+    module = BySchedule()
+    module.schedule = itertools.count()
+    with pytest.raises(ValueError, match=r"self\.global_step, and keep .* of the LightningModule"):
+        trainer(FogzoCallback()).fit(module, loader())
 
 
 def test_bfloat16_runs_again_in_bfloat16():
@@ -539,9 +598,11 @@ def test_a_run_without_an_end_is_told_to_name_one_with_the_noise_that_was_asked_
         assert advised.estimator.step == 4
 
 
-def test_strategies_that_keep_the_gradients_to_themselves_are_refused(monkeypatch):
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_strategies_that_keep_the_gradients_to_themselves_are_refused(package, monkeypatch):
     runner = trainer(None)
-    monkeypatch.setattr(runner._accelerator_connector, "strategy", FSDPStrategy())
+    strategy = pytest.importorskip(f"{package}.strategies").FSDPStrategy()
+    monkeypatch.setattr(runner._accelerator_connector, "strategy", strategy)
     with pytest.raises(ValueError, match="fully_shard in configure_model"):
         FogzoCallback().on_fit_start(runner, Module())
 

@@ -103,6 +103,54 @@ def test_what_divides_by_the_norm_of_latent_weights_cannot_be_merged(first):
     assert type(merged.up) is nn.Linear
 
 
+def test_adapters_that_are_merged_already_are_to_be_unmerged_first():
+    model, x = adapted("quantized first").eval(), draw(4, 8)
+    answer = model(x)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the latent .*model\.unmerge_adapter\(\)"):
+        merge_and_unload(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(merge_and_unload(model)(x), answer)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        ({"lora_bias": True}, {}, r"does not merge .*up' \(.*no bias.*\): keep the adapters apart"),
+        ({}, {"adapter_names": "default"}, r"got 'default': .*adapter_names=\['default'\]\)"),
+        ({}, {"adapter_names": ["other"]}, r"some of 'default', got \['other'\]"),
+        ({}, {"safe": True}, r"no option 'safe', but .*: merge_and_unload\(model, safe_merge=True"),
+    ],
+)
+def test_what_peft_would_refuse_is_refused_before_anything_is_done(config, options, says):
+    net = Net()
+    net.up.bias = None
+    base = fogzo.quantize_(net, fogzo.lsq(2))
+    model = peft.get_peft_model(base, peft.LoraConfig(**ADAPTERS, **config)).eval()
+    answer = model(draw(4, 8))
+    with pytest.raises(ValueError, match=says):
+        merge_and_unload(model, **options)
+    assert len(fogzo.quantized_weights(model)) == 2
+    assert torch.equal(model(draw(4, 8)), answer)
+
+
+def test_a_weight_that_is_no_number_is_refused_before_anything_is_done():
+    model = adapted("quantized first")
+    model.base_model.model.head.lora_A["default"].weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"does not merge the adapters of .*head'"):
+        merge_and_unload(model, safe_merge=True)
+    assert len(fogzo.quantized_weights(model)) == 2
+
+
+def test_what_has_no_adapters_or_no_quantized_base_is_refused():
+    with pytest.raises(ValueError, match=r"got Net: peft\.get_peft_model"):
+        merge_and_unload(fogzo.quantize_(Net(), fogzo.lsq(2)))
+    plain = peft.get_peft_model(Net(), peft.LoraConfig(**ADAPTERS))
+    with pytest.raises(ValueError, match=r"PEFT's own .*: model\.merge_and_unload\(\)"):
+        merge_and_unload(plain)
+
+
 KINDS = {
     "LoRA": (peft.LoraConfig, {"r": 2}, True),
     "LoHa": (peft.LoHaConfig, {"r": 2}, True),

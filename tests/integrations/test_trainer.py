@@ -1,6 +1,7 @@
 """transformers' Trainer and its subclasses, trained as their users do."""
 
 import copy
+import itertools
 import math
 from collections import Counter, defaultdict, deque
 
@@ -283,8 +284,9 @@ class Collecting(transformers.Trainer):
         self.kinds["b"].setdefault("total", torch.zeros(())).add_(value)
         self.counts["calls"]["all"] += 1
         self.last = value
-        held = (self.train_dataset, *self.train_dataset[:1], *self.weights, *self.seen[:1])
-        self.ids.append([id(value) for value in held])
+        if len(self.seen) > 1:
+            held = (self.train_dataset, *self.train_dataset[:1], *self.weights, *self.seen[:1])
+            self.ids.append([id(value) for value in held])
         return loss
 
 
@@ -308,6 +310,81 @@ def test_tensors_that_a_trainer_collects_are_collected_once(tmp_path):
     for total in (trainer.total, trainer.kinds["b"]["total"]):
         assert total.item() == pytest.approx(sum(values), rel=1e-6)
     assert all(ids == trainer.ids[0] for ids in trainer.ids)  # none of these was copied
+
+
+class ByRow(transformers.Trainer):
+    """Weighs each micro-batch by its number, which the data say."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        number = int(inputs.pop("row")[0]) // 2
+        return model(**inputs).loss * (1 + number / 4)
+
+
+class ByCounters(ByRow):
+    """The same by what it counts itself."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.calls, self.rows, self.total = 0, [], torch.zeros(())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert self.calls == len(self.rows) == self.total
+        inputs["row"] = torch.tensor([2 * self.calls])
+        loss = super().compute_loss(model, inputs)
+        self.calls += 1
+        self.rows.append(loss)
+        self.total += 1
+        return loss
+
+
+class BySchedule(ByRow):
+    """The same by an object that it holds."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["row"] = torch.tensor([2 * next(self.schedule)])
+        return super().compute_loss(model, inputs)
+
+
+def weighted(folder, cls):
+    data = [{**row, "row": torch.tensor(i)} for i, row in enumerate(sequences())]
+    return make_trainer(folder, llama(dropout=0.0), data, cls, remove_unused_columns=False)
+
+
+def test_a_loss_that_counts_its_calls_is_replayed_with_the_count_of_each(tmp_path, monkeypatch):
+    audit_every_step(monkeypatch)
+    counting, told = weighted(tmp_path, ByCounters), weighted(tmp_path, ByRow)
+    for trainer in (counting, told):
+        train(trainer)
+    assert counting.calls == counting.total == 7
+    assert logged(counting, "agreement") == logged(told, "agreement") != []
+    assert max(differences(counting.model, told.model)) == 0
+
+
+def test_a_count_that_nobody_puts_back_is_told_where_it_would_be(tmp_path):
+    trainer = weighted(tmp_path, BySchedule)
+    trainer.schedule = itertools.count()
+    with pytest.raises(ValueError, match=r"self\.state\.global_step, keep .* of the trainer"):
+        train(trainer)
+
+
+class Logging(transformers.Trainer):
+    """Logs in its loss, under the names of the trainer's own line too."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.log({"loss": loss.item(), "mine": loss.item()})
+        return loss
+
+
+def test_what_a_loss_logs_is_logged_once_and_is_not_the_trainers_line(tmp_path):
+    trainer = make_trainer(tmp_path, cls=Logging)
+    train(trainer)
+    own, others = [], []
+    for entry in trainer.state.log_history[:-1]:
+        (own if "mine" in entry else others).append(entry)
+    assert len(own) == 7 and len(others) == 4
+    assert not any("fallbacks" in entry for entry in own)
+    assert all("fallbacks" in entry for entry in others)
 
 
 def test_learned_steps_do_not_decay(tmp_path):

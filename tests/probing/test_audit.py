@@ -158,6 +158,52 @@ def test_what_cannot_repeat_a_loss_to_the_last_digit_is_given_room(kind):
         estimator.refine_grads_(loss_of, expected_loss=loss)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [lambda n: 1 + n / 1000, lambda n: 1 / (1 + n / 10), lambda n: 1 + min(0.3, n / 10)],
+    ids=["grows", "falls", "grows and stays"],
+)
+@pytest.mark.parametrize("inside", ["float32", "bfloat16"])
+def test_a_loss_that_counts_its_calls_is_no_scatter(weight, inside):
+    model, data = network(), batches()
+    x, y = next(data)
+    calls = 0
+
+    def loss_of():
+        nonlocal calls
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside == "bfloat16"):
+            logits = model(x)
+        calls += 1
+        return cross_entropy(logits.float(), y) * weight(calls)
+
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    loss = estimator.record(loss_of)
+    loss.backward()
+    with pytest.raises(ValueError, match="counts its calls"):
+        estimator.refine_grads_()
+
+
+def test_losses_that_scatter_are_refused_by_no_chance():
+    model, data = network(), batches(size=16)
+    x, y = next(data)
+    noise = torch.Generator().manual_seed(0)
+
+    def loss_of():
+        return cross_entropy(model(x), y) * (1 + 1e-4 * torch.randn((), generator=noise))
+
+    refused = 0
+    for _ in range(100):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+        try:
+            estimator.refine_grads_(loss_of, expected_loss=loss)
+        except ValueError:
+            refused += 1
+    assert refused == 0
+
+
 @pytest.mark.parametrize("expected", [float("nan"), float("inf"), torch.tensor(float("nan"))])
 def test_an_expected_loss_that_is_no_number_passes_no_audit(expected):
     model, data = network(), batches()

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -25,7 +24,7 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.integrations.options import check_options
-from fogzo.integrations.training_step import Recorder, undisturbed
+from fogzo.integrations.training_step import Recorder
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
 
@@ -178,8 +177,7 @@ class FogzoCallback(Callback):
                 "the gradients are of a loss that Lightning does not know of: in training_step "
                 "call self.manual_backward(loss), not loss.backward()"
             )
-        with undisturbed(trainer, pl_module):
-            self.stats = estimator.refine_grads_()
+        self.stats = estimator.refine_grads_()
         self._fallbacks += self.stats.fallback is not None
         self._recorder.backwards = 0
         self._is_refined = True
@@ -213,7 +211,9 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
             "two callbacks refine the gradients of this module: "
             "Trainer(callbacks=[FogzoCallback()])"
         )
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+    # By name, as pytorch_lightning has classes of its own.
+    strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if strategies & {"FSDPStrategy", "DeepSpeedStrategy"}:
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps gradients in a form of its own, and they "
             'cannot be refined: Trainer(strategy="ddp"), or ModelParallelStrategy() with '

@@ -6,7 +6,8 @@ are refined. The rest is what a run needs besides: logs, checkpoints and weight 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,18 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
-from fogzo.integrations.counters import counters_put_back
+from fogzo.integrations.counters import Counters, Replayed
 from fogzo.integrations.options import check_options
 from fogzo.layers import QuantizedLayer, quantized_weights
 from fogzo.wording import caveat, listed
 
 STATE_FILE = "fogzo_estimator.pt"
+_CAUSES = (
+    "compute_loss reads something besides its arguments that has changed since: take the step from "
+    "self.state.global_step, keep what it counts itself in an attribute of the trainer "
+    "(self.calls += 1, not in an object that the trainer holds), or advance it in the on_step_end "
+    "of a TrainerCallback; or it draws from a generator of its own"
+)
 
 
 def refine(
@@ -100,7 +107,7 @@ class TrainerRefinement:
         self.stats: RefineStats | None = None
         self._unlogged: list[RefineStats] = []
         self._loaded: dict[str, float] | None = None
-        self._in_step = False
+        self._in_step = self._is_muted = False
         wrappers: dict[str, Callable[..., Any]] = {
             "compute_loss": self._compute_loss,
             "training_step": self._training_step,
@@ -140,9 +147,22 @@ class TrainerRefinement:
         _warn_of_decaying_steps(trainer)
 
     def _compute_loss(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._in_step and self.estimator is not None:
-            return self.estimator.record(own, *args, **kwargs)
-        return own(*args, **kwargs)
+        if not self._in_step or self.estimator is None:
+            return own(*args, **kwargs)
+        trainer = self._trainer
+        # A compute_loss may count tokens in the trainer (trl's do), and runs again.
+        counters = Counters([trainer], but_for=(trainer.train_dataset, trainer.eval_dataset))
+        replayed = Replayed(own, counters, self._muted, _CAUSES)
+        return self.estimator.record(replayed, *args, **kwargs)
+
+    @contextmanager
+    def _muted(self) -> Iterator[None]:
+        """Have the trainer log nothing: what a probe would log is of perturbed weights."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
 
     def _training_step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._in_step = True
@@ -153,19 +173,18 @@ class TrainerRefinement:
         accelerator = self._trainer.accelerator
         if accelerator.sync_gradients and self.estimator is not None:
             scaler = accelerator.scaler
-            # A compute_loss may count tokens in the trainer (trl's do), and runs again.
-            data = self._trainer.train_dataset, self._trainer.eval_dataset
-            with counters_put_back([self._trainer], but_for=data):
-                self.stats = self.estimator.refine_grads_(
-                    grad_scale=1.0 if scaler is None else scaler.get_scale()
-                )
+            self.stats = self.estimator.refine_grads_(
+                grad_scale=1.0 if scaler is None else scaler.get_scale()
+            )
             self._unlogged.append(self.stats)
         return loss
 
     def _log(
         self, own: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any
     ) -> Any:
-        if "loss" in logs and self._unlogged:
+        if self._is_muted:
+            return None
+        if "loss" in logs and self._unlogged and not self._in_step:  # there, a compute_loss's own
             logs = {**logs, **_summary(self._unlogged)}
             self._unlogged = []
         return own(logs, *args, **kwargs)

@@ -5,9 +5,9 @@ optimization, as far as the backward pass in question.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,9 +17,16 @@ from torch.optim import Optimizer
 
 from fogzo.collectives import compute_device
 from fogzo.estimators import GradientEstimator
-from fogzo.integrations.counters import counters_put_back
+from fogzo.integrations.counters import Counters, Replayed
 from fogzo.probing.rng import RngState
 from fogzo.probing.window import gradient_versions
+
+_CAUSES = (
+    "training_step reads something besides its arguments that has changed since: take the step "
+    "from self.global_step, and keep what it counts itself in an attribute of the LightningModule, "
+    "self.calls += 1, not in an object that the module holds; or it draws from a generator of its "
+    "own"
+)
 
 
 class _Skipped(BaseException):
@@ -41,6 +48,7 @@ class _Call:
         args: Its arguments.
         kwargs: Its keyword arguments.
         rng: The random streams that it began from.
+        counters: The module's own numbers that it began from.
         backwards: How many backward passes it has come to.
         until: If it runs again, the one that it is run for.
     """
@@ -48,6 +56,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RngState
+    counters: Counters
     backwards: int = 0
     until: int | None = None
 
@@ -111,16 +120,22 @@ class Recorder:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if self.skips_backward:
             return self._own_step(*args, **kwargs)
+        counters = _counters(self._module)
         if self._module.automatic_optimization:
             try:
-                output = self._estimator.record(self._run, *args, **kwargs)
+                replayed = self._replayed(self._run, counters)
+                output = self._estimator.record(replayed, *args, **kwargs)
             except _Skipped:
                 return None
             self.backwards += 1
             return output
         rng = RngState({compute_device(weight.param) for weight in self._estimator.weights})
-        self._call = _Call(args, kwargs, rng)
+        self._call = _Call(args, kwargs, rng, counters)
         return self._own_step(*args, **kwargs)
+
+    def _replayed(self, call: Callable[..., Any], counters: Counters) -> Replayed:
+        quietly = partial(_undisturbed, self._trainer, self._module)
+        return Replayed(call, counters, quietly, _CAUSES)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step, in the precision that Lightning calls it in."""
@@ -135,7 +150,8 @@ class Recorder:
         assert call is not None
         call.backwards += 1
         if call.until is None:
-            loss = self._estimator.record(self._manual_loss(loss), *call.args, **call.kwargs)
+            replayed = self._replayed(self._manual_loss(loss), call.counters)
+            loss = self._estimator.record(replayed, *call.args, **call.kwargs)
             before = gradient_versions(self._estimator.weights)
             self._own_backward(loss, *args, **kwargs)
             # A critic's leaves the gradients of its generator alone.
@@ -175,11 +191,10 @@ class Recorder:
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Let a `training_step` run without a trace."""
+def _undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Let a `training_step` run without a trace outside of its module."""
     muted = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
     with ExitStack() as stack:
-        stack.enter_context(_state_put_back(pl_module))
         stack.enter_context(_attributes(pl_module, **dict.fromkeys(muted, _nothing)))
         for optimizer in trainer.strategy._lightning_optimizers:
             stack.enter_context(_attributes(optimizer, step=_closure_alone, zero_grad=_nothing))
@@ -190,15 +205,15 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         yield
 
 
-def _state_put_back(pl_module: LightningModule) -> AbstractContextManager[None]:
-    """Lend copies of the module's own numbers, tensors and containers, and of its metrics' states.
+def _counters(pl_module: LightningModule) -> Counters:
+    """The module's own numbers, tensors and containers, and its metrics' states.
 
     Parameters are put back by the estimator, and buffers too.
     """
     metrics = [module for module in pl_module.modules() if _is_metric(module)]
     modules: list[nn.Module] = [pl_module, *metrics]
     torchs = [vars(module).get(name) for module in modules for name in _OF_EVERY_MODULE]
-    return counters_put_back(modules, but_for=torchs)
+    return Counters(modules, but_for=torchs)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -2,7 +2,8 @@
 
 At initialisation all batches have nearly the same loss, so a closure over another batch is only
 found out by a tolerance that fits: the same operations on the same numbers give the same loss to
-a few units in the last place. Where they cannot, the tolerance is what is seen to move the loss.
+a few units in the last place. Where they cannot, the tolerance is what is seen to move the loss,
+unless it moves one way only, as that of a closure that counts its calls.
 """
 
 import math
@@ -21,6 +22,7 @@ _TIGHT = 1e-5
 # bfloat16, another graph of the compiler, statistics that every forward pass moves.
 _LOOSE = 5e-3
 _ULPS = 8
+_ASKED = 6  # times, of which scattered losses go one way once in thousands
 
 _CAUSES = (
     "the closure reads a variable that the loop has rebound to the next batch; dropout, fixed by "
@@ -86,10 +88,15 @@ class Audit:
         if not lender.on_any_rank(is_off):
             return
         # All ranks ask again, as forward passes may communicate.
-        scatter = _scatter(lender, closure, loss, max(abs(loss), abs(wanted), 1e-3))
-        is_off = is_off and not distance <= scatter
-        if not lender.on_any_rank(is_off):
-            return
+        room, again = _room(lender, closure, max(abs(loss), abs(wanted), 1e-3))
+        losses, differs = [loss], is_off
+        for _ in range(_ASKED):
+            losses.append(float(lender.evaluate(closure)))
+            scatter = 4 * (max(again, *losses) - min(again, *losses))
+            drifts = _goes_one_way([wanted, *losses])
+            is_off = differs and (drifts or not distance <= room + scatter)
+            if not lender.on_any_rank(is_off):
+                return
         if not is_off:
             raise ValueError(
                 "on another rank the closure does not return expected_loss; its message says more"
@@ -114,15 +121,21 @@ def rounding(one: Tensor, other: Tensor, least: float = _TIGHT) -> float:
     return max(least, _ULPS * max(_eps(one), _eps(other))) * size
 
 
-def _scatter(lender: Lender, closure: Closure, loss: float, size: float) -> float:
-    """How far the closure's loss may lie from backward's for reasons that are no mistake."""
+def _room(lender: Lender, closure: Closure, size: float) -> tuple[float, float]:
+    """How far the closure's loss may lie from backward's although each repeats; and one more."""
     with _watched(lender.models) as seen:
         again = float(lender.evaluate(closure, reset_buffers=False))  # as backward's own pass did
     statistics = nn.modules.batchnorm._NormBase  # which are not read in train mode
     moved = any(not isinstance(module, statistics) for module in lender.modules_moved())
     compiled = not seen and _something_is_compiled()  # such graphs call no hooks
     inexact = moved or compiled or any(dtype.itemsize < 4 for dtype in seen)
-    return (_LOOSE if inexact else 0.0) * size + 4 * abs(again - loss)
+    return (_LOOSE if inexact else 0.0) * size, again
+
+
+def _goes_one_way(losses: list[float]) -> bool:
+    """Whether backward's loss, which comes first, and later ones drift, which is no scatter."""
+    stays = losses[-1] == losses[1]  # as in 16 bits, where backward's alone may differ
+    return not stays and sorted(losses) in (losses, losses[::-1])
 
 
 @contextmanager

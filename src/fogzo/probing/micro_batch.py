@@ -27,6 +27,7 @@ class MicroBatch:
         models: The models whose modes matter.
 
     Attributes:
+        compute_loss: The function.
         value: The loss of the first call.
         weight: What backward() has multiplied it by so far, as a scalar tensor.
         hook: What is to be removed from the loss when it counts no more.
@@ -42,7 +43,7 @@ class MicroBatch:
         rng: RngState,
         models: Sequence[nn.Module],
     ) -> None:
-        self._compute_loss = compute_loss
+        self.compute_loss = compute_loss
         self._args, self._kwargs = _copied(args), _copied(kwargs)
         self._rng = rng
         self._modes = [(m, m.training) for model in models for m in model.modules()]
@@ -57,7 +58,7 @@ class MicroBatch:
             ValueError: If there is no loss in it, or it changes its arguments in place.
         """
         self._versions = list(_versions((self._args, self._kwargs)))
-        output = self._compute_loss(*args, **kwargs)
+        output = self.compute_loss(*args, **kwargs)
         loss = loss_of(output)
         self.value = loss.detach().clone()
         self.check_arguments("compute_loss changes it")
@@ -73,7 +74,7 @@ class MicroBatch:
             for recorded in self._autocast:
                 if recorded != Autocast.now(recorded.device_type):
                     blocks.enter_context(torch.autocast(**recorded._asdict()))
-            return loss_of(self._compute_loss(*_copied(self._args), **_copied(self._kwargs)))
+            return loss_of(self.compute_loss(*_copied(self._args), **_copied(self._kwargs)))
 
     def check_arguments(self, who: str = "it was changed after record") -> None:
         """Raise a `ValueError` if a tensor among the arguments has changed since the first call."""

@@ -257,7 +257,7 @@ class RecordedLoss:
             they are not this loss's any more.
     """
 
-    causes = (
+    _causes = (
         "compute_loss reads something that has changed since it was recorded (give it as an "
         "argument, estimator.record(compute_loss, x, y)), draws from a generator of its own, or "
         "counts its calls"
@@ -268,6 +268,11 @@ class RecordedLoss:
     ) -> None:
         self._parts = parts
         self.was_changed = was_changed
+
+    @property
+    def causes(self) -> str:
+        """Why the sum may be another one when it is computed again."""
+        return getattr(self._parts[0][1].compute_loss, "causes", self._causes)
 
     @property
     def expected(self) -> Tensor:

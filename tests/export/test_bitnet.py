@@ -28,7 +28,9 @@ def eager():
 def test_transformers_reads_the_trained_network(make, linear_class, tmp_path):
     model = quantized(make(), fogzo.ternary(), TOKEN)
     report = export(model, tmp_path / "out", "bitnet", variant=linear_class)
-    assert all(layer.exact for layer in report.layers)
+    assert all(layer.exact == (not layer.step_rounding) for layer in report.layers)
+    limit = 2**-23 if linear_class == "bitlinear" else 0  # of a reciprocal of a reciprocal
+    assert all(layer.step_rounding <= limit for layer in report.layers)
     assert report.logits_difference < 5e-3  # inputs that round the other way
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["linear_class"] == linear_class
@@ -67,5 +69,33 @@ def test_inputs_in_float_are_exported_only_if_that_is_asked_for(tmp_path):
         export(model, tmp_path / "out", "bitnet")
     assert not list(tmp_path.iterdir())
     report = export(model, tmp_path / "out", "bitnet", activations="drop")
-    assert all(layer.exact for layer in report.layers)
+    assert all(layer.step_rounding <= 2**-23 for layer in report.layers)
     assert 1e-4 < report.logits_difference < 0.1
+
+
+def test_divisors_that_half_precision_rounds_are_reported(tmp_path):
+    model = quantized(llama().bfloat16(), fogzo.ternary(), TOKEN)
+    report = export(model, tmp_path / "out", "bitnet")
+    served = type(model).from_pretrained(tmp_path / "out")
+    rounded = 0
+    for layer in report.layers:
+        step = model.get_submodule(layer.name).step_size().float()
+        off = (1 / served.get_submodule(layer.name).weight_scale.float() / step - 1).abs().max()
+        assert layer.step_rounding == pytest.approx(float(off), abs=1e-6)
+        assert not (layer.exact and off > 1e-6)
+        rounded += not layer.exact
+    assert rounded
+    report = export(model, tmp_path / "out", "bitnet", variant="autobitlinear")
+    assert all(layer.exact and not layer.step_rounding for layer in report.layers)
+
+
+def test_divisors_that_are_not_finite_are_refused(tmp_path):
+    model = llama().half()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(5e-4)
+    model = quantized(model, fogzo.ternary(), TOKEN)
+    with pytest.raises(ValueError, match=r"up_proj' as bitnet: .* exceeds torch.float16: variant="):
+        export(model, tmp_path / "out", "bitnet")
+    assert not list(tmp_path.iterdir())
+    export(model, tmp_path / "out", "bitnet", variant="autobitlinear")
+    export(model.float(), tmp_path / "out", "bitnet")

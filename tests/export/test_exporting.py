@@ -18,7 +18,7 @@ from networks import (
     tied_llama,
     vit,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 import fogzo
@@ -376,6 +376,10 @@ def test_tensors_are_named_as_on_the_hub(make, format, tmp_path):
         set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("plain", "out")
     )
     assert {name for name in found if not name.endswith((".scales", ".biases"))} == expected
+    if format == "mlx":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+        layers = {name for name, value in config.items() if isinstance(value, dict)}
+        assert layers == {name.removesuffix(".scales") for name in found if ".scales" in name}
 
 
 @pytest.mark.parametrize("format", ["packed", "float", "compressed-tensors"])
@@ -543,3 +547,132 @@ def test_rounded_steps_keep_the_codes_and_are_reported(tmp_path):
     report = export(held, tmp_path / "out", "gguf", round_steps=True)
     assert all(layer.exact and layer.step_rounding == 0 for layer in report.layers)
     assert report.logits_difference == 0
+
+
+@pytest.mark.parametrize("format", ["packed", "float"])
+def test_what_a_forward_pass_left_in_the_model_is_no_obstacle(format, tmp_path):
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            self.penalty, self.steps = y.pow(2).mean(), {"all": [y]}
+            return y
+
+    model = fogzo.quantize_(Keeps(nn.Linear(8, 8)), fogzo.lsq(4), inner)
+    x = torch.randn(3, 8)
+    model(x)
+    penalty = model.penalty
+    assert export(model, tmp_path / "out", format, example=x).logits_difference == 0
+    penalty.backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_float_folders_are_verified_as_the_report_says(tied, tmp_path):
+    def build():
+        model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False))
+        if tied:
+            model[2].weight = model[0].weight
+        return model
+
+    model = fogzo.quantize_(build(), fogzo.lsq(4), lambda _, name: name == "1")
+    x = torch.arange(16)
+    report = export(model, tmp_path / "out", "float", example=x)
+    assert report.logits_difference == 0
+    served, path = build(), tmp_path / "out" / "model.safetensors"
+    if tied:
+        assert report.reader == "safetensors.torch.load_model"
+        load_model(served, path)
+    else:
+        assert report.reader == "torch load_state_dict"
+        served.load_state_dict(load_file(path))
+    assert torch.equal(served(x), model(x))
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).masked_fill(torch.arange(8) > 6, -torch.inf)
+
+
+def test_infinite_answers_are_compared_too(fake, tmp_path):
+    model = fogzo.quantize_(Masked(8, 8), fogzo.lsq(4), inner)
+    x = torch.randn(2, 8)
+    assert export(model, tmp_path / "out", example=x).logits_difference == 0
+    assert "NaN" not in (tmp_path / "out" / "export.json").read_text()
+    for wrong in (lambda y: y.clamp(min=-1e9), torch.neg, lambda y: torch.full_like(y, -torch.inf)):
+
+        def read_back(source, folder, wrong=wrong):
+            weights = {n: layer.weight.dequantize() for n, layer in source.layers.items()}
+            return ReadBack("a reader", weights, lambda example: wrong(answer(model, example)))
+
+        fake(read_back=read_back)
+        with pytest.raises(RuntimeError, match="a reader answers to the example"):
+            export(model, tmp_path / "out", example=x)
+
+
+def test_answers_that_are_no_numbers_are_not_compared(tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    report = export(model, tmp_path / "out", example=inputs_of(model) * float("nan"))
+    assert report.logits_difference is None
+
+
+def test_swapped_and_missing_arguments_are_explained(tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    for call in (
+        lambda: export(tmp_path, model),
+        lambda: export(model, None),
+        lambda: load_(mlp(), None),
+    ):
+        with pytest.raises(ValueError, match=r"(?s)folder must be of type str .*, got .*, \"out\""):
+            call()
+    for call in (
+        lambda: export(model.state_dict(), tmp_path / "out"),
+        lambda: check(model.state_dict(), "packed"),
+        lambda: load_(tmp_path, model),
+    ):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got .*\(model, "):
+            call()
+    for example in (torch.ones(2, 7), "hello", (1, 2, 3)):
+        model = quantized(mlp(), fogzo.lsq(2))
+        with pytest.raises(ValueError, match="the model does not answer to the example"):
+            export(model, tmp_path / "out", example=example)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_damaged_files_are_named(name, tmp_path):
+    export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged .*export the model again"):
+        load_(mlp(), tmp_path / "out")
+
+
+def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    export(quantized(mlp(), fogzo.lsq(2)), "~/out", verify=False)
+    assert load_(mlp(), "~/out") and (tmp_path / "out" / "export.json").is_file()
+
+
+def test_what_was_put_into_an_export_is_not_deleted(tmp_path):
+    model = quantized(mlp(), fogzo.lsq(2))
+    report = export(model, tmp_path / "out", verify=False)
+    assert report.files == ("config.json", "model.safetensors")
+    (tmp_path / "out" / "eval").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"also holds 'README\.md', 'eval', .*move them elsewhere"):
+        export(model, tmp_path / "out", verify=False)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    (tmp_path / "out" / "README.md").rename(tmp_path / "README.md")
+    (tmp_path / "out" / "eval").rename(tmp_path / "eval")
+    export(model, tmp_path / "out", verify=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)
+        assert (tmp_path / "out").is_symlink()
+    assert load_(mlp(), tmp_path / "real")

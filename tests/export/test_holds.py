@@ -364,6 +364,52 @@ def test_a_module_of_two_names_as_packed(tmp_path):
     assert torch.equal(logits(served), logits(model))
 
 
+def test_layers_that_quantize_their_input_alone(tmp_path):
+    model = mlp()
+    fogzo.quantize_(model[1], fogzo.lsq(4), lambda *_: True, fogzo.lsq(2))
+    x = torch.randn(3, 64)
+    with torch.no_grad(), fogzo.calibrate_(model):
+        model(x)
+    fogzo.dequantize_(model[1], activations="keep")
+    fogzo.quantize_(model, fogzo.lsq(4), lambda _, name: name == "3")
+    for format in ("packed", "float"):
+        no(model, format, "'1' quantizes its input and no weight, .* format=\"onnx\"", tmp_path)
+    assert check(model, "onnx") == check(model, "torchao") == []
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    states = [{"a": 1}]
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return states[-1]
+
+        def set_extra_state(self, state):
+            pass
+
+    def build():
+        return nn.Sequential(Extra(8, 8), nn.Linear(8, 8))
+
+    model = fogzo.quantize_(build(), fogzo.lsq(4), lambda *_: True)
+    no(model, "packed", "'0._extra_state' of the model's state is of type dict", tmp_path)
+    assert check(model, "onnx") == []
+    states.append(torch.ones(1))  # as the message says
+    x = torch.randn(3, 8)
+    assert export(model, tmp_path / "out", example=x).logits_difference == 0
+    assert torch.equal(load_(build(), tmp_path / "out")(x), model(x))
+
+
+def test_tensors_that_no_llama_has(tmp_path):
+    model = llama()
+    model.lm_head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
+    fogzo.quantize_(model, fogzo.lsq(4, **F16), one_layer)
+    no(model, "gguf", "gguf has no name for 'lm_head.0.weight', 'lm_head.0.bias'", tmp_path)
+    model = llama()
+    model.register_buffer("seen", torch.zeros(1))
+    fogzo.quantize_(model, fogzo.lsq(4, **F16), one_layer)
+    no(model, "gguf", "gguf has no name for 'seen', which a LlamaForCausalLM", tmp_path)
+
+
 def test_every_problem_is_told_and_the_first_is_raised(tmp_path):
     model = fogzo.quantize_(llama(), fogzo.lsq(2))
     assert len(check(model, "bitnet")) == 7

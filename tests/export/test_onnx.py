@@ -208,6 +208,55 @@ def test_arguments_that_are_no_tensors(tmp_path):
     assert exported(model, tmp_path, example=(torch.randn(3, 16), True)).logits_difference < 2e-6
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x, state):
+        return self.head(self.cell(x, state)[0])
+
+
+class TwoStates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x, states):
+        first, second = states
+        return self.head(x) + first * second
+
+
+def one_image():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(0), nn.Linear(144, 4))
+
+
+@pytest.mark.parametrize(
+    ("build", "example"),
+    [
+        (Recurrent, (torch.ones(4, 5, 8), torch.zeros(1, 4, 16))),
+        (TwoStates, (torch.ones(4, 16), (torch.ones(4, 4), torch.ones(4, 4)))),
+        (one_image, torch.ones(1, 8, 8)),
+    ],
+)
+def test_a_first_dimension_of_one_that_is_no_batch(build, example, tmp_path):
+    model = quantized(build().eval(), fogzo.lsq(2), filter_fn=inner)
+    assert exported(model, tmp_path, example=example).logits_difference < 2e-6
+
+
+def test_what_torch_cannot_trace_is_explained(tmp_path):
+    class Branches(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = fogzo.quantize_(Branches(16, 16), fogzo.lsq(2), inner)
+    with pytest.raises(ValueError, match=r"torch.onnx cannot trace .* format=\"packed\""):
+        exported(model, tmp_path, example=torch.ones(2, 16))
+    with pytest.raises(ValueError, match=r"does not answer to the example \(RuntimeError"):
+        exported(model, tmp_path, example=torch.ones(2, 7))
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_example(tmp_path):
     with pytest.raises(ValueError, match=r"what a Sequential takes: .*example=x"):
         export(mlp(), tmp_path / "out", "onnx")

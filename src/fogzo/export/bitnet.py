@@ -26,7 +26,7 @@ def write(source: Source, folder: Path) -> None:
         scale = weight.scale.reshape(1)
         bias = getattr(layer.module, "bias", None)
         if linear_class == "bitlinear":
-            scale = scale.reciprocal()  # it divides by it
+            scale = weight.divisor().reshape(1)
         elif bias is not None:
             # It multiplies what it has added the bias to.
             tensors[f"{name}.bias"] = (bias.detach() / scale).to(bias.dtype)
@@ -43,8 +43,8 @@ def write(source: Source, folder: Path) -> None:
 def read_back(source: Source, folder: Path) -> ReadBack:
     """What transformers makes of it.
 
-    Weights of ``bitlinear`` count as the trained ones if their integers are and their divisor is
-    the reciprocal of the step, which is rounded.
+    Its ``bitlinear`` has no weights, but divides what it makes of integers. What they then stand
+    for is in float32, as half precision would hide by how much a divisor was rounded.
     """
     import accelerate  # noqa: F401  # transformers would ask for it in a longer way
 
@@ -76,9 +76,6 @@ def _weight(layer: Any, source: Source, name: str) -> Tensor:
     if _linear_class(source) == "autobitlinear":
         return cast(Tensor, layer.weight * layer.weight_scale)
     trained = source.layers[name].weight
-    factor = trained.scale.reshape(1)
-    if not torch.equal(layer.weight_scale, factor.reciprocal().to(trained.dtype)):
-        factor = layer.weight_scale.float().reciprocal()
     quarters = unpack_digits(layer.weight.reshape(-1, 1), 4, 4).T
     integers = quarters.reshape(trained.integers.shape).float() - 1
-    return (integers * factor).to(trained.dtype)
+    return integers / layer.weight_scale.float()

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.export import holds
+from fogzo.export.folder import folder_path, read_json
 from fogzo.export.format_table import FORMATS
+from fogzo.export.integers import largest_change
 from fogzo.export.source import ActivationChoice, Options, Source
-from fogzo.export.verify import ReadBack, answer, difference, example_of
+from fogzo.export.verify import ReadBack, difference, example_of, trained_answer
 from fogzo.layers.bypasses import warn_of_bypassed_layers
-from fogzo.wording import nearest
+from fogzo.wording import listed, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ class LayerReport:
         stored: The type in the file.
         bits: Per weight, with the scales.
         exact: Whether the reader's weight is the trained one, bit for bit; None if unverified.
-        step_rounding: The largest relative change of a step size, 0 without ``round_steps``.
+        step_rounding: The largest relative change of a step size: by ``round_steps``, or where the
+            reader divides by a rounded reciprocal of it (bitnet).
     """
 
     name: str
@@ -71,17 +74,20 @@ class ExportReport:
         format: Its name.
         folder: Where it is.
         layers: The quantized layers.
-        bytes: Size of the files, this report apart.
+        files: Their paths in it, this report apart.
+        bytes: Size of the files.
         float_bytes: Size of the tensors of the model in float.
         reader: With which it was read back; None if it was not.
         logits_difference: The largest difference between what the reader and the trained model
-            answer to the example, relative to the largest logit; None if nothing was run.
+            answer to the example, relative to the largest finite logit; None if nothing was run,
+            or no logit is a number.
         note: What was not verified, and why.
     """
 
     format: str
     folder: str
     layers: tuple[LayerReport, ...]
+    files: tuple[str, ...]
     bytes: int
     float_bytes: int
     reader: str | None
@@ -157,14 +163,17 @@ def export(
         What was written, also in ``export.json`` beside it.
 
     Raises:
-        ValueError: If the format cannot hold the model (see `check`), its weights or step sizes are
+        ValueError: If the format cannot hold the model (see `check`), the model does not take the
+            example, its weights or step sizes are
             not finite or not those of a quantized network yet, an input was never measured, the
             tokenizer is none or one that the format cannot say, or the folder holds something else.
             Nothing is written then.
         RuntimeError: If the files read back are not what was to be written, or their reader answers
-            with numbers that are not finite where the model's are. Nothing is kept.
+            with numbers that are not finite where the model's are, or with other infinities.
+            Nothing is kept.
     """
     _check_format(format, MODULES)
+    folder = folder_path(folder, 'fogzo.export.export(model, "out")')
     source = Source.of(model, Options(round_steps, activations, allow_wider, variant))
     problems = holds.problems(source, format)
     if problems:
@@ -173,7 +182,7 @@ def export(
     _check_measured(source)
     _check_tokenizer(tokenizer)
     warn_of_bypassed_layers(source.model)
-    final = Path(os.path.abspath(folder))
+    final = Path(os.path.realpath(folder))  # a link to a folder stays one
     _check_replaceable(final)
     trained = {name: layer.weight for name, layer in source.layers.items()}
     source, rounding = _rounded(source, format)
@@ -201,13 +210,15 @@ def export(
             for chosen in [holds.stored(source, name, format)]
         ]
         gap = _compare_logits(source.model, example, reading)
-        if not any(rounding.values()) and activations == "keep":
+        if not (round_steps and any(rounding.values())) and activations == "keep":
             _warn_of_difference(gap, reading)
+        written = [path for path in partial.rglob("*") if path.is_file()]
         report = ExportReport(
             format,
             str(folder),
             tuple(layers),
-            sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
+            tuple(sorted(path.relative_to(partial).as_posix() for path in written)),
+            sum(path.stat().st_size for path in written),
             _float_bytes(source),
             None if reading is None else reading.reader,
             gap,
@@ -251,9 +262,13 @@ def _check_tokenizer(tokenizer: Any) -> None:
 def _rounded(source: Source, format: str) -> tuple[Source, dict[str, float]]:
     """The source with steps that the format holds, and the largest relative change of each."""
     trained = {id(layer.weight): layer.weight for layer in source.layers.values()}
-    rounded = {key: holds.with_rounded_steps(weight, format) for key, weight in trained.items()}
+    variant = source.options.variant
+    rounded = {k: holds.with_rounded_steps(w, format, variant) for k, w in trained.items()}
     weights = {name: rounded[id(layer.weight)] for name, layer in source.layers.items()}
-    errors = {n: holds.step_error(layer.weight, format) for n, layer in source.layers.items()}
+    errors = {
+        name: largest_change(layer.weight.scale, weights[name].scale)
+        for name, layer in source.layers.items()
+    }
     return source.with_weights(weights), errors
 
 
@@ -275,7 +290,7 @@ def _read_back(
 def _check_weights(source: Source, reading: ReadBack, format: str) -> None:
     for name, layer in source.layers.items():
         found, written = _cpu(reading.weights[name]), _cpu(layer.weight.dequantize())
-        if not torch.equal(found, written):
+        if not torch.equal(found.to(written.dtype), written):
             off = difference(found, written)
             raise RuntimeError(
                 f"{reading.reader} reads {name!r} from the {format} files as other weights than "
@@ -287,14 +302,26 @@ def _check_weights(source: Source, reading: ReadBack, format: str) -> None:
 def _compare_logits(model: nn.Module, example: Any, reading: ReadBack | None) -> float | None:
     if reading is None or reading.call is None or example is None:
         return None
-    found, trained = reading.call(example), answer(model, example)
-    if trained.isfinite().all() and not (found.shape == trained.shape and found.isfinite().all()):
+    trained, found = trained_answer(model, example), reading.call(example)
+    trained, found = _cpu(trained), _cpu(found)
+    if trained.isnan().all():
+        return None
+    if not _are_alike(found, trained):
         raise RuntimeError(
             f"{reading.reader} answers to the example with {_described(found)}, expected "
             f"{_described(trained)} as from the model itself: nothing was kept. Please report it "
             "with the versions of the reader and of fogzo"
         )
-    return difference(found, trained)
+    finite = trained.isfinite()  # infinities, as of masked classes, are equal
+    return difference(found[finite], trained[finite]) if finite.any() else 0.0
+
+
+def _are_alike(found: Tensor, trained: Tensor) -> bool:
+    """Whether they have one shape, with finite numbers and equal infinities in the same places."""
+    if found.shape != trained.shape:
+        return False
+    finite, infinite = trained.isfinite(), trained.isinf()
+    return bool(found[finite].isfinite().all() and (found[infinite] == trained[infinite]).all())
 
 
 def _warn_of_difference(gap: float | None, reading: ReadBack | None) -> None:
@@ -325,12 +352,29 @@ def _float_bytes(source: Source) -> int:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if not folder.exists() or (folder / REPORT).is_file():
+    if not folder.exists():
         return
-    if not folder.is_dir() or any(folder.iterdir()):
+    if (folder / REPORT).is_file():
+        _check_own(folder)
+    elif not folder.is_dir() or any(folder.iterdir()):
         raise ValueError(
             f"{folder} holds something that no export wrote, and is left as it is: choose another "
             "folder"
+        )
+
+
+def _check_own(folder: Path) -> None:
+    """Raise a `ValueError` if somebody has put files or folders into an earlier export."""
+    report = read_json(folder / REPORT)
+    if "files" not in report:  # an older fogzo did not list them
+        return
+    files = {folder / name for name in (REPORT, *report["files"])}
+    own = files.union(*(file.parents for file in files))
+    others = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p not in own)
+    if others:
+        raise ValueError(
+            f"{folder} also holds {listed(others)}, which no export wrote and a new one would "
+            "delete: move them elsewhere, or choose another folder"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fogzo.export.folder import read_tensors, write_config, write_tensors
+from fogzo.export.folder import WEIGHTS, read_tensors, write_config, write_tensors
 from fogzo.export.hub_folder import write_hub_folder
 from fogzo.export.source import Source
 from fogzo.export.verify import ReadBack, answer
@@ -30,19 +30,19 @@ def write(source: Source, folder: Path) -> None:
 
 
 def read_back(source: Source, folder: Path) -> ReadBack:
-    """What transformers makes of it, or for other models `load_state_dict`, which ties weights."""
+    """What transformers makes of it, or safetensors where tensors are tied, or torch."""
+    from safetensors.torch import load_model
+
     own: Any = source.model
     if source.of_transformers:
         return _as_read("transformers", type(own).from_pretrained(folder), source)
     model = source.baked()
     tensors = read_tensors(folder)
-    for name, tensor in model.state_dict().items():
-        if name not in tensors:  # tied to one that is there
-            same = tensor.data_ptr()
-            owner = next(n for n, t in model.state_dict().items() if t.data_ptr() == same)
-            tensors[name] = tensors[owner]
-    model.load_state_dict(tensors)
-    return _as_read("torch load_state_dict", model, source)
+    if model.state_dict().keys() == tensors.keys():
+        model.load_state_dict(tensors)
+        return _as_read("torch load_state_dict", model, source)
+    load_model(model, folder / WEIGHTS)  # knows that tied tensors are there once
+    return _as_read("safetensors.torch.load_model", model, source)
 
 
 def _as_read(reader: str, model: nn.Module, source: Source) -> ReadBack:

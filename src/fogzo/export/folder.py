@@ -2,17 +2,29 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fogzo.layers import QuantizedLayer
+from fogzo.quantizers.checks import require_type
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def folder_path(folder: object, call: str) -> Path:
+    """A folder as the user named it, with ``~`` for the home folder.
+
+    Raises:
+        ValueError: If it is no path; the call is the corrected one.
+    """
+    require_type("folder", folder, (str, os.PathLike), call)
+    return Path(cast(str, folder)).expanduser()
 
 
 def write_config(
@@ -57,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The entries of config.json.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it is damaged.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -65,8 +77,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json and is no exported folder: "
             "fogzo.export.export(model, folder) writes one"
         )
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of an export says; raises a `ValueError` if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): export the model again") from None
 
 
 def write_tensors(
@@ -99,18 +118,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         The tensors by name, on the CPU.
 
     Raises:
-        ValueError: If a file is missing.
+        ValueError: If a file is missing or damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     index = folder / f"{WEIGHTS}.index.json"
     files = [WEIGHTS]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(index)["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in files:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder} has no {name}: export the model again")
-        tensors |= load_file(path)
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): export the model again") from None
     return tensors

@@ -1,6 +1,7 @@
 """The table of formats: what each of them stores weights as, and what it cannot say."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.source import InputForm, Source
 from fogzo.quantizers import TERNARY, abs_max
+from fogzo.wording import listed
 
 Holds = Callable[[IntegerWeight], bool]
 
@@ -30,6 +32,8 @@ class StoredType:
         outputs_per_byte: How many outputs of one input a byte holds; 1 where bytes hold inputs.
         groups: The group sizes that the file may have, the preferred first; empty where its groups
             are those of the quantizer.
+        divides: Whether its reader divides by the reciprocal of the scale, rounded to the weight's
+            dtype.
         numbers: How many numbers a group has beside its integers: its scale, and maybe its zero.
     """
 
@@ -42,6 +46,7 @@ class StoredType:
     outputs_per_byte: int = 1
     groups: tuple[int, ...] = ()
     numbers: int = 1
+    divides: bool = False
 
     def group(self, weight: IntegerWeight) -> int | None:
         """How many inputs share a scale in the file; None if all inputs of an output do."""
@@ -89,6 +94,7 @@ class Format:
         architectures: Classes of models; empty where any will do.
         reads_config: Whether its readers build the model from transformers' config.
         shares: Whether its file says which names stand for the same tensor.
+        traces: Whether it holds whatever the model computes, and not its state by name.
         of_model: Says what is wrong with the model as a whole, or None.
         one_type: Whether all layers are stored as the widest type that one of them needs.
         bits_with_inputs: Of a layer's integers in the file where its input is quantized; 0 where
@@ -108,6 +114,7 @@ class Format:
     architectures: tuple[str, ...] = ()
     reads_config: bool = False
     shares: bool = False
+    traces: bool = False
     of_model: Callable[[Source], str | None] = lambda source: None
     one_type: bool = False
     bits_with_inputs: int = 0
@@ -210,7 +217,21 @@ def _one_config_group(source: Source) -> str | None:
     return None
 
 
+_OF_LLAMA = re.compile(
+    r"(lm_head|model\.(embed_tokens|norm|layers\.\d+\.("
+    r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm"
+    r")))\.(weight|bias)"
+)
+
+
 def _llama_cpp_computes_it(source: Source) -> str | None:
+    weights = [f"{name}.weight" for name in source.layers]
+    unknown = [n for n in (*weights, *source.other_tensors()) if not _OF_LLAMA.fullmatch(n)]
+    if unknown:
+        return (
+            f"gguf has no name for {listed(unknown)}, which a LlamaForCausalLM of transformers has "
+            'not: format="packed" or "onnx"'
+        )
     config: Any = source.model.config
     rope = config.rope_parameters.get("rope_type", "default")
     if rope != "default":
@@ -232,6 +253,18 @@ def _is_float32(source: Source) -> str | None:
             return (
                 f"cannot write {name or 'the layer'!r} as onnx: its weights are "
                 f"{layer.weight.dtype}, and onnx is written in float32: model.float(), then export"
+            )
+    return None
+
+
+def _divisors_are_finite(source: Source) -> str | None:
+    for name, layer in source.layers.items():
+        weight = layer.weight
+        if source.options.variant != "autobitlinear" and not weight.divisor().isfinite().all():
+            return (
+                f"cannot write {name or 'the layer'!r} as bitnet: its reader divides by the "
+                f"reciprocal of the step size, which exceeds {weight.dtype}: "
+                'variant="autobitlinear", whose reader multiplies, or model.float(), then export'
             )
     return None
 
@@ -293,6 +326,7 @@ _MATMUL = (
     replace(_signed("MatMulNBits 8", 8), groups=_MATMUL_BLOCKS),
 )
 _BITNET = StoredType("2 bit", 2, 2, _is_bitnet, 0, _LINEAR, outputs_per_byte=4)
+_BITLINEAR = replace(_BITNET, divides=True)
 _COMPRESSED = (_signed("W2", 2), _signed("W4", 4), _signed("W8", 8))
 _INT4, _INT8 = "DequantizeLinear int4", "DequantizeLinear int8"
 
@@ -341,6 +375,7 @@ FORMATS: Mapping[str, Format] = {
         },
         group_multiple=16,
         shares=True,
+        traces=True,
         of_model=_is_float32,
         elsewhere='format="packed"',
     ),
@@ -352,17 +387,19 @@ FORMATS: Mapping[str, Format] = {
         reads_config=True,
     ),
     "bitnet": Format(
-        (_BITNET,),
-        variants={"bitlinear": (_BITNET,), "autobitlinear": (_BITNET,)},
+        (_BITLINEAR,),
+        variants={"bitlinear": (_BITLINEAR,), "autobitlinear": (_BITNET,)},
         expected="ternary weights with one step per tensor: train with fogzo.ternary()",
         inputs=_bitnet_inputs,
         float_inputs=_BITNET_INPUTS.format("in float"),
+        of_model=_divisors_are_finite,
         reads_config=True,
     ),
     "torchao": Format(
         tuple(_affine(f"int{bits}", bits) for bits in range(1, 9)),
         inputs=_no_inputs("torchao's weight-only layers cannot say"),
         shares=True,
+        traces=True,
         elsewhere='format="packed"',
     ),
 }

@@ -50,8 +50,12 @@ def step_error(weight: IntegerWeight, format: str) -> float:
     return min(map(weight.step_change, FORMATS[format].step_dtypes), default=0.0)
 
 
-def with_rounded_steps(weight: IntegerWeight, format: str) -> IntegerWeight:
+def with_rounded_steps(
+    weight: IntegerWeight, format: str, variant: str | None = None
+) -> IntegerWeight:
     """The weight with steps that the format holds, in the dtype that changes them least."""
+    if any(kind.divides for kind in _candidates(FORMATS[format], variant)):
+        return weight.with_divisor()
     dtype = min(FORMATS[format].step_dtypes, key=weight.step_change, default=None)
     return weight if dtype is None else weight.round_steps(dtype)
 
@@ -83,9 +87,26 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
                 "of its own"
             )
             break
+    if not rules.traces:
+        yield from _problems_of_state(source, format)
     if variant is not None and variant not in rules.variants:
         known = f"one of {', '.join(rules.variants)}" if rules.variants else "none"
         yield f"{format} has no variant {variant!r}, expected {known}: leave variant out"
+
+
+def _problems_of_state(source: Source, format: str) -> Iterator[str]:
+    """What a format leaves out that holds tensors and quantized layers alone."""
+    for name in source.inputs_alone():
+        yield (
+            f"{name or 'the layer'!r} quantizes its input and no weight, as "
+            f'fogzo.dequantize_(layer, activations="keep") left it, and {format} describes '
+            'quantized layers alone: export the model before fogzo.dequantize_, or format="onnx"'
+        )
+    for key, kind in source.states_without_tensors().items():
+        yield (
+            f"{key!r} of the model's state is of type {kind}, and {format} holds tensors alone: "
+            'let get_extra_state return a tensor, or format="onnx"'
+        )
 
 
 def _unready(layer: SourceLayer) -> str | None:
@@ -156,9 +177,13 @@ def _choose(layer: SourceLayer, format: str, rules: Format, source: Source) -> S
     return chosen
 
 
+def _candidates(rules: Format, variant: str | None) -> tuple[StoredType, ...]:
+    return rules.types if variant is None else rules.variants[variant]
+
+
 def _type_of(layer: SourceLayer, format: str, rules: Format, options: Options) -> StoredType | str:
     weight, grid = layer.weight, layer.weight.quantizer.grid.name
-    candidates = rules.types if options.variant is None else rules.variants[options.variant]
+    candidates = _candidates(rules, options.variant)
     types = [t for t in candidates if issubclass(layer.plain, t.kinds)]
     if not types:
         kinds = dict.fromkeys(kind.__name__ for t in candidates for kind in t.kinds)

@@ -105,9 +105,17 @@ class IntegerWeight:
         scale = self.scale.clamp(smallest, limits.max / self.stride).to(dtype)
         return replace(self, scale=scale.to(self.scale.dtype))
 
+    def with_divisor(self) -> "IntegerWeight":
+        """The same integers as a reader sees them that divides by `divisor`."""
+        return replace(self, scale=self.divisor().to(self.scale.dtype).reciprocal())
+
+    def divisor(self) -> Tensor:
+        """The reciprocal of `scale` in the weight's dtype; infinite where that holds it not."""
+        return self.scale.reciprocal().to(self.dtype)
+
     def step_change(self, dtype: torch.dtype) -> float:
         """The largest relative change of a step that `round_steps` makes; 0 where it makes none."""
-        return _largest_change(self.scale, self.round_steps(dtype).scale)
+        return largest_change(self.scale, self.round_steps(dtype).scale)
 
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
@@ -150,10 +158,11 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
 
 def rounding_error(values: Tensor, dtype: torch.dtype) -> float:
     """The largest relative change that rounding to a dtype makes; 0 where it holds all of them."""
-    return _largest_change(values, values.to(dtype).to(values.dtype))
+    return largest_change(values, values.to(dtype).to(values.dtype))
 
 
-def _largest_change(values: Tensor, rounded: Tensor) -> float:
+def largest_change(values: Tensor, rounded: Tensor) -> float:
+    """The largest relative change from one to the other."""
     return float(((rounded - values).abs() / values.abs()).max())
 
 

@@ -29,7 +29,8 @@ def write(source: Source, folder: Path) -> None:
     for name, layer in source.layers.items():
         weight, bits = layer.weight, _bits(source, name)
         group = _group(weight)
-        layers[name] = {"group_size": group, "bits": bits}
+        called = _hub_name(source, f"{name}.weight").removesuffix(".weight")  # as its tensors are
+        layers[called] = {"group_size": group, "bits": bits}
         tensors[f"{name}.weight"] = pack_bits(weight.unsigned(), bits).view(torch.uint32)
         scales, biases = _affine(weight, group)
         tensors[f"{name}.scales"], tensors[f"{name}.biases"] = scales, biases

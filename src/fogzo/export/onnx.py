@@ -8,7 +8,7 @@ step of their own, and plain arithmetic otherwise.
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,7 @@ from fogzo.export import holds
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.packing import pack_digits, unpack_digits
 from fogzo.export.source import InputForm, Source
-from fogzo.export.verify import ReadBack
+from fogzo.export.verify import ReadBack, answer, trained_answer
 from fogzo.quantizers.granularity import from_rows
 
 if TYPE_CHECKING:
@@ -91,22 +91,29 @@ def _traced(source: Source) -> Any:
             layers[name].register_forward_pre_hook(_input_hook(layer.input, layers[name]))
     if hasattr(model, "config"):
         model.config.use_cache = False
-    example = _example(source)
+    example = _of_two(model, _tuple_or_dict(source.example))
     args, named = ((), example) if isinstance(example, Mapping) else (example, {})
-    shapes = [_dynamic(value) for value in args], {n: _dynamic(v) for n, v in named.items()}
+    shapes = _each(_dynamic, args), _each(_dynamic, named)
     with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own exporter
-        return torch.onnx.export(
-            model,
-            args,
-            kwargs=dict(named),
-            dynamo=True,
-            # It would rename weights, and fold a batch norm into those of a convolution.
-            optimize=False,
-            verbose=False,
-            opset_version=_OPSET,
-            dynamic_shapes=shapes[1] or tuple(shapes[0]),
-        )
+        try:
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=dict(named),
+                dynamo=True,
+                # It would rename weights, and fold a batch norm into those of a convolution.
+                optimize=False,
+                verbose=False,
+                opset_version=_OPSET,
+                dynamic_shapes=shapes[1] or shapes[0],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            why = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(
+                f"torch.onnx cannot trace the model with this example ({why:.300}): make its "
+                'forward one that torch.export.export(model, (x,)) takes, or format="packed"'
+            ) from error
 
 
 @contextmanager
@@ -121,20 +128,41 @@ def _quiet(name: str) -> Iterator[None]:
         found.setLevel(level)
 
 
-def _example(source: Source) -> Any:
-    """The example, of two inputs at least: torch takes a dimension of one for a constant."""
-    example = source.example
-    if isinstance(example, Mapping):
-        return {name: _twice(value) for name, value in example.items()}
-    values = example if isinstance(example, tuple | list) else (example,)
-    return tuple(_twice(value) for value in values)
+def _tuple_or_dict(example: Any) -> Any:
+    """The example as arguments by position or name, on the CPU and with no history."""
+    if not isinstance(example, Mapping | tuple | list):
+        example = (example,)
+    return _each(
+        lambda value: value.detach().cpu() if isinstance(value, Tensor) else value, example
+    )
+
+
+def _of_two(model: nn.Module, example: Any) -> Any:
+    """The example, of two inputs if it is of one: torch takes a dimension of one for a constant.
+
+    A first dimension of one need not be that of the batch, as of a GRU's state or of one image.
+    """
+    one = trained_answer(model, example)
+    twice = _each(_twice, example)
+    try:
+        two = answer(model, twice)
+    except Exception:  # whatever a model says of what it does not take
+        return example
+    return twice if one.shape[:1] == (1,) and two.shape == (2, *one.shape[1:]) else example
 
 
 def _twice(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu()
-    return torch.cat([value, value]) if value.dim() and len(value) == 1 else value
+    of_one = isinstance(value, Tensor) and value.shape[:1] == (1,)
+    return torch.cat([value, value]) if of_one else value
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Arguments with each replaced, in plain tuples and dicts, which torch.export knows."""
+    if isinstance(value, Mapping):
+        return {name: _each(function, part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_each(function, part) for part in value)
+    return function(value)
 
 
 def _dynamic(value: Any) -> Any:
@@ -313,11 +341,9 @@ def _add_initializer(
 
 
 def _arguments(source: Source, example: Any) -> list[Tensor]:
-    """The values of an example in the order of the graph's inputs."""
-    if isinstance(example, Mapping):
-        values = list(example.values())
-    else:
-        values = list(example) if isinstance(example, tuple | list) else [example]
+    """The tensors of an example in the order of the graph's inputs."""
+    values: list[Any] = []
+    _each(values.append, example)
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from fogzo.export.folder import read_config, read_tensors, write_config, write_tensors
+from fogzo.export.folder import (
+    folder_path,
+    read_config,
+    read_tensors,
+    write_config,
+    write_tensors,
+)
 from fogzo.export.integers import IntegerWeight, rounding_error
 from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
 from fogzo.export.read_only import read_only_for_peft
@@ -30,6 +36,7 @@ from fogzo.layers.hosts import (
     models_of_transformers,
     take_own_config,
 )
+from fogzo.layers.quantizable import require_module
 from fogzo.layers.quantized_input import new_of_class, plain_class_of
 from fogzo.quantizers import Grid, Hadamard, Quantizer, Scale
 from fogzo.quantizers.companding import Bell
@@ -88,10 +95,11 @@ def load_(model: ModelT, folder: str | Path) -> ModelT:
         The same model.
 
     Raises:
-        ValueError: If the folder is of another format or another network, or leaves tensors on the
-            meta device. The model may then be loaded in part.
+        ValueError: If the folder is none, damaged, of another format or another network, or leaves
+            tensors on the meta device. The model may then be loaded in part.
     """
-    folder = Path(folder)
+    require_module(model, "fogzo.export.load_(model, folder)")
+    folder = folder_path(folder, 'fogzo.export.load_(model, "out")')
     config = read_config(folder).get("quantization_config", {})
     if config.get("quant_method") != METHOD:
         raise ValueError(

@@ -2,10 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from fogzo.collectives import is_sharded
 from fogzo.export.integers import IntegerWeight, integer_weight
 from fogzo.layers import QuantizedLayer, dequantize_
 from fogzo.layers.experts import ExpertMatrices, layer_name
+from fogzo.layers.quantizable import require_module
+from fogzo.layers.quantized_input import QuantizedInput
 from fogzo.layers.quantized_layer import STEP_NAMES, plain_class
 from fogzo.quantizers import Quantizer
 from fogzo.quantizers.checks import require_type
@@ -107,9 +109,10 @@ class Source:
         """Look into a model.
 
         Raises:
-            ValueError: If nothing in it is quantized, FSDP has sharded it, its weights are
-                offloaded, or a grid has no integer form.
+            ValueError: If it is no model, nothing in it is quantized, FSDP has sharded it, its
+                weights are offloaded, or a grid has no integer form.
         """
+        require_module(model, "fogzo.export.export(model, folder)")
         model = _unwrapped(model, {})
         layers: dict[str, SourceLayer] = {}
         weights: dict[int, IntegerWeight] = {}
@@ -150,6 +153,19 @@ class Source:
         layers = {n: replace(layer, weight=weights[n]) for n, layer in self.layers.items()}
         return replace(self, layers=layers)
 
+    def inputs_alone(self) -> list[str]:
+        """Layers whose input is quantized and whose weight is not, by name."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, QuantizedInput) and name not in self.layers
+        ]
+
+    def states_without_tensors(self) -> dict[str, str]:
+        """What the model's state holds beside tensors, with its type."""
+        state = self.model.state_dict(keep_vars=True)
+        return {k: type(value).__name__ for k, value in state.items() if not _is_tensor(value)}
+
     def other_tensors(self) -> dict[str, Tensor]:
         """The state of everything but the quantized layers' weights and step sizes.
 
@@ -164,7 +180,7 @@ class Source:
         seen: dict[Hashable, Tensor] = {}
         found: dict[str, Tensor] = {}
         for key, value in self.model.state_dict(keep_vars=True).items():
-            if key not in replaced:
+            if key not in replaced and _is_tensor(value):  # what else there is, `holds` refuses
                 tensor = value.detach()
                 same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 # Tensors without elements have no address of their own.
@@ -202,13 +218,28 @@ class Source:
         with warnings.catch_warnings():
             # Of layers that never ran. What a forward pass has seen is another question.
             warnings.simplefilter("ignore")
-            model = dequantize_(copy.deepcopy(self.model), activations="drop")
+            model = dequantize_(copy.deepcopy(self.model, self._detached()), activations="drop")
         with torch.no_grad():
             for name, module in model.named_modules():
                 if name in self.layers:
                     weight = cast(Tensor, module.weight)
                     weight.copy_(self.layers[name].weight.dequantize())
         return model.eval()
+
+    def _detached(self) -> dict[int, Any]:
+        """For `copy.deepcopy`: what a forward pass left in the model, which torch does not copy."""
+        left = (t for module in self.model.modules() for t in _computed(vars(module)))
+        return {id(tensor): tensor.detach().clone() for tensor in left}
+
+
+def _computed(value: object) -> Iterator[Tensor]:
+    """The tensors in a value that remember what they were computed from."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _computed(part)
 
 
 _OF_QUANTIZERS = ("weight", *STEP_NAMES)
@@ -218,8 +249,13 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {
         name: tensor.shape
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[2] not in STEP_NAMES
+        if name.rpartition(".")[2] not in STEP_NAMES and _is_tensor(tensor)
     }
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Unlike what a module's `get_extra_state` may return."""
+    return isinstance(value, Tensor)
 
 
 def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:

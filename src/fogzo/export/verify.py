@@ -59,6 +59,22 @@ def answer(model: nn.Module, example: Any) -> Tensor:
     return found
 
 
+def trained_answer(model: nn.Module, example: Any) -> Tensor:
+    """The `answer` of the model that is exported.
+
+    Raises:
+        ValueError: If it does not take the example.
+    """
+    try:
+        return answer(model, example)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the model does not answer to the example ({what:.300}): example=x, if model(x) is "
+            "how it is called, a tuple of arguments or a dict of keywords"
+        ) from error
+
+
 def _moved(example: Any, device: torch.device) -> Any:
     if isinstance(example, Tensor):
         return example.to(device)

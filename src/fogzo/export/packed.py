@@ -30,7 +30,7 @@ from fogzo.export.read_only import read_only_for_peft
 from fogzo.export.source import InputForm, Source
 from fogzo.export.verify import ReadBack, answer
 from fogzo.layers import QuantizedLayer
-from fogzo.layers.attach import leave_fast_path
+from fogzo.layers.fast_path import leave_fast_path
 from fogzo.layers.hosts import (
     forget_quantization_,
     models_of_transformers,

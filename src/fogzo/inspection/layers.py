@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fogzo.collectives import full, local, reshard, sum_over_shards
 from fogzo.inspection.records import InFloat
 from fogzo.layers import QuantizedLayer
-from fogzo.layers.attach import padding_rows
 from fogzo.layers.experts import ExpertMatrices
+from fogzo.layers.padding import padding_rows
 from fogzo.layers.quantized_layer import require_quantized
 from fogzo.layers.selection import left_in_float, quantizable_layers
 from fogzo.quantizers.granularity import to_rows

@@ -19,7 +19,7 @@ from brevitas.nn.mixin import QuantWeightMixin
 from torch import Tensor, nn
 
 from fogzo.collectives import is_sharded
-from fogzo.layers.attach import padding_rows
+from fogzo.layers.padding import padding_rows
 from fogzo.layers.weights import QuantizedWeight, inputs_of_an_output
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import Surrogate, identity_unmasked, trust

@@ -21,7 +21,7 @@ from torchao.quantization.qat.fake_quantize_config import Int4WeightFakeQuantize
 from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS, ZeroPointDomain
 
 from fogzo.collectives import is_sharded
-from fogzo.layers.attach import padding_rows
+from fogzo.layers.padding import padding_rows
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.quantizers.grids import Grid
 from fogzo.quantizers.surrogates import trust

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -15,7 +14,9 @@ from fogzo.collectives import is_sharded, reshard, sharded_dims
 from fogzo.layers.activations import Activations, activation_quantizers
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
+from fogzo.layers.fast_path import give_fast_path_back, leave_fast_path
 from fogzo.layers.hosts import check_loaded_as_saved, tell_transformers
+from fogzo.layers.padding import moves_padding, padding_rows, warn_of_padding
 from fogzo.layers.quantizable import check_quantizable, require_module, warn_of_own_quantization
 from fogzo.layers.quantized_experts import attach_matrices_, detach_matrices_, plain_experts_class
 from fogzo.layers.quantized_input import QuantizedInput, quantized_input_class
@@ -43,9 +44,6 @@ from fogzo.quantizers.step_sizes import knee_of
 from fogzo.wording import caveat, listed
 
 logger = logging.getLogger(__name__)
-
-# Beside the mean magnitude of a layer's weights.
-_NOTHING = 1e-4
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -122,7 +120,7 @@ def quantize_(
                 own = quantizer_for(layer, quantizer)
                 step, empty = own.find_step_size(weight, dim)
                 own.codes(weight, step, dim)
-                if not empty and _moves_padding(layer, own, step):  # else said of empty groups
+                if not empty and moves_padding(layer, own, step):  # else said of empty groups
                     padded.append(name)
             except ValueError as error:
                 raise ValueError(f"cannot quantize {name!r}: {error}") from None
@@ -133,7 +131,7 @@ def quantize_(
     warn_of_own_quantization(selected)
     warn_of_selection(model, layers, selected, default=filter_fn is None)
     warn_of_empty_groups(quantizer, empty_groups)
-    _warn_of_padding(padded)
+    warn_of_padding(padded)
     stale: list[str] = []
     for name, layer in selected.items():
         attach_(name, layer, quantizer, steps[id(layer.weight)], stale)
@@ -242,7 +240,7 @@ def dequantize_(model: ModelT, activations: Literal["drop", "keep"] | None = Non
         if isinstance(layer, ExpertMatrices):
             detach_matrices_(layer)
         cast(nn.Module, layer).__class__ = plain_class(layer)
-    _give_fast_path_back(model)
+    give_fast_path_back(model)
     tell_transformers(model)
     return model
 
@@ -345,44 +343,6 @@ def attach_(
         layer._remember_weight()
 
 
-# Torch's own marks of an encoder layer without a fast path, and of an encoder without the format of
-# that path.
-_WITHOUT_FAST_PATH: dict[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-
-
-def leave_fast_path(model: nn.Module, kind: type[nn.Module] = QuantizedLayer) -> None:
-    """Make transformer encoders call their layers of this kind.
-
-    In eval mode they would read the weights alone, raw, and take inputs in float.
-    """
-    for module, name, value in _encoders(model):
-        if _holds(module, kind):
-            module.__dict__.setdefault("_fast_path", getattr(module, name))
-            setattr(module, name, value)
-
-
-def _give_fast_path_back(model: nn.Module) -> None:
-    """Undo `leave_fast_path` where no layer is left that quantizes its weight or input."""
-    for module, name, _ in _encoders(model):
-        if "_fast_path" in module.__dict__ and not _holds(module, QuantizedInput):
-            setattr(module, name, module.__dict__.pop("_fast_path"))
-
-
-def _encoders(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Transformer encoders and their layers, each with its mark and what it then holds."""
-    for module in model.modules():
-        for kind, (name, value) in _WITHOUT_FAST_PATH.items():
-            if isinstance(module, kind):
-                yield module, name, value
-
-
-def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(layer, kind) for layer in module.modules())
-
-
 def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> QuantizedWeight:
     """The record of one weight and all the layers that share it."""
     layer = layers[0]
@@ -431,47 +391,6 @@ def _held_step_sizes(layers: list[QuantizedLayer]) -> Iterator[None]:
         for layer in layers:
             stack.enter_context(layer.hold_step_size())
         yield
-
-
-def padding_rows(layer: nn.Module) -> Tensor | None:
-    """Which rows of an embedding are padding, and must stay what they are."""
-    index = getattr(layer, "padding_idx", None)
-    if not isinstance(layer, nn.Embedding) or index is None:
-        return None
-    rows = torch.zeros(layer.num_embeddings, 1, dtype=torch.bool)
-    rows[index] = True
-    return rows
-
-
-def _moves_padding(
-    layer: nn.Module, quantizer: Quantizer | ExpertQuantizer, step: Tensor | None
-) -> bool:
-    """Whether the padding of an embedding is zero, and is not once it is quantized.
-
-    What a row's own step size makes of it, measured in every forward pass, is next to nothing.
-    """
-    rows = padding_rows(layer)
-    if rows is None:
-        return False
-    weight = cast(Tensor, layer.weight).detach()
-    zero = (weight == 0) & rows.to(weight.device)
-    if not zero.any():
-        return False
-    padding = quantizer.quantize_weight(weight, step)[zero]
-    return bool(padding.abs().max() > _NOTHING * weight.abs().mean())
-
-
-def _warn_of_padding(names: list[str]) -> None:
-    """Say which embeddings have padding that does not stay zero."""
-    if names:
-        warnings.warn(
-            f"the padding row of {listed(names)} is zero, and does not stay so, as the quantizer "
-            'has no level there: levels="integer", as in fogzo.lsq(2, levels="integer"), or '
-            "fogzo.ternary() has one. To leave an embedding in float: fogzo.quantize_(model, "
-            "quantizer, filter_fn=lambda module, name: name not in {...})" + caveat("Zero weights"),
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _check_other_parameters(layer: QuantizedLayer) -> None:

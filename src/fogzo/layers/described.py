@@ -13,10 +13,10 @@ from fogzo.layers.attach import (
     check_weight_quantizer,
     has_one_step,
     kept_steps,
-    leave_fast_path,
     quantizer_for,
 )
 from fogzo.layers.experts import layer_name
+from fogzo.layers.fast_path import leave_fast_path
 from fogzo.layers.quantizable import warn_of_own_quantization
 from fogzo.layers.quantized_layer import QuantizedLayer, warn_of_empty_groups
 from fogzo.layers.selection import (

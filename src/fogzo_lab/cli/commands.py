@@ -133,6 +133,17 @@ def _compare(arguments: Sequence[str]) -> None:
     display.compare_results(results, path)
 
 
+_OF_ONE_RUN = {
+    "estimator": "compare runs several estimators: choose them with --rows ste fogzo",
+    "overwrite": "compare keeps finished runs and repeats none: leave --overwrite out, or begin "
+    "anew in another --output-dir",
+    "trackers": "the runs of compare log to their metrics.jsonl alone: leave --trackers out",
+    "checkpoint_every": "the runs of compare write no checkpoints, and one that is interrupted "
+    "begins again: leave --checkpoint-every out",
+}
+"""What a comparison would ignore, and what to do instead."""
+
+
 def _check_used(config: TrainConfig, recipe: TrainConfig, estimators: Mapping[str, str]) -> None:
     """Raise a `ValueError` for an option, other than the recipe's, that nothing here uses.
 
@@ -152,17 +163,6 @@ def _check_used(config: TrainConfig, recipe: TrainConfig, estimators: Mapping[st
                 f"{said} is for {', '.join(users)}, and changes nothing with {chosen}: leave "
                 f"{said} out, or {'--quantizer.preset lsq' if in_float else 'choose one of these'}"
             )
-
-
-_OF_ONE_RUN = {
-    "estimator": "compare runs several estimators: choose them with --rows ste fogzo",
-    "overwrite": "compare keeps finished runs and repeats none: leave --overwrite out, or begin "
-    "anew in another --output-dir",
-    "trackers": "the runs of compare log to their metrics.jsonl alone: leave --trackers out",
-    "checkpoint_every": "the runs of compare write no checkpoints, and one that is interrupted "
-    "begins again: leave --checkpoint-every out",
-}
-"""What a comparison would ignore, and what to do instead."""
 
 
 def _bench(arguments: Sequence[str]) -> None:

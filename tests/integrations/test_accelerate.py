@@ -188,6 +188,28 @@ def test_a_model_before_its_accelerator_is_refused():
         refine(accelerator, [model])
 
 
+def test_weights_that_another_library_rounds_are_listed_by_its_function():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.qat import QATConfig
+
+    model, accelerator = Net(norm=nn.LayerNorm), fresh_accelerator(steps=1)
+    base = IntxWeightOnlyConfig(torch.int4, granularity=PerAxis(0))
+    quantize_(model, QATConfig(base, step="prepare"))
+    model = accelerator.prepare(model)
+    weights = fogzo.integrations.torchao.quantized_weights
+    estimator = refine(accelerator, model, weights=weights, noise_share=0.1)
+    accelerator.backward(estimator.record(loss_of, model, *batch()))
+    assert estimator.stats.agreement is not None and len(estimator.weights) == len(weights(model))
+
+
+def test_a_loss_that_was_not_recorded_is_told_how_to_be():
+    run = Run(steps=1)
+    with pytest.raises(ValueError, match=r"record\(compute_loss, x, y\).*accelerator\.backward"):
+        run.accelerator.backward(loss_of(run.model, *batch()))
+
+
 def test_micro_batches_refined_by_mistake_are_found_out():
     # no_sync by hand: accelerator.sync_gradients says True for every micro-batch.
     run = Run(steps=1)

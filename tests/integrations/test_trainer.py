@@ -490,3 +490,61 @@ def test_another_run_of_the_same_trainer_starts_anew(tmp_path):
     trainer.train()
     assert handle.estimator is not first
     assert handle.estimator.step == 1
+
+
+@pytest.mark.parametrize("library", ["torchao", "brevitas"])
+def test_weights_that_another_library_rounds_are_listed_by_its_function(tmp_path, library):
+    pytest.importorskip(library)
+    make = {"torchao": of_torchao, "brevitas": of_brevitas}[library]
+    listing = getattr(fogzo.integrations, library).quantized_weights
+    trainer = transformers.Trainer(
+        make(), arguments(tmp_path, max_steps=3), train_dataset=PAIRS, data_collator=collate
+    )
+    with pytest.raises(ValueError, match=r"refine\(trainer, weights=fogzo\.integrations\.torchao"):
+        refine(trainer)
+    with pytest.raises(
+        ValueError, match=r"weights= is \[\], expected a function .*refine\(trainer"
+    ):
+        refine(trainer, weights=[])
+    refinement = refine(trainer, weights=listing, noise_share=0.1)
+    trainer.train()
+    assert refinement.stats.fallback is None and refinement.stats.agreement is not None
+    assert [weight.name for weight in refinement.estimator.weights] == ["net.0.weight"]
+
+
+PAIRS = [{"x": x, "y": y} for x, y in zip(*batch(12), strict=True)]
+
+
+def collate(pairs):
+    return {name: torch.stack([pair[name] for pair in pairs]) for name in ("x", "y")}
+
+
+class Regressor(nn.Module):
+    """A network as a Trainer wants it: its forward pass returns the loss."""
+
+    def __init__(self, layer):
+        super().__init__()
+        inputs, outputs = PAIRS[0]["x"].numel(), PAIRS[0]["y"].numel()
+        self.net = nn.Sequential(layer(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+    def forward(self, x, y):
+        return {"loss": (self.net(x) - y).square().mean()}
+
+
+def of_torchao():
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.qat import QATConfig
+
+    model = Regressor(nn.Linear)
+    base = IntxWeightOnlyConfig(torch.int4, granularity=PerAxis(0))
+    quantize_(model, QATConfig(base, step="prepare"), lambda module, name: name == "net.0")
+    return model
+
+
+def of_brevitas():
+    import brevitas.nn
+    from brevitas.quant import Int8WeightPerChannelFloat
+
+    rule = {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": 4}
+    return Regressor(lambda *sizes: brevitas.nn.QuantLinear(*sizes, bias=True, **rule))

@@ -309,6 +309,9 @@ def test_what_theory_cannot_tell_is_said():
         for solve in (regression_dynamics, partial(simulate, seed=0)):
             with pytest.raises(ValueError, match=r"weights must be a positive integer, got"):
                 solve(BASE, times, weights=weights)
+    for name in ("cells", "time_steps", "nodes"):
+        with pytest.raises(ValueError, match=rf"{name} must be"):
+            regression_dynamics(replace(BASE, teacher="normal"), times, **{name: 0})
     with pytest.raises(ValueError, match=r"depends on the number of weights.*weights=1000"):
         regression_dynamics(replace(BASE, estimator="fogzo"), times)
     with pytest.raises(ValueError, match=r"weights spread beyond .*smaller learning_rate"):
@@ -316,3 +319,18 @@ def test_what_theory_cannot_tell_is_said():
     narrow = replace(BASE, estimator="fogzo", learning_rate=0.5, batch_size=1000)
     with pytest.raises(ValueError, match=r"less than half a cell.*more cells"):
         regression_dynamics(narrow, [0.0, 6.0], weights=1000)
+
+
+def test_a_run_says_what_it_was_given_amiss():
+    times = [0.0, 1.0]
+    short = list(batches(BASE, 10, 5, seed=0))
+    for given, says in (
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"data": short, "weights": 20}, r"data are of 10 weights, and the run is of 20"),
+        ({"data": short}, r"data end after 6 of the 11 pairs.*data=list\(batches\("),
+        ({"estimator": fogzo.FogzoEstimator}, r"estimator=lambda weights, steps: fogzo\.Fogzo"),
+        ({"estimator": "fogzo"}, "expected a function"),
+        ({"estimator": lambda weights, steps: "fogzo"}, "'fogzo', which has no refine_grads_"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            simulate(BASE, times, **{"weights": 10, "seed": 0, **given})

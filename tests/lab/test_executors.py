@@ -232,7 +232,11 @@ class _Ray:
     exceptions = None
 
     def init(self, **options):
-        self.processors = options["num_cpus"]
+        self.processors = options.get("num_cpus")
+
+    def nodes(self):
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [dead, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}]
 
     def shutdown(self):
         pass
@@ -251,6 +255,35 @@ def test_a_worker_of_ray_ends_with_the_gpu_it_was_given(monkeypatch, gpus, calls
     assert ray.processors == 6
     assert ray.options["num_gpus"] == gpus
     assert ray.options["max_calls"] == calls_of_a_worker
+
+
+@pytest.mark.parametrize(
+    ("promised", "are_too_many"),
+    [({"cpus": 4, "gpus": 1}, False), ({"cpus": 5}, True), ({"gpus": 2}, True)],
+)
+def test_promises_that_no_machine_of_a_cluster_can_keep_are_told(
+    monkeypatch, caplog, promised, are_too_many
+):
+    monkeypatch.setattr(ray_cluster, "_import_ray", _Ray)
+    with ray_cluster.RayTasks(2, "auto", **promised):
+        pass
+    assert ("all wait until one joins" in caplog.text) == are_too_many
+
+
+def test_what_ray_refuses_is_said_in_our_words(monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fogzo[ray]'")
+    with (
+        pytest.raises(ValueError, match=r"'nonsense'.*--ray-address 10\.0\.0\.1:6379"),
+        ray_cluster.RayTasks(1, "nonsense"),
+    ):
+        pass
+
+    def get(handle):
+        raise ray.exceptions.RuntimeEnvSetupError("pip\nfailed")
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ValueError, match=r"could not begin a run: .*pip failed.*--cpus-per-run 1"):
+        ray_cluster.RayTasks(1)._answer(None)
 
 
 def test_without_slurm_the_message_says_how_to_try(tmp_path):

@@ -1,12 +1,11 @@
 """The part that all gradient estimators share: one call between backward and step."""
 
 import math
-import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, TypedDict, TypeVar, cast, get_args
+from typing import NamedTuple, ParamSpec, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from fogzo.estimators.schedules import (
     bind,
     kappa_from_noise_share,
     require_count,
+    require_seed,
 )
 from fogzo.estimators.stats import RefineStats
 from fogzo.layers.audit import LayerAudit
@@ -151,7 +151,7 @@ class GradientEstimator(ABC):
         if self.mixes_noise and isinstance(noise_share, float):
             warn_if_noise_dominates(noise_share, self.num_weights, self.num_samples)
         self.one_sided = one_sided
-        self.seed = _check_seed(seed)
+        self.seed = require_seed(seed)
         self.step = 0
         self.stats: RefineStats | None = None
         self._lender = Lender(self.weights, model)
@@ -418,10 +418,10 @@ class GradientEstimator(ABC):
         """Raise a `ValueError` unless what is needed to measure along the plan was given."""
         if plan and closure is None:
             raise ValueError(
-                f"{type(self).__name__} measures the loss and needs a closure: "
-                "estimator.refine_grads_(lambda: loss_fn(model(x), y)). Or record the loss that "
-                "backward() is called on: loss = estimator.record(compute_loss, x, y); "
-                "loss.backward(); estimator.refine_grads_()"
+                f"{type(self).__name__} measures the loss and needs a recorded one: "
+                "loss = estimator.record(compute_loss, x, y), and then loss.backward() or "
+                "accelerator.backward(loss). Or a closure: "
+                "estimator.refine_grads_(lambda: loss_fn(model(x), y))"
             )
         if plan and self.one_sided and expected_loss is None:
             raise ValueError(
@@ -495,17 +495,3 @@ def _check_grad_scale(grad_scale: object) -> float:
             "grad_scale=scaler.get_scale()"
         )
     return float(scale)
-
-
-def _check_seed(seed: object) -> int:
-    """The seed as an int.
-
-    Raises:
-        ValueError: If it is no integer, of Python or NumPy.
-    """
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(cast(int, seed))
-    except TypeError:
-        pass
-    raise ValueError(f"seed must be an integer, the same on every rank, got {seed!r:.80}: seed=0")

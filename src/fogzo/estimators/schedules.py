@@ -269,3 +269,17 @@ def require_count(name: str, value: object, example: str) -> int:
     if count < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}: {example}")
     return count
+
+
+def require_seed(seed: object) -> int:
+    """The seed as an int.
+
+    Raises:
+        ValueError: If it is no integer, of Python or NumPy.
+    """
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(cast(int, seed))
+    except TypeError:
+        pass
+    raise ValueError(f"seed must be an integer, the same on every rank, got {seed!r:.80}: seed=0")

@@ -1,12 +1,14 @@
 """Loops of Hugging Face accelerate: refined in `accelerator.backward`, saved by `save_state`."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from fogzo.estimators import FogzoEstimator, GradientEstimator
-from fogzo.integrations.options import check_options
+from fogzo.integrations.options import check_options, check_weights
 from fogzo.layers import quantized_weights
+from fogzo.layers.weights import WeightLike
 from fogzo.probing.window import gradient_versions
 
 
@@ -15,6 +17,7 @@ def refine(
     model: nn.Module,
     *,
     estimator: type[GradientEstimator] = FogzoEstimator,
+    weights: Callable[[nn.Module], Iterable[WeightLike]] = quantized_weights,
     **options: Any,
 ) -> GradientEstimator:
     """Refine a model's gradients at the end of every backward pass that ends an optimizer step.
@@ -31,6 +34,8 @@ def refine(
         accelerator: An `accelerate.Accelerator`.
         model: The quantized model, after `accelerator.prepare`.
         estimator: A member of the family.
+        weights: Lists the quantized weights of the model, for example
+            `fogzo.integrations.torchao.quantized_weights`.
         **options: Its options, such as ``noise_share``: an accelerator does not know how long a run
             is, so there is no ``kappa`` and ``start`` here, but
             ``noise_share=fogzo.linear_noise_share(total_steps=1000, kappa=0.01, start=0.5)``.
@@ -49,7 +54,8 @@ def refine(
             f"{type(accelerator).__name__} and {type(model).__name__}: refine(accelerator, model)"
         )
     _check_schedule(options)
-    check_options("refine(accelerator, model, ", estimator, options, ("estimator",))
+    check_options("refine(accelerator, model, ", estimator, options, ("estimator", "weights"))
+    check_weights("refine(accelerator, model, ", weights)
     distributed = str(accelerator.distributed_type).rpartition(".")[2]
     if distributed in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
@@ -64,8 +70,7 @@ def refine(
             "estimator yourself, fogzo.FogzoEstimator(fogzo.quantized_weights(model)), and call "
             "estimator.refine_grads_() if accelerator.sync_gradients"
         )
-    weights = quantized_weights(accelerator.unwrap_model(model))
-    made = estimator(weights, **options)
+    made = estimator(weights(accelerator.unwrap_model(model)), **options)
     accelerator.register_for_checkpointing(made)
 
     def backward_and_refine(loss: Tensor, **kwargs: Any) -> None:

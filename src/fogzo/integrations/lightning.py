@@ -23,7 +23,7 @@ from fogzo.estimators import (
     RefineStats,
     linear_noise_share,
 )
-from fogzo.integrations.options import check_options
+from fogzo.integrations.options import check_options, check_weights
 from fogzo.integrations.training_step import Recorder
 from fogzo.layers import quantized_weights
 from fogzo.layers.weights import WeightLike
@@ -73,6 +73,7 @@ class FogzoCallback(Callback):
     ) -> None:
         own = ("estimator", "weights", "kappa", "start")
         check_options("FogzoCallback(", estimator, options, own, kappa, start)
+        check_weights("FogzoCallback(", weights)
         self._cls, self._weights, self._options = estimator, weights, options
         self._kappa, self._start = kappa, start
         self.estimator: GradientEstimator | None = None

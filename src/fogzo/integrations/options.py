@@ -100,6 +100,23 @@ def check_class(call: str, estimator: object) -> None:
         )
 
 
+def check_weights(call: str, weights: object) -> None:
+    """Refuse what does not list the quantized weights of a model.
+
+    Args:
+        call: How the refinement is asked for, up to its first option.
+        weights: What should.
+
+    Raises:
+        ValueError: If it cannot be called.
+    """
+    if not callable(weights):
+        raise ValueError(
+            f"weights= is {weights!r:.80}, expected a function that lists those of a model: "
+            f"{call}weights=fogzo.integrations.torchao.quantized_weights)"
+        )
+
+
 def check_noise(call: str, kappa: float | None, start: float, options: Mapping[str, Any]) -> None:
     """Refuse noise that is given twice.
 

@@ -6,7 +6,7 @@ are refined. The rest is what a run needs besides: logs, checkpoints and weight 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -22,8 +22,9 @@ from fogzo.estimators import (
     linear_noise_share,
 )
 from fogzo.integrations.counters import Counters, Replayed
-from fogzo.integrations.options import check_options
+from fogzo.integrations.options import check_options, check_weights
 from fogzo.layers import QuantizedLayer, quantized_weights
+from fogzo.layers.weights import WeightLike
 from fogzo.wording import caveat, listed
 
 STATE_FILE = "fogzo_estimator.pt"
@@ -39,6 +40,7 @@ def refine(
     trainer: Any,
     *,
     estimator: type[GradientEstimator] = FogzoEstimator,
+    weights: Callable[[nn.Module], Iterable[WeightLike]] = quantized_weights,
     kappa: float | None = None,
     start: float = 0.0,
     **options: Any,
@@ -54,6 +56,8 @@ def refine(
         trainer: A `transformers.Trainer`, or a subclass's, that trains a quantized model and
             has not begun to train.
         estimator: A member of the family.
+        weights: Lists the quantized weights of the model, for example
+            `fogzo.integrations.torchao.quantized_weights`.
         kappa: Noise-to-signal power at the end of the run; the noise grows linearly until then,
             by `linear_noise_share`. Without it and ``start``, the estimator's own constant one.
         start: Fraction of the run that is plain STE before.
@@ -64,8 +68,8 @@ def refine(
 
     Raises:
         ValueError: If the trainer is refined already, trains with DeepSpeed or sharding that
-            keeps the gradients to itself, or the estimator is no class or does not take the
-            options.
+            keeps the gradients to itself, its model has no quantized weights, or the estimator is
+            no class or does not take the options.
     """
     if hasattr(trainer.compute_loss, "refined_by_fogzo"):
         raise ValueError(
@@ -77,10 +81,17 @@ def refine(
             "gradients cannot be refined under DeepSpeed or torch's DataParallel: train with DDP, "
             "torchrun --nproc-per-node=2 train.py, or on one GPU, CUDA_VISIBLE_DEVICES=0"
         )
-    own = ("estimator", "kappa", "start")
+    own = ("estimator", "weights", "kappa", "start")
     check_options("refine(trainer, ", estimator, options, own, kappa, start)
-    _check_quantized(trainer.model)
-    return TrainerRefinement(trainer, estimator, kappa, start, options)
+    check_weights("refine(trainer, ", weights)
+    if not list(weights(trainer.model)):
+        raise ValueError(
+            "the trainer's model is not quantized: "
+            "Trainer(model=fogzo.quantize_(model, fogzo.lsq(bits=2)), args=args, ...), or, where "
+            "another library rounds its weights, "
+            "refine(trainer, weights=fogzo.integrations.torchao.quantized_weights)"
+        )
+    return TrainerRefinement(trainer, estimator, weights, kappa, start, options)
 
 
 class TrainerRefinement:
@@ -95,6 +106,7 @@ class TrainerRefinement:
         self,
         trainer: Any,
         cls: type[GradientEstimator],
+        weights: Callable[[nn.Module], Iterable[WeightLike]],
         kappa: float | None,
         start: float,
         options: dict[str, Any],
@@ -102,6 +114,7 @@ class TrainerRefinement:
         from transformers import TrainerCallback
 
         self._trainer, self._cls, self._options = trainer, cls, options
+        self._weights = weights
         self._kappa, self._start = kappa, start
         self.estimator: GradientEstimator | None = None
         self.stats: RefineStats | None = None
@@ -138,7 +151,7 @@ class TrainerRefinement:
             options["noise_share"] = linear_noise_share(
                 total_steps=trainer.state.max_steps, kappa=self._kappa, start=self._start
             )
-        self.estimator = self._cls(quantized_weights(trainer.model), **options)
+        self.estimator = self._cls(self._weights(trainer.model), **options)
         if self._loaded is not None:
             self.estimator.load_state_dict(self._loaded)
         else:  # of a checkpoint without it, or none
@@ -224,14 +237,6 @@ def _learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, param in module.named_parameters(recurse=False)
         if name.endswith("_step")
     }
-
-
-def _check_quantized(model: nn.Module) -> None:
-    if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
-        raise ValueError(
-            "the trainer's model is not quantized: "
-            "Trainer(model=fogzo.quantize_(model, fogzo.lsq(bits=2)), args=args, ...)"
-        )
 
 
 def _warn_of_decaying_steps(trainer: Any) -> None:

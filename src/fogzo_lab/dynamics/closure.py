@@ -24,7 +24,8 @@ def gaussian_closure(setting: Regression, times: Sequence[float], *, nodes: int 
         nodes: Of the Gauss-Hermite rule over normal teachers.
 
     Raises:
-        ValueError: If the setting is another, or times are no ascending numbers from 0.
+        ValueError: If the setting is another, times are no ascending numbers from 0, or there are
+            no nodes.
     """
     plain = setting.rounding == "nearest" and setting.estimator == "ste"
     if not plain or setting.masked or setting.projected:

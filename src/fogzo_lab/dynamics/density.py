@@ -68,12 +68,14 @@ def regression_dynamics(
         nodes: Of the Gauss-Hermite rule over normal teachers.
 
     Raises:
-        ValueError: If times are no ascending numbers from 0, there are no weights, they spread
-            beyond the grid, or, with FOGZO, the grid is too coarse for the density at a threshold.
+        ValueError: If times are no ascending numbers from 0, a count is none, weights spread beyond
+            the grid, or, with FOGZO, the grid is too coarse for the density at a threshold.
     """
     checked = check_times(times)
     end = checked[-1]
-    cells = cells or (256 if setting.estimator == "fogzo" else 128)
+    if cells is None:
+        cells = 256 if setting.estimator == "fogzo" else 128
+    time_steps = require_count("time_steps", time_steps, "time_steps=400")
     if not (isinstance(cells, int) and cells >= 4 and cells % 2 == 0):
         raise ValueError(
             f"cells must be even and 4 or more, got {cells!r}, so that they end at levels and "

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fogzo.estimators.schedules import require_count
 from fogzo.quantizers import Grid, uniform
 
 Array = NDArray[np.floating[Any]]
@@ -139,6 +140,7 @@ class Regression:
 
     def teachers(self, nodes: int) -> tuple[Array, Array]:
         """Values of w* and their probabilities: by a Gauss-Hermite rule if they are normal."""
+        nodes = require_count("nodes", nodes, "nodes=21")
         if self.teacher != "normal":
             return np.array([float(self.teacher)]), np.ones(1)
         places, shares = np.polynomial.hermite_e.hermegauss(nodes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.estimators.schedules import LinearNoiseShare, require_count
+from fogzo.estimators.schedules import LinearNoiseShare, require_count, require_seed
 from fogzo.methods import project_
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.setting import Regression, check_times
@@ -54,12 +54,16 @@ def simulate(
         The curve, and as its agreement the mean since the time before of what was measured.
 
     Raises:
-        ValueError: If times are no ascending numbers from 0, or there are no weights.
+        ValueError: If times are no ascending numbers from 0, there are no weights, the seed is no
+            integer, the data are of another number of weights or end early, or the estimator is not
+            made by a function of the two.
     """
     checked = check_times(times)
     weights = require_count("weights", weights, "weights=1000")
+    seed = require_seed(seed)
     stops = [round(time * weights) for time in checked]
-    source = iter(data if data is not None else batches(setting, weights, stops[-1], seed))
+    own = batches(setting, weights, stops[-1], seed)
+    source = own if data is None else _given(data, weights, stops[-1])
     start, teacher = next(source)
     points, agreements = [], [math.nan]
     measured: list[float] = []
@@ -69,7 +73,7 @@ def simulate(
         # What levels are drawn by; the stream is given back at the end.
         torch.set_rng_state(torch.Generator().manual_seed(seed + 2**32).get_state())
         records = fogzo.quantized_weights(layer)
-        refiner = (estimator or _own(setting, seed))(records, stops[-1])
+        refiner = _made(estimator or _own(setting, seed), records, stops[-1])
         # Inputs have covariance I / d, so a rate in units of d does not depend on d.
         optimizer = torch.optim.SGD(layer.parameters(), lr=setting.learning_rate)
         points.append(_look(setting, layer, teacher))
@@ -91,6 +95,42 @@ def simulate(
     risk, trained, outside = np.array(points).T
     density = _histogram(layer.weight.detach())
     return Curve(checked, risk, trained, outside, np.array(agreements), density)
+
+
+def _given(
+    data: Iterable[tuple[Tensor, Tensor]], weights: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Data of somebody's own: the start, and a batch for each step."""
+    way_out = "data=list(batches(setting, weights, steps, seed)), with the weights of this run"
+    taken = 0
+    for pair in data:
+        taken += 1
+        if pair[0].shape[-1] != weights:
+            raise ValueError(
+                f"data are of {pair[0].shape[-1]} weights, and the run is of {weights}: {way_out}"
+            )
+        yield pair
+    raise ValueError(
+        f"data end after {taken} of the {steps + 1} pairs of a run, its start and {steps} batches: "
+        f"{way_out} and as many steps"
+    )
+
+
+def _made(
+    make: MakeEstimator, records: Sequence[fogzo.QuantizedWeight], steps: int
+) -> Refiner | None:
+    """The estimator of a run."""
+    example = "estimator=lambda weights, steps: fogzo.FogzoEstimator(weights)"
+    is_member = isinstance(make, type) and issubclass(make, fogzo.GradientEstimator)
+    if is_member or not callable(make):
+        raise ValueError(
+            f"estimator= is {make!r:.80}, expected a function of the weights and the number of "
+            f"steps: {example}"
+        )
+    refiner = make(records, steps)
+    if not (refiner is None or hasattr(refiner, "refine_grads_")):
+        raise ValueError(f"estimator= made {refiner!r:.80}, which has no refine_grads_: {example}")
+    return refiner
 
 
 def _loss(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

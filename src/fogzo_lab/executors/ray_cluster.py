@@ -4,6 +4,7 @@ Needs ``pip install 'fogzo[ray]'``. The packages themselves travel to the cluste
 machine computes by the code of this one.
 """
 
+import logging
 import os
 import signal
 from collections.abc import Collection, Iterable, Iterator
@@ -12,6 +13,8 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from fogzo_lab.executors.calls import Call, Died, Executor, outcome
+
+_LOG = logging.getLogger(__name__)
 
 
 class RayTasks(Executor[Any]):
@@ -27,7 +30,7 @@ class RayTasks(Executor[Any]):
         packages: Packages that travel to the cluster.
 
     Raises:
-        ValueError: If Ray is not installed or does not answer there.
+        ValueError: If Ray is not installed or does not answer there, or cannot begin a call.
     """
 
     advice = "If memory ran out, promise each run more --cpus-per-run; what is finished is kept"
@@ -61,11 +64,19 @@ class RayTasks(Executor[Any]):
                     logging_level="error",
                     **options,
                 )
+            except ValueError as error:
+                raise ValueError(
+                    f"no address of a Ray cluster: {self._address!r}. It is that of its head and a "
+                    "port, --ray-address 10.0.0.1:6379; auto for the one that this machine is part "
+                    "of; or local, one of its own"
+                ) from error
             except (ConnectionError, RuntimeError) as error:
                 raise ValueError(
                     f"no Ray cluster answers at {self._address!r} ({error}): start one by "
                     "`ray start --head` and pass its address, or leave --ray-address out"
                 ) from error
+        if not here:
+            self._warn_of_too_small_machines()
         self._compute = self._ray.remote(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
@@ -85,6 +96,18 @@ class RayTasks(Executor[Any]):
         with _signals_kept():
             self._ray.shutdown()
 
+    def _warn_of_too_small_machines(self) -> None:
+        """Say so if nobody could begin a task, for which Ray would wait in silence."""
+        needed = {"CPU": self._cpus, "GPU": self._gpus}
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(all(m.get(k, 0) >= n for k, n in needed.items()) for m in machines):
+            _LOG.warning(
+                "no machine of the Ray cluster has the %g CPUs and %g GPUs of a run: all wait "
+                "until one joins. --cpus-per-run and --gpus-per-run say what a run is promised",
+                self._cpus,
+                self._gpus,
+            )
+
     def _start(self, call: Call) -> Any:
         return self._compute.options(name=call.name).remote(call.function, call.arguments)
 
@@ -98,11 +121,19 @@ class RayTasks(Executor[Any]):
             value, error = self._ray.get(handle)
         except (
             lost.WorkerCrashedError,
+            lost.LocalRayletDiedError,
             lost.NodeDiedError,
             lost.OutOfMemoryError,
             lost.ObjectLostError,
         ) as death:
             raise Died(f"{type(death).__name__} of Ray") from None
+        except (lost.RuntimeEnvSetupError, lost.TaskUnschedulableError) as refusal:
+            reason = " ".join(str(refusal).split())
+            raise ValueError(
+                f"the Ray cluster could not begin a run: {reason:.300}. Every machine of it needs "
+                "the Python, torch and fogzo[lab] of this one, and one of them the CPUs and GPUs "
+                "that a run is promised: --cpus-per-run 1 --gpus-per-run 0"
+            ) from None
         if error is not None:
             raise error
         return value

@@ -502,9 +502,7 @@ def test_weights_that_another_library_rounds_are_listed_by_its_function(tmp_path
     )
     with pytest.raises(ValueError, match=r"refine\(trainer, weights=fogzo\.integrations\.torchao"):
         refine(trainer)
-    with pytest.raises(
-        ValueError, match=r"weights= is \[\], expected a function .*refine\(trainer"
-    ):
+    with pytest.raises(ValueError, match=r"weights= is \[\], expected .*refine\(trainer"):
         refine(trainer, weights=[])
     refinement = refine(trainer, weights=listing, noise_share=0.1)
     trainer.train()

@@ -98,7 +98,6 @@ def test_messages_send_readers_to_caveats_that_exist():
         "Batch norm",
         "Checkpoints",
         "Compiled models",
-        "DDP",
         "Dropout",
         "Encoders in eval mode",
         "Losses with derivatives",

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fogzo.wording import caveat
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Placement
@@ -56,6 +58,9 @@ def without_broadcasts() -> Iterator[dict[Any, bool]]:
 
     Yields:
         The modules of DDP that have run so far, and whether each is to broadcast next time.
+
+    Raises:
+        ValueError: In the forward pass of a module whose ranks may run out of batches.
     """
     flags: dict[Any, bool] = {}
     if num_ranks() == 1:
@@ -65,6 +70,13 @@ def without_broadcasts() -> Iterator[dict[Any, bool]]:
     own = cls.will_sync_module_buffers
 
     def never(module: Any) -> bool:
+        if module._join_config.enable:  # a rank without batches would not answer the others
+            raise ValueError(
+                "probes measure on all ranks together, and in DDP's join() some may have run out "
+                "of batches: give every rank as many, DistributedSampler(data, drop_last=True), "
+                "and leave join() out; in accelerate leave out join_uneven_inputs, whose loaders "
+                f"are even by default{caveat('DDP')}"
+            )
         flags.setdefault(module, module.require_forward_param_sync)
         return False
 
@@ -90,8 +102,19 @@ def sharded_dims(tensor: Tensor) -> set[int]:
     return set(_cuts(tensor).values()) if is_sharded(tensor) else set()
 
 
+def check_not_flat(name: str, tensor: Tensor) -> None:
+    """Raise a `ValueError` if FSDP1 has made a weight a part of a vector, without rows."""
+    if getattr(tensor, "_fsdp_flattened", False) and tensor.dim() == 1:  # not gathered
+        raise ValueError(
+            f"{name!r} was sharded by FSDP1, which leaves {tensor.numel()} of its numbers here and "
+            "no rows of it: use FSDP2, fully_shard(model) and not FullyShardedDataParallel(model), "
+            f"or fsdp_version=2 where accelerate or transformers shards{caveat('FSDP2')}"
+        )
+
+
 def check_placements(name: str, tensor: Tensor) -> None:
     """Raise a `ValueError` unless each mesh dimension cuts a weight plainly or copies it."""
+    check_not_flat(name, tensor)
     if not is_sharded(tensor):
         return
     from torch.distributed.tensor import Replicate, Shard

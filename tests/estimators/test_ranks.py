@@ -100,6 +100,39 @@ def one_rank_has_another_batch(rank):
     )
 
 
+DIFFERENTLY = {
+    "seeds": lambda weights, rank: fogzo.FogzoEstimator(weights, seed=rank),
+    "samples": lambda weights, rank: fogzo.FogzoEstimator(weights, num_samples=1 + rank),
+    "noise": lambda weights, rank: fogzo.FogzoEstimator(weights, noise_share=0.1 * rank),
+    "order": lambda weights, rank: fogzo.FogzoEstimator(weights[:: 1 - 2 * rank]),
+}
+
+
+def made_differently(rank, make):
+    """What a rank is told whose estimator is another one than that of the other rank."""
+    model = network("lsq")
+    estimator = make(fogzo.quantized_weights(model), rank)
+    parallel = data_parallel(model, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    mse_loss(parallel(x), y).backward()
+    tensors = [t for p in model.parameters() for t in (p.detach(), p.grad)]
+    given = [t.clone() for t in tensors]
+    message = told(lambda: estimator.refine_grads_(lambda: mse_loss(parallel(x), y)))
+    return message, all(map(torch.equal, given, tensors))
+
+
+def inside_of_join(rank):
+    """What the ranks are told where one of them may run out of batches."""
+    model = network("lsq")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    parallel = data_parallel(model, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    with parallel.join():
+        loss = mse_loss(parallel(x), y)
+        loss.backward()
+        return told(lambda: estimator.refine_grads_(lambda: mse_loss(parallel(x), y), loss))
+
+
 class Centre(nn.Module):
     """Subtracts a running mean, which moves in train mode, as DINO's centre does."""
 
@@ -162,6 +195,8 @@ def rank_program(rank, folder):
         results = {name: train(part, wrap=data_parallel, **s) for name, s in SCENARIOS.items()}
         results["nan"] = one_rank_returns_nan(rank)
         results["another batch"] = one_rank_has_another_batch(rank)
+        results["differently"] = {n: made_differently(rank, m) for n, m in DIFFERENTLY.items()}
+        results["join"] = inside_of_join(rank)
         results["buffers"] = [buffers_of_ddp(rank, refines) for refines in (False, True)]
         results["group"] = in_a_group_of_its_own(rank)
         torch.save(results, folder / f"{rank}.pt")
@@ -203,6 +238,27 @@ def test_a_mistake_on_one_rank_is_told_on_all_and_none_waits(ranks):
     first, second = ranks[0]["another batch"], ranks[1]["another batch"]
     assert first.startswith("on another rank the closure does not return expected_loss")
     assert "rebound to the next batch" in second
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("seeds", ["seed=0, step=0", "seed=1, step=0"]),
+        ("samples", ["num_samples=1", "num_samples=2"]),
+        ("noise", ["noise_share=0 ", "noise_share=0.1 "]),
+        ("order", ["'0.weight', '2.weight'", "'2.weight', '0.weight'"]),
+    ],
+)
+def test_estimators_that_would_let_the_ranks_drift_apart_are_refused(ranks, made, said):
+    for result, own in zip(ranks, said, strict=True):
+        message, is_given_back = result["differently"][made]
+        assert own in message and "the same options, seed=0" in message
+        assert is_given_back
+
+
+def test_ranks_that_may_run_out_of_batches_are_refused(ranks):
+    for result in ranks:
+        assert "leave join() out" in result["join"]
 
 
 def test_probes_begin_with_a_ranks_own_buffers_which_ddp_goes_on_broadcasting(ranks):

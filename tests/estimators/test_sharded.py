@@ -411,6 +411,21 @@ def messages(rank):
     return {name: told(mistake) for name, mistake in mistakes.items()}
 
 
+def sharded_by_fsdp1():
+    """What is told of FSDP1, when weights are listed and of weights listed before."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = Net("lsq")
+    weights = fogzo.quantized_weights(model)
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=cpu_mesh()
+    )
+    return [
+        told(lambda: fogzo.quantized_weights(wrapped)),
+        told(lambda: fogzo.FogzoEstimator(weights)),
+    ]
+
+
 def used(model):
     model(torch.ones(2, 4))
     return model
@@ -474,6 +489,7 @@ def rank_program(rank, folder):
         results["experts"] = {dim: experts_cut_along(dim) for dim in (0, 1, 2)}
         results["whole"] = whole_tensors_at_once(rank)
         results["messages"] = messages(rank)
+        results["FSDP1"] = sharded_by_fsdp1()
         results["hand-written"] = hand_written(rank)
         results["float checkpoint"] = steps_of_a_float_checkpoint()
         torch.save(results, folder / f"{rank}.pt")
@@ -582,6 +598,11 @@ def test_no_rank_holds_more_than_one_whole_weight_or_copies_more_than_its_shards
 def test_a_mistake_is_told_with_its_remedy(ranks, mistake, fix):
     for result in ranks:
         assert fix in result["messages"][mistake]
+
+
+def test_fsdp1_is_told_to_be_replaced_by_fsdp2(ranks):
+    for result in ranks:
+        assert ["use FSDP2, fully_shard(model)" in told for told in result["FSDP1"]] == [True, True]
 
 
 def test_a_quantizer_of_ones_own_may_have_a_sharded_step_size(ranks):

@@ -98,7 +98,8 @@ class GradientEstimator(ABC):
             pair; not for compiled models. ``"stacked"`` evaluates many directions in one
             `torch.vmap` over copies of the weights, which pays where many samples meet a small
             model; memory grows by as many activations.
-        seed: Directions follow from it and the step. Give every rank the same.
+        seed: Directions follow from it and the step. Give every rank the same: at
+            steps 1, 10, 100, ... other ones are refused.
         model: The model of hand-written triples, so that its buffers and modes are protected.
 
     Attributes:
@@ -299,6 +300,8 @@ class GradientEstimator(ABC):
                 expected_loss=expected_loss,
                 one_sided=self.one_sided,
                 audit=self._audit,
+                alike=f"seed={self.seed}, step={self.step}, num_samples={self.num_samples}, "
+                f"noise_share={share:.6g}",
             )
             fallback = nothing_measured(directions, measured)
         if fallback is None:

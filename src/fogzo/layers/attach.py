@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fogzo.collectives import is_sharded, reshard, sharded_dims
+from fogzo.collectives import check_not_flat, is_sharded, reshard, sharded_dims
 from fogzo.layers.activations import Activations, activation_quantizers
 from fogzo.layers.bypasses import warn_of_bypassed_layers
 from fogzo.layers.experts import ExpertMatrices, layer_name
@@ -154,8 +154,8 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
         also read out ``.codes()``.
 
     Raises:
-        ValueError: If FSDP has cut a rotated weight along the dimension that is rotated, or a
-            parametrization was put on a weight after `quantize_`.
+        ValueError: If FSDP has cut a rotated weight along the dimension that is rotated, FSDP1 has
+            sharded a weight, or a parametrization was put on one after `quantize_`.
     """
     require_module(model, "fogzo.quantized_weights(model)")
     reshard([model])  # else the outermost module's parameters may be the gathered ones
@@ -349,6 +349,7 @@ def _record(model: nn.Module, name: str, layers: list[QuantizedLayer]) -> Quanti
     quantizer = layer.quantizer
     of_experts = isinstance(layer, ExpertMatrices)
     full_name = name if of_experts else f"{name}.weight".lstrip(".")
+    check_not_flat(full_name, layer.weight)
     if quantizer.rotation is not None and sharded_dims(layer.weight) - {layer.output_dim}:
         raise ValueError(
             f"{full_name!r} is rotated along its inputs, and no rank holds them all: cut it by "

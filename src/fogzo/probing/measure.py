@@ -1,6 +1,7 @@
 """Measuring: the loss on both sides of every direction."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -8,14 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fogzo.collectives import full, is_sharded
+from fogzo.collectives import full, is_sharded, num_ranks
 from fogzo.layers.weights import QuantizedWeight
 from fogzo.probing import lean, stacked
 from fogzo.probing.audit import Audit
 from fogzo.probing.directions import Direction, Directions
 from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender, as_loss
-from fogzo.wording import caveat
+from fogzo.wording import caveat, listed
 
 Evaluate = Literal["in_place", "stacked", "lean"]
 
@@ -80,6 +81,7 @@ def measure(
     expected_loss: Tensor | float | None,
     one_sided: bool,
     audit: Audit,
+    alike: str | None = None,
 ) -> Measurement:
     """The losses at ``w + eps v`` and ``w - eps v`` for every direction of a plan.
 
@@ -92,9 +94,11 @@ def measure(
         expected_loss: What the closure must return at the unperturbed weights.
         one_sided: Evaluate ``w + eps v`` only; differences start from the expected loss.
         audit: Decides when to check that the closure returns the expected loss.
+        alike: What the directions follow from, besides the weights, as a message names it: it must
+            be the same on all ranks, which is checked together with the loss.
 
     Raises:
-        ValueError: If the closure fails a check.
+        ValueError: If the closure fails a check, or ranks would move the weights differently.
     """
     losses_of = {"in_place": in_place, "stacked": stacked.losses, "lean": lean.losses}[evaluate]
     known = [] if expected_loss is None else [as_loss(expected_loss, "expected_loss must be")]
@@ -103,6 +107,8 @@ def measure(
         if audited:
             audit.check(lender, closure, known[0])
         losses = losses_of(lender, directions, plan, closure, not one_sided)
+        if alike is not None and audit.due and num_ranks() > 1:
+            _check_ranks(lender, directions, alike)  # DDP's group is known by now
         values = lender.mean_over_ranks([*losses, *(loss.to(losses[0]) for loss in known)])
         values, expected = values[: len(losses)], values[len(losses) :]
         base, second_differences = None, []
@@ -166,6 +172,20 @@ def _loss_dtype(
     if len(set(values)) > 1 and all((256 * math.frexp(v)[0]).is_integer() for v in values):
         return torch.bfloat16
     return dtype
+
+
+def _check_ranks(lender: Lender, directions: Directions, alike: str) -> None:
+    """Raise a `ValueError`, on all ranks together, unless all take the same directions."""
+    names = [weight.name for weight in directions.weights]
+    mine = float(zlib.crc32(f"{alike} {names}".encode()))
+    mean = lender.mean_over_ranks([torch.tensor(mine, dtype=torch.float64)])
+    if lender.on_any_rank(mean != [mine]):
+        raise ValueError(
+            "the ranks would perturb the weights differently, and train apart: this one has "
+            f"{alike} and the weights {listed(names)}, and another one has others. Give all ranks "
+            "the same options, seed=0, the weights in the same order, and, to resume, the same "
+            "state: estimator.load_state_dict(checkpoint['estimator'])" + caveat("DDP")
+        )
 
 
 def _check_dependence(

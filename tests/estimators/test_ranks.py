@@ -133,6 +133,22 @@ def inside_of_join(rank):
         return told(lambda: estimator.refine_grads_(lambda: mse_loss(parallel(x), y), loss))
 
 
+def inside_of_no_sync(rank):
+    """What is told where gradients are not averaged, and where those of a judge alone are not."""
+    model, judge = network("lsq"), nn.Linear(3, 3).double()
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    parallel, judging = data_parallel(model, False), data_parallel(judge, False)
+    x, y = (t[rank::RANKS] for t in batch(0))
+    messages = []
+    for unsynchronised in (parallel, judging):
+        with unsynchronised.no_sync():
+            loss = estimator.record(lambda x, y: mse_loss(judging(parallel(x)), y), x, y)
+            loss.backward()
+            messages.append(told(estimator.refine_grads_))
+        model.zero_grad()
+    return messages
+
+
 class Centre(nn.Module):
     """Subtracts a running mean, which moves in train mode, as DINO's centre does."""
 
@@ -196,6 +212,7 @@ def rank_program(rank, folder):
         results["nan"] = one_rank_returns_nan(rank)
         results["another batch"] = one_rank_has_another_batch(rank)
         results["differently"] = {n: made_differently(rank, m) for n, m in DIFFERENTLY.items()}
+        results["no_sync"] = inside_of_no_sync(rank)
         results["join"] = inside_of_join(rank)
         results["buffers"] = [buffers_of_ddp(rank, refines) for refines in (False, True)]
         results["group"] = in_a_group_of_its_own(rank)
@@ -254,6 +271,13 @@ def test_estimators_that_would_let_the_ranks_drift_apart_are_refused(ranks, made
         message, is_given_back = result["differently"][made]
         assert own in message and "the same options, seed=0" in message
         assert is_given_back
+
+
+def test_gradients_that_ddp_does_not_average_are_refused(ranks):
+    for result in ranks:
+        own, judges = result["no_sync"]
+        assert "refine outside of DDP's no_sync()" in own
+        assert judges == "nothing"
 
 
 def test_ranks_that_may_run_out_of_batches_are_refused(ranks):

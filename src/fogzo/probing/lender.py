@@ -75,7 +75,11 @@ class Lender:
 
         Those are the ranks of DDP's process group, if a forward pass of this loan went through
         DDP, else all.
+
+        Raises:
+            ValueError: If DDP does not average the gradients of these weights at present.
         """
+        self._check_averaged()
         groups = {ddp.process_group for ddp in self._met_ddp}
         group = groups.pop() if len(groups) == 1 else None
         return mean_over_ranks(numbers, compute_device(self._weights[0].param), group)
@@ -83,6 +87,18 @@ class Lender:
     def on_any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on one of the ranks, which have to ask for it together."""
         return self.mean_over_ranks([torch.tensor(float(flag))]) != [0.0]
+
+    def _check_averaged(self) -> None:
+        alone = [ddp for ddp in self._met_ddp if not ddp.require_backward_grad_sync]
+        ours = {id(weight.param) for weight in self._weights}
+        if any(id(param) in ours for ddp in alone for param in ddp.parameters()):
+            raise ValueError(
+                "the gradients are this rank's own, and losses are averaged over ranks: refine "
+                "outside of DDP's no_sync(), after the backward pass that averages the gradients; "
+                "in accelerate write `with accelerator.accumulate(model):`, not "
+                "accelerator.no_sync(model). LocalSGD, which averages weights alone, cannot be "
+                "refined" + caveat("DDP")
+            )
 
     def rng_state(self) -> RngState:
         """The random streams as they are, of the devices that the weights are on now."""

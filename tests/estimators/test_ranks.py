@@ -133,6 +133,16 @@ def inside_of_join(rank):
         return told(lambda: estimator.refine_grads_(lambda: mse_loss(parallel(x), y), loss))
 
 
+def around_ddp(rank):
+    """What the ranks are told whose forward passes go around DDP."""
+    model = network("lsq")
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    x, y = (t[rank::RANKS] for t in batch(0))
+    parallel = data_parallel(model, False)
+    mse_loss(parallel.module(x), y).backward()
+    return told(lambda: estimator.refine_grads_(lambda: mse_loss(parallel.module(x), y)))
+
+
 def inside_of_no_sync(rank):
     """What is told where gradients are not averaged, and where those of a judge alone are not."""
     model, judge = network("lsq"), nn.Linear(3, 3).double()
@@ -212,6 +222,7 @@ def rank_program(rank, folder):
         results["nan"] = one_rank_returns_nan(rank)
         results["another batch"] = one_rank_has_another_batch(rank)
         results["differently"] = {n: made_differently(rank, m) for n, m in DIFFERENTLY.items()}
+        results["around DDP"] = around_ddp(rank)
         results["no_sync"] = inside_of_no_sync(rank)
         results["join"] = inside_of_join(rank)
         results["buffers"] = [buffers_of_ddp(rank, refines) for refines in (False, True)]
@@ -278,6 +289,7 @@ def test_gradients_that_ddp_does_not_average_are_refused(ranks):
         own, judges = result["no_sync"]
         assert "refine outside of DDP's no_sync()" in own
         assert judges == "nothing"
+        assert "ddp(x) and not model(x)" in result["around DDP"]
 
 
 def test_ranks_that_may_run_out_of_batches_are_refused(ranks):

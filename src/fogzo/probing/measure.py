@@ -24,6 +24,8 @@ NOT_FINITE = "a probe loss is not finite"
 NO_FLIP = "no weight rounds differently between the probes"
 NO_EFFECT = "the probes do not change the loss"
 
+_SAME_NORM = 1e-3  # relative; GPUs of two kinds sum the same gradients to other last digits
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -94,11 +96,11 @@ def measure(
         expected_loss: What the closure must return at the unperturbed weights.
         one_sided: Evaluate ``w + eps v`` only; differences start from the expected loss.
         audit: Decides when to check that the closure returns the expected loss.
-        alike: What the directions follow from, besides the weights, as a message names it: it must
-            be the same on all ranks, which is checked together with the loss.
+        alike: What the directions follow from, besides the weights, as a message names it: it and
+            the gradients must be the same on all ranks, which is checked when the closure is.
 
     Raises:
-        ValueError: If the closure fails a check, or ranks would move the weights differently.
+        ValueError: If the closure fails a check, or ranks would write different gradients.
     """
     losses_of = {"in_place": in_place, "stacked": stacked.losses, "lean": lean.losses}[evaluate]
     known = [] if expected_loss is None else [as_loss(expected_loss, "expected_loss must be")]
@@ -175,16 +177,25 @@ def _loss_dtype(
 
 
 def _check_ranks(lender: Lender, directions: Directions, alike: str) -> None:
-    """Raise a `ValueError`, on all ranks together, unless all take the same directions."""
+    """Raise a `ValueError`, on all ranks together, unless their directions and gradients agree."""
     names = [weight.name for weight in directions.weights]
-    mine = float(zlib.crc32(f"{alike} {names}".encode()))
-    mean = lender.mean_over_ranks([torch.tensor(mine, dtype=torch.float64)])
-    if lender.on_any_rank(mean != [mine]):
+    mine, norm = float(zlib.crc32(f"{alike} {names}".encode())), directions.norm
+    mean, mean_norm = lender.mean_over_ranks(list(torch.tensor([mine, norm], dtype=torch.float64)))
+    if lender.on_any_rank(mean != mine):
         raise ValueError(
             "the ranks would perturb the weights differently, and train apart: this one has "
             f"{alike} and the weights {listed(names)}, and another one has others. Give all ranks "
             "the same options, seed=0, the weights in the same order, and, to resume, the same "
             "state: estimator.load_state_dict(checkpoint['estimator'])" + caveat("DDP")
+        )
+    if lender.on_any_rank(abs(norm - mean_norm) > _SAME_NORM * mean_norm):
+        raise ValueError(
+            "the gradients differ between ranks, whose losses are averaged: their norm, in steps, "
+            f"is {norm:.4g} here, {mean_norm:.4g} on average. Compute the loss by the module that "
+            "DDP returned, ddp = DistributedDataParallel(model); ddp(x) and not model(x) or "
+            "ddp.module(x), or average them before. A model that a rank trains by itself needs DDP "
+            "and a group of its own, process_group=torch.distributed.new_group([rank])"
+            + caveat("DDP")
         )
 
 

@@ -58,7 +58,7 @@ def inspect(
             after ``scaler.unscale_(optimizer)`` if the loss was scaled. It takes
             ``2 * num_samples`` forward passes per layer, and two more. Dropout must be off, or the
             probes measure another network than backward saw. It is not called where weights are
-            not finite.
+            not finite. All ranks give it together, as losses are averaged over them.
         num_samples: Directions per layer for the agreement.
 
     Raises:

@@ -1,5 +1,7 @@
 """One training in a folder at a time, and what a signal makes of it: real processes."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -102,6 +104,20 @@ def test_a_lock_of_the_dead_keeps_nobody_out(tmp_path):
     os.waitpid(child, 0)
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    says = r"new cannot be .* \(No locks.*--output-dir runs/new"
+    with pytest.raises(ValueError, match=says), locked(tmp_path / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    says = r"file cannot be made.* \(File exists\)"
+    with pytest.raises(ValueError, match=says), locked(tmp_path / "file"):
         pass
 
 

@@ -8,6 +8,7 @@ is finished when its result.json carries both.
 import ast
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -285,6 +286,7 @@ def _identity(path: Path) -> str:
 def _set_aside(path: Path) -> Path:
     corrupt = path.parent.with_name("corrupt")
     corrupt.mkdir(exist_ok=True)
-    aside = corrupt / f"{path.name}-{len(list(corrupt.iterdir()))}"
+    names = (corrupt / f"{path.name}-{number}" for number in itertools.count())
+    aside = next(name for name in names if not name.exists())  # some may have been deleted
     os.replace(path, aside)
     return aside

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 from dataclasses import replace
 
@@ -187,6 +188,21 @@ def test_a_file_that_cannot_be_written_leaves_no_half(config, monkeypatch):
     with pytest.raises(OSError, match="full"):
         train(replace(config, resume=True))
     assert not [name for name in files(config.output_dir) if "partial" in name]
+
+
+def test_of_a_full_disk_the_file_is_named(config):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunFolder(config) as folder, folder.open(0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a full disk
+        try:
+            for name, write in (
+                ("metrics.jsonl", folder.log),
+                ("result.json", folder.write_result),
+            ):
+                with pytest.raises(OSError, match=f"too large: '.*{name}'$"):
+                    write({"step": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # A log that is not what it was

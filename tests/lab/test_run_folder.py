@@ -153,10 +153,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config):
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_the_folder_of_a_comparison_is_left_alone(config, options):
+    config = replace(config, output_dir=config.output_dir.with_name("my runs"))
     config.output_dir.mkdir()
     (config.output_dir / "config.json").write_text('{"base": {}, "rows": []}')
     before = snapshot(config.output_dir)
-    with pytest.raises(ValueError, match=r"is the folder of a comparison.*--output-dir .*-run$"):
+    with pytest.raises(ValueError, match=r"is the folder of a comparison.*--output-dir '.*-run'$"):
         train(replace(config, **options))
     after = snapshot(config.output_dir)
     assert {name: content for name, content in after.items() if name != ".lock"} == before

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import NotRequired, TypedDict
 
 import torch
@@ -170,7 +171,8 @@ class RunCache:
                 f"{self.folder} holds runs of another version of the code or of its libraries "
                 f"({', '.join(sorted(found))}; this is {self.code}), such as "
                 f"{next(iter(found.values())).name}: compare in a fresh --output-dir "
-                f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"
+                f"{quote(f'{self.folder}-{self.code[:4]}')}, or add --mix-versions to use them as "
+                "they are"
             )
 
     def lock(self) -> AbstractContextManager[None]:

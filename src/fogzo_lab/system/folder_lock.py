@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from filelock import FileLock, Timeout
 
@@ -33,7 +34,7 @@ def locked(folder: Path, work: str = "training") -> Iterator[None]:
     except Timeout as error:
         raise ValueError(
             f"another process is at work in {folder}: wait for it to end, or give this {work} "
-            f"--output-dir {folder}-2"
+            f"--output-dir {quote(f'{folder}-2')}"
         ) from error
     except OSError as error:
         raise ValueError(

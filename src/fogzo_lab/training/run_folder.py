@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
 
 from fogzo.inspection import Inspection
@@ -92,7 +93,7 @@ class RunFolder(ExitStack):
             if _holds_comparison(self.path):
                 raise ValueError(
                     f"{self.path} is the folder of a comparison, whose config.json and report a "
-                    f"run would replace: --output-dir {self.path}-run"
+                    f"run would replace: --output-dir {quote(f'{self.path}-run')}"
                 )
             if found and self._config.resume:
                 _check_same(self._config, read_config(self.path))
@@ -299,7 +300,7 @@ def read_quantized_config(folder: Path, purpose: str) -> TrainConfig:
     if config.quantizer.preset == "none":
         raise ValueError(
             f"{folder} was trained in float, and there are no codes to {purpose}: train it with "
-            f"--quantizer.preset lsq --initial-weights {folder}"
+            f"--quantizer.preset lsq --initial-weights {quote(str(folder))}"
         )
     if not config.has_codes:
         raise ValueError(

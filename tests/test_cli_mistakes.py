@@ -180,7 +180,8 @@ def test_a_full_disk_keeps_what_was_trained(tmp_path):
     _, told = process.communicate()
     assert process.returncode == 2
     assert "could not be written" in told
-    assert "--resume" in told
+    assert "there is no earlier one" in told
+    assert "run the same command with --overwrite" in told
     assert "Traceback" not in told
     assert not list(tmp_path.rglob("*.partial"))
 

@@ -320,7 +320,9 @@ def test_missing_pieces_are_noticed(run, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_an_os_error(run):
     run.mkdir()
     (run / "checkpoints").write_text("a file")
-    with pytest.raises(CheckpointError, match=r"of step 1 could .*exists.*there is no earlier one"):
+    # --resume would be refused, as there is nothing to go on from.
+    says = r"of step 1 could .*exists.*there is no earlier one.*the same command with --overwrite$"
+    with pytest.raises(CheckpointError, match=says):
         save_checkpoint(run, 1, state_of(1), keep=1)
 
 

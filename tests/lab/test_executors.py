@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,12 +15,13 @@ import torch
 from in_this_process import compare_in_this_process
 
 from fogzo_lab.comparison.compare import CompareConfig, compare, plan
-from fogzo_lab.comparison.execution import ExecutionConfig, run_elsewhere
+from fogzo_lab.comparison.execution import ExecutionConfig, machines, run_elsewhere
 from fogzo_lab.comparison.run_cache import code_version
 from fogzo_lab.comparison.runs import Run
 from fogzo_lab.executors import ray_cluster
 from fogzo_lab.executors.calls import Call, Died, Executor
 from fogzo_lab.recipes import RECIPES
+from fogzo_lab.system import signals
 
 
 def config_in(folder, rows=("ptq", "fogzo"), **execution):
@@ -111,6 +114,9 @@ def test_files_travel_where_they_are_not_shared(local, tmp_path, monkeypatch):
     here, there = sorted(found.environment["machines"].split("; "))[::-1]
     assert here.startswith("3 runs: ")
     assert there.startswith("1 runs: Z80, ")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"machine\.json has no 'processor': delete the file"):
+        machines([path.parent])
 
 
 @contextlib.contextmanager
@@ -268,6 +274,21 @@ def test_promises_that_no_machine_of_a_cluster_can_keep_are_told(
     with ray_cluster.RayTasks(2, "auto", **promised):
         pass
     assert ("all wait until one joins" in caplog.text) == are_too_many
+
+
+def test_a_signal_ends_a_wait_for_ray_with_its_own_exit_code(monkeypatch):
+    def wait(handles, num_returns, timeout=None):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            sys.exit(1)  # as Ray does
+        return [], handles
+
+    monkeypatch.setattr(_Ray, "wait", staticmethod(wait), raising=False)
+    monkeypatch.setattr(ray_cluster, "_import_ray", _Ray)
+    with pytest.raises(signals.Terminated) as ended, signals.raised():
+        ray_cluster.RayTasks(1)._wait(["a handle"])
+    assert ended.value.code == 143
 
 
 def test_what_ray_refuses_is_said_in_our_words(monkeypatch):

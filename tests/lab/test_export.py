@@ -88,6 +88,12 @@ def test_an_earlier_checkpoint(run, tmp_path, capsys):
     assert earlier != later == newest
 
 
+def test_a_checkpoint_by_its_name_within_its_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    code, _, err = command(capsys, "export", "step-000010", "--output", tmp_path / "out")
+    assert code == 0, err
+
+
 def test_other_options_reach_the_exporter(run, tmp_path, capsys):
     code, _, err = command(capsys, "export", run, "--format", "float")
     assert code == 2

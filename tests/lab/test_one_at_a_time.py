@@ -1,5 +1,7 @@
 """One training in a folder at a time, and what a signal makes of it: real processes."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -89,6 +91,7 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
 
 
 def test_a_lock_of_the_dead_keeps_nobody_out(tmp_path):
+    tmp_path = tmp_path / "my runs"
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -96,12 +99,27 @@ def test_a_lock_of_the_dead_keeps_nobody_out(tmp_path):
             os.write(tell, b"!")
             time.sleep(100)
     os.read(ready, 1)
-    with pytest.raises(ValueError, match="another process is at work"), locked(tmp_path):
+    says = r"another process is at work in .*--output-dir '.*my runs-2'$"
+    with pytest.raises(ValueError, match=says), locked(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    says = r"new cannot be .* \(No locks.*--output-dir runs/new"
+    with pytest.raises(ValueError, match=says), locked(tmp_path / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    says = r"file cannot be made.* \(File exists\)"
+    with pytest.raises(ValueError, match=says), locked(tmp_path / "file"):
         pass
 
 

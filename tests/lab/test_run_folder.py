@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 from dataclasses import replace
 
@@ -152,10 +153,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config):
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_the_folder_of_a_comparison_is_left_alone(config, options):
+    config = replace(config, output_dir=config.output_dir.with_name("my runs"))
     config.output_dir.mkdir()
     (config.output_dir / "config.json").write_text('{"base": {}, "rows": []}')
     before = snapshot(config.output_dir)
-    with pytest.raises(ValueError, match=r"is the folder of a comparison.*--output-dir .*-run$"):
+    with pytest.raises(ValueError, match=r"is the folder of a comparison.*--output-dir '.*-run'$"):
         train(replace(config, **options))
     after = snapshot(config.output_dir)
     assert {name: content for name, content in after.items() if name != ".lock"} == before
@@ -187,6 +189,21 @@ def test_a_file_that_cannot_be_written_leaves_no_half(config, monkeypatch):
     with pytest.raises(OSError, match="full"):
         train(replace(config, resume=True))
     assert not [name for name in files(config.output_dir) if "partial" in name]
+
+
+def test_of_a_full_disk_the_file_is_named(config):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunFolder(config) as folder, folder.open(0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a full disk
+        try:
+            for name, write in (
+                ("metrics.jsonl", folder.log),
+                ("result.json", folder.write_result),
+            ):
+                with pytest.raises(OSError, match=f"too large: '.*{name}'$"):
+                    write({"step": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # A log that is not what it was

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partialmethod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -418,6 +419,20 @@ def test_step_sizes_of_another_quantizer_are_measured_anew(config, tmp_path, cha
     fogzo.measure_step_sizes_(model)
     measured = [weight.step_size() for weight in fogzo.quantized_weights(model)]
     assert [torch.equal(*pair) for pair in zip(found, measured, strict=True)] == [not keeps] * 2
+
+
+def test_step_sizes_come_along_from_a_checkpoint_named_within_its_folder(
+    config, tmp_path, monkeypatch
+):
+    config = replace(config, quantizer=QuantizerConfig(preset="lsq"), max_steps=2)
+    train(replace(config, output_dir=tmp_path / "before"))
+    checkpoint = newest_checkpoint(tmp_path / "before")
+    monkeypatch.chdir(checkpoint.parent)
+    found = [
+        Training(replace(config, initial_weights=path), CPU).model.state_dict()
+        for path in (checkpoint, Path(checkpoint.name))
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("before", ["fixed", "lsq", "bbq"])

@@ -19,7 +19,7 @@ from fogzo_lab.data.tokens import pretrained_tokenizer
 from fogzo_lab.options import Example, OneOf, Options, PathOrName
 from fogzo_lab.system.json_files import dumps
 from fogzo_lab.table import Table, in_digits
-from fogzo_lab.training.checkpoint_format import step_of
+from fogzo_lab.training.checkpoint_format import run_of, step_of
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.models import build_model
 from fogzo_lab.training.run_folder import check_not_in_float, read_quantized_config
@@ -91,12 +91,12 @@ def export_run(config: ExportConfig) -> ExportReport:
     Raises:
         ValueError: If there is no such run, or the format cannot hold its network.
     """
-    folder = config.run if step_of(config.run) is None else config.run.parent.parent
+    folder = config.run if step_of(config.run) is None else run_of(config.run)
     settings = read_quantized_config(folder, "export")
     task = load_task(settings)
     model = build_model(settings, task.shapes)
     step = load_weights(model, config.run)
-    check_not_in_float(settings, folder, config.run, step)
+    check_not_in_float(settings, config.run, step)
     return export(
         model.eval(),
         config.output or folder / "export" / config.format,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import tyro
@@ -309,7 +310,8 @@ def _open(config: CompareConfig) -> RunCache:
         if (folder / name).exists():
             raise ValueError(
                 f"{folder} is the folder of one run, as it has {name}, and a comparison would "
-                f"replace its config.json and its report: --output-dir {folder}-compare"
+                "replace its config.json and its report: "
+                f"--output-dir {quote(f'{folder}-compare')}"
             )
     if "parq" in config.rows:
         check_installed()

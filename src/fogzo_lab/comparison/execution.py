@@ -190,7 +190,10 @@ def machines(paths: Iterable[Path]) -> dict[str, str]:
     for path in paths:
         if (path / _MACHINE).exists():
             facts = read_json(path / _MACHINE, dict[str, str | int], "delete the file")
-            found[_MACHINE_WORDS.format_map(facts)] += 1
+            try:
+                found[_MACHINE_WORDS.format_map(facts)] += 1
+            except KeyError as name:
+                raise ValueError(f"{path / _MACHINE} has no {name}: delete the file") from name
     if set(found) <= {_MACHINE_WORDS.format_map(environment())}:
         return {}
     return {"machines": "; ".join(f"{n} runs: {m}" for m, n in found.items())}

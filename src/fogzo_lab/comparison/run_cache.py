@@ -8,6 +8,7 @@ is finished when its result.json carries both.
 import ast
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import NotRequired, TypedDict
 
 import torch
@@ -169,7 +171,8 @@ class RunCache:
                 f"{self.folder} holds runs of another version of the code or of its libraries "
                 f"({', '.join(sorted(found))}; this is {self.code}), such as "
                 f"{next(iter(found.values())).name}: compare in a fresh --output-dir "
-                f"{self.folder}-{self.code[:4]}, or add --mix-versions to use them as they are"
+                f"{quote(f'{self.folder}-{self.code[:4]}')}, or add --mix-versions to use them as "
+                "they are"
             )
 
     def lock(self) -> AbstractContextManager[None]:
@@ -285,6 +288,7 @@ def _identity(path: Path) -> str:
 def _set_aside(path: Path) -> Path:
     corrupt = path.parent.with_name("corrupt")
     corrupt.mkdir(exist_ok=True)
-    aside = corrupt / f"{path.name}-{len(list(corrupt.iterdir()))}"
+    names = (corrupt / f"{path.name}-{number}" for number in itertools.count())
+    aside = next(name for name in names if not name.exists())  # some may have been deleted
     os.replace(path, aside)
     return aside

@@ -13,8 +13,10 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from fogzo_lab.executors.calls import Call, Died, Executor, outcome
+from fogzo_lab.system.signals import held_back
 
 _LOG = logging.getLogger(__name__)
+_LOOK = 0.5  # seconds of a wait, after which a signal takes effect
 
 
 class RayTasks(Executor[Any]):
@@ -112,7 +114,11 @@ class RayTasks(Executor[Any]):
         return self._compute.options(name=call.name).remote(call.function, call.arguments)
 
     def _wait(self, computing: Collection[Any]) -> Iterable[Any]:
-        ended, _ = self._ray.wait(list(computing), num_returns=1)
+        ended: list[Any] = []
+        # Ray would turn what SIGTERM and SIGHUP raise within its wait into an exit without a word.
+        with held_back() as waiting:
+            while not ended and not waiting():
+                ended, _ = self._ray.wait(list(computing), num_returns=1, timeout=_LOOK)
         return ended
 
     def _answer(self, handle: Any) -> Any:

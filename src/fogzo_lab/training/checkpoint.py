@@ -136,7 +136,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             f"the checkpoint of step {step} could not be written: {error}; "
             + (f"the newest good one is {newest}" if newest else "there is no earlier one")
             + (f": free space under {folder}, then" if full else ": mend that, then")
-            + " run the same command with --resume"
+            + f" run the same command with {'--resume' if newest else '--overwrite'}"
         ) from error
     if rank == 0:
         _delete_older(final, keep)

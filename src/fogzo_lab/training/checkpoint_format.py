@@ -450,6 +450,11 @@ def step_of(path: Path) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's run, also where a relative path begins within it."""
+    return Path(os.path.normpath(checkpoint / "../.."))
+
+
 def check_file(path: Path, name: str, manifest: Manifest) -> None:
     """Raise a `DamagedCheckpoint` unless a file's bytes are the manifest's."""
     file = path / name

@@ -107,7 +107,7 @@ def examine(run: Path, agreement: int = 0, device: Device = "cpu") -> Examinatio
             inspection = _with_counts(inspection, history[-1])
     diverged = _of_divergence(config, run)
     if not diverged:
-        check_not_in_float(config, run, run, step)
+        check_not_in_float(config, run, step)
     findings = [
         *diverged,
         *diagnose([*history, inspection]),

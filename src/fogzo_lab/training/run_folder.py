@@ -7,11 +7,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, NotRequired, Self, TypedDict, TypeVar
 
 from fogzo.inspection import Inspection
 from fogzo_lab.system.folder_lock import locked
-from fogzo_lab.system.json_files import check_regular, dumps, parse_json, read_json, write_text
+from fogzo_lab.system.json_files import (
+    check_regular,
+    dumps,
+    parse_json,
+    read_json,
+    write_text,
+    writing,
+)
 from fogzo_lab.training.checkpoint import (
     clear_partial,
     delete,
@@ -85,7 +93,7 @@ class RunFolder(ExitStack):
             if _holds_comparison(self.path):
                 raise ValueError(
                     f"{self.path} is the folder of a comparison, whose config.json and report a "
-                    f"run would replace: --output-dir {self.path}-run"
+                    f"run would replace: --output-dir {quote(f'{self.path}-run')}"
                 )
             if found and self._config.resume:
                 _check_same(self._config, read_config(self.path))
@@ -170,14 +178,16 @@ class RunFolder(ExitStack):
         if self._writes:
             assert self._log is not None, "log() before open()"
             line = (dumps(metrics) + "\n").encode()
-            self._log.write(line)
-            self._log.flush()
+            with writing(self.path / "metrics.jsonl"):
+                self._log.write(line)
+                self._log.flush()
             self._written.update(line)
 
     def log_inspection(self, inspection: Inspection) -> None:
         """Append a line to inspections.jsonl."""
         if self._writes:
-            with (self.path / _INSPECTIONS).open("a", encoding="utf-8") as file:
+            path = self.path / _INSPECTIONS
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(dumps(inspection.as_dict()) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
@@ -290,7 +300,7 @@ def read_quantized_config(folder: Path, purpose: str) -> TrainConfig:
     if config.quantizer.preset == "none":
         raise ValueError(
             f"{folder} was trained in float, and there are no codes to {purpose}: train it with "
-            f"--quantizer.preset lsq --initial-weights {folder}"
+            f"--quantizer.preset lsq --initial-weights {quote(str(folder))}"
         )
     if not config.has_codes:
         raise ValueError(
@@ -301,19 +311,18 @@ def read_quantized_config(folder: Path, purpose: str) -> TrainConfig:
     return config
 
 
-def check_not_in_float(config: TrainConfig, folder: Path, run: Path, step: int) -> None:
+def check_not_in_float(config: TrainConfig, run: Path, step: int) -> None:
     """Raise a `ValueError` if a run's network is still in float at that step.
 
     Args:
         config: Of the run.
-        folder: Its folder.
-        run: The same, or the checkpoint that was given.
+        run: Its folder, or the checkpoint that was given.
         step: Of the checkpoint.
     """
     if config.in_float_at(step):
         raise ValueError(
-            f"{run} is still in float at step {step}, before its quantization begins: "
-            f"go on, fogzo train {config.recipe} --output-dir {folder} --resume"
+            f"{run} is still in float at step {step}, before its quantization begins: go on, by "
+            "the command that began it and --resume, or give a later checkpoint"
         )
 
 

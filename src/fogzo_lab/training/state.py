@@ -43,7 +43,7 @@ from fogzo_lab.training.checkpoint import (
     restore_rng,
     rng_state,
 )
-from fogzo_lab.training.checkpoint_format import invalid, step_of
+from fogzo_lab.training.checkpoint_format import invalid, run_of, step_of
 from fogzo_lab.training.config import TrainConfig
 from fogzo_lab.training.ema import Ema, EmaState
 from fogzo_lab.training.learning_rates import learning_rate_factor
@@ -439,7 +439,7 @@ def _begin_from(run: Path, model: nn.Module, config: TrainConfig) -> bool:
         Whether the step sizes of inputs came with them.
     """
     checkpoint = find_weights(run)
-    folder = checkpoint.parent.parent
+    folder = run_of(checkpoint)
     # Weights that came without their config may be of any quantizer.
     other = read_config(folder) if (folder / "config.json").exists() else None
     same = inputs = False

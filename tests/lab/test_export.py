@@ -76,10 +76,11 @@ def test_json_and_a_folder_of_ones_own(run, tmp_path, capsys):
     assert [layer["exact"] for layer in report["layers"]] == [True, True]
 
 
-def test_an_earlier_checkpoint(run, tmp_path, capsys):
+def test_an_earlier_checkpoint(run, tmp_path, capsys, caplog):
     for name in ("step-000010", "step-000020"):
         path = run / "checkpoints" / name
         assert command(capsys, "export", path, "--output", tmp_path / name)[0] == 0
+        assert caplog.text.count("exporting the weights of step 10 of 20") == 1
     command(capsys, "export", run, "--output", tmp_path / "newest")
     earlier, later, newest = (
         (tmp_path / name / "model.safetensors").read_bytes()

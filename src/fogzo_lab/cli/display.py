@@ -96,7 +96,8 @@ def compare_plan(plan: Plan) -> None:
     print_table(table, table.title)
     _console().print(
         f"{plan.to_run} runs, about {_duration(plan.seconds)} of training on {plan.workers} "
-        "processes; loading and evaluation come on top. Nothing was run: leave --plan out to run it"
+        f"process{'es' if plan.workers > 1 else ''}; loading and evaluation come on "
+        "top. Nothing was run: leave --plan out to run it"
     )
 
 

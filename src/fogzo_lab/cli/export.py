@@ -1,5 +1,6 @@
 """fogzo export: a run's network in the format of a program that serves it."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from fogzo_lab.training.models import build_model
 from fogzo_lab.training.run_folder import check_not_in_float, read_quantized_config
 from fogzo_lab.training.state import load_weights
 from fogzo_lab.training.tasks import Task, load_task
+
+_LOG = logging.getLogger(__name__)
 
 _VARIANTS = tuple(name for rules in FORMATS.values() for name in rules.variants)
 _Variant = Annotated[str, OneOf(_VARIANTS)]
@@ -97,6 +100,8 @@ def export_run(config: ExportConfig) -> ExportReport:
     model = build_model(settings, task.shapes)
     step = load_weights(model, config.run)
     check_not_in_float(settings, config.run, step)
+    if step < settings.max_steps:
+        _LOG.warning("exporting the weights of step %d of %d", step, settings.max_steps)
     return export(
         model.eval(),
         config.output or folder / "export" / config.format,

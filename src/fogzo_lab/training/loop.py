@@ -172,7 +172,7 @@ def _end_diverged(training: Training, folder: RunFolder, why: str, steps: int) -
         | training.refinements()
     )
     raise DivergedError(
-        f"{why} at step {training.step}: try a smaller --learning-rate than "
+        f"at step {training.step} {why}: try a smaller --learning-rate than "
         f"{training.config.learning_rate:g}; everything before is in {folder.path}"
     )
 

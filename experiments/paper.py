@@ -206,47 +206,37 @@ def deep(base: TrainConfig, rows: tuple[str, ...] = CORE_ROWS, **options: Any) -
 def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[str, CompareConfig]:
     """Those at the length where quantization decides."""
     identity, tanh, lsq = (replace(text, quantizer=each) for each in (FIXED, TANH, LSQ))
-    quest = replace(text, quantizer=QUEST, activations=QUEST)
     deit, resnet = (replace(images[f"cifar-{n}"], quantizer=FIXED) for n in ("deit", "resnet"))
+    quest, quest_deit, quest_resnet = (
+        replace(each, quantizer=QUEST, activations=QUEST) for each in (text, deit, resnet)
+    )
     rates, lower = (1e-3, 3.16e-3, 1e-2), (3e-4, 9.49e-4, 3e-3)
     kept = (*CORE_ROWS, "float-then-ste")
     return {
-        "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept, num_seeds=5)),
-        "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2), num_seeds=5),
-        "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS, num_seeds=5),
-        "long-llama-quest-w2a2": long(quest, 3000, rates, num_seeds=5),
-        "long-deit-identity": timed(long(deit, 4000, lower, kept, num_seeds=5)),
-        "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower, num_seeds=5),
-        "long-deit-quest-w2a2": long(
-            replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower
-        ),
-        "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS, num_seeds=5),
+        "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept)),
+        "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
+        "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
+        "long-llama-quest-w2a2": long(quest, 3000, rates),
+        "long-deit-identity": timed(long(deit, 4000, lower, kept)),
+        "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),
+        "long-deit-quest-w2a2": long(quest_deit, 4000, lower),
+        "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS),
         # At the rates that rows had chosen; most but FOGZO's are of those without "-inputs".
-        "long-deit-quest-w2a2-inputs": long(
-            replace(deit, quantizer=QUEST, activations=QUEST), 4000, lower[1:2], num_seeds=5
-        ),
-        "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2], num_seeds=5),
+        "long-deit-quest-w2a2-inputs": long(quest_deit, 4000, lower[1:2]),
+        "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2]),
         # Three seeds, and five more that were to confirm them.
         "long-resnet-quest-w2a2-inputs": long(
-            replace(resnet, quantizer=QUEST, activations=QUEST),
-            4000,
-            (rates[2], 3.16e-2, 0.1),
-            num_seeds=8,
+            quest_resnet, 4000, (rates[2], 3.16e-2, 0.1), num_seeds=8
         ),
-        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept, num_seeds=5)),
-        "long-resnet-tanh": long(
-            replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2), num_seeds=5
-        ),
+        "long-resnet-identity": timed(long(resnet, 4000, (*rates, 3.16e-2), kept)),
+        "long-resnet-tanh": long(replace(resnet, quantizer=TANH), 4000, (*rates[1:], 3.16e-2)),
         "long-resnet-lsq-w2": long(
             replace(resnet, quantizer=LSQ),
             4000,
             (*rates[1:], 3.16e-2),
             (*WIDE_ROWS, "ste-dampening-published", "ste-stable-qat"),
-            num_seeds=5,
         ),
-        "long-resnet-quest-w2a2": long(
-            replace(resnet, quantizer=QUEST, activations=QUEST), 4000, (*rates[1:], 3.16e-2)
-        ),
+        "long-resnet-quest-w2a2": long(quest_resnet, 4000, (*rates[1:], 3.16e-2)),
     }
 
 
@@ -260,7 +250,7 @@ def long(
     steps: int,
     rates: tuple[float, ...],
     rows: tuple[str, ...] = CORE_ROWS,
-    num_seeds: int = 3,
+    num_seeds: int = 5,
 ) -> CompareConfig:
     """FOGZO with the defaults, at equal steps, masks recorded."""
     data = base.data

@@ -717,7 +717,8 @@ def test_what_is_said_of_quest_on_deit_is_what_was_measured():
         for gap in gaps
     )
     said = f"**FOGZO is {ste.format(' points behind STE**')}, "
-    said += f"{unmasked.format(' behind the unmasked one')}, {placebo.format(' behind its placebo')}"
+    said += unmasked.format(" behind the unmasked one")
+    said += f", {placebo.format(' behind its placebo')}"
     assert f"{said}, and behind all three in training loss" in page
     assert min(gap.low for gap in gaps) > 0
     for row in rows:

@@ -696,15 +696,29 @@ def test_what_is_said_of_quest_on_images_is_what_was_measured():
     page, name = words("docs/research.md"), "resnet-quest-w2a2"
     long = Comparison.from_dict(committed(f"long-{name}"))
     for row in ("ste-unmasked", "placebo", "fogzo"):
-        for key in (None, "train_loss"):
-            assert not excludes_zero(minus_at_length(name, row, "ste", key))
+        assert not excludes_zero(minus_at_length(name, row, "ste"))
+        behind = excludes_zero(minus_at_length(name, row, "ste", "train_loss"))
+        assert behind == (row == "fogzo")
         at_the_end = long.find(row).learning_rate == max(long.grid)
         assert at_the_end == (row != "fogzo")
     gap = minus_at_length(name, "fogzo", "ste")
-    said = f"between {-100 * gap.low:.1f} points behind it and {100 * gap.high:.1f} ahead, at "
-    assert f"{said}{long.run_seconds['fogzo'] / long.run_seconds['ste']:.2f} times the cost" in page
+    points = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(
+        *(100 * end for end in (gap.mean, gap.low, gap.high))
+    )
+    assert f"no row differs significantly from STE, FOGZO by {points}." in page
+    ste, placebo = (
+        f"{loss.mean:.3f}{unit} [{loss.low:.3f}, {loss.high:.3f}]"
+        for row, unit in (("ste", " nats"), ("placebo", ""))
+        if (loss := minus_at_length(name, "fogzo", row, "train_loss")).low > 0
+    )
+    assert f"it is behind STE by {ste}** and behind its placebo by {placebo}, at" in page
+    assert f"at {long.run_seconds['fogzo'] / long.run_seconds['ste']:.2f} times the cost. " in page
     masked = [point["masked"] for point in long.find("ste").curve if "masked" in point]
-    assert f"with {masked[-1]:.1%} of the weights masked at STE's end. FOGZO lies" in page
+    assert f"{masked[-1]:.1%} of the weights are masked at STE's end. The unmasked" in page
+    on_llama = minus_at_length("llama-quest-w2a2", "fogzo", "ste", "train_loss").mean
+    on_resnet = minus_at_length(name, "fogzo", "ste", "train_loss").mean
+    said = f"QuEST on LLaMA and ResNet-18 (behind in training loss, by {on_llama:.3f} and "
+    assert f"{said}{on_resnet:.3f} nats, before" in words("docs/results.md")
 
 
 def test_what_is_said_of_quest_on_deit_is_what_was_measured():
@@ -824,11 +838,14 @@ def test_what_is_said_of_the_error_with_inputs_on_resnet_is_what_was_measured():
     assert said.format(*points(placebo), *points(unmasked)) in page
     assert min(placebo.low, unmasked.low) > 0
     old = Comparison.from_dict(committed("long-resnet-quest-w2a2")).find("fogzo")
-    changed = Interval.paired(
-        results.find("fogzo").values("test_accuracy")[:3], old.values("test_accuracy")
+    changed, loss = (
+        Interval.paired(results.find("fogzo").values(key)[:5], old.values(key))
+        for key in ("test_accuracy", "train_loss")
     )
-    said = "with the former error by {:+.1f} points [{:+.1f}, {:+.1f}], which is not significant"
-    assert said.format(*points(changed)) in page
+    said = "by {:+.1f} points [{:+.1f}, {:+.1f}], not significantly, and in training loss by "
+    said += "{:+.3f} nats [{:+.3f}, {:+.3f}], significantly."
+    assert said.format(*points(changed), loss.mean, loss.low, loss.high) in page
+    assert loss.high < 0
     # The five that were to answer it.
     confirmed = {(row, key): minus(row, key, slice(3, None)) for row in rows for key in keys}
     assert len(results.find("fogzo").seeds) == 8

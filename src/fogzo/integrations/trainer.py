@@ -50,7 +50,8 @@ def refine(
     Accumulation, precision, clipping, callbacks, loggers, checkpoints and resuming stay the
     trainer's. Its log gains ``agreement`` (mean since the last log), ``kappa`` and ``fallbacks``
     (steps since then that kept STE's gradient); its checkpoints gain the estimator's state; learned
-    step sizes do not decay. What `compute_loss` counts in the trainer, it counts once.
+    step sizes of fogzo's layers do not decay. What `compute_loss` counts in the trainer, it counts
+    once.
 
     Args:
         trainer: A `transformers.Trainer`, or a subclass's, that trains a quantized model and

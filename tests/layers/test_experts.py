@@ -217,8 +217,8 @@ def test_what_experts_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"'experts\.up' has a forward that was put on"):
         fogzo.quantize_(model, fogzo.lsq(2))
     model = fogzo.quantize_(Net(), fogzo.lsq(2))
-    with pytest.raises(ValueError, match=r"'experts\.up' are fused experts, which no format"):
-        fogzo.export.check(model, "packed")
+    (problem,) = fogzo.export.check(model, "packed")
+    assert problem.startswith("'experts.up', 'experts.down' are fused experts, which no format")
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         model.experts._replicate_for_data_parallel()
     del model.experts.up

@@ -16,6 +16,7 @@ from torch import Tensor
 from fogzo.export.format_table import FORMATS, Format, StoredType
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.source import Options, Source, SourceLayer
+from fogzo.wording import listed
 
 
 def problems(source: Source, format: str) -> list[str]:
@@ -62,6 +63,12 @@ def with_rounded_steps(
 
 def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[str]:
     name, variant = type(source.model).__name__, source.options.variant
+    if source.experts:
+        yield (
+            f"{listed(source.experts)} are fused experts, which no format holds yet: "
+            "fogzo.dequantize_(model); model.save_pretrained(folder) writes the quantized weights "
+            "as float numbers, or leave experts in float with filter_fn"
+        )
     if not rules.shares and getattr(source.model, "peft_config", None):
         yield (
             f"the model has adapters of PEFT, of which the readers of {format} know nothing: "

@@ -92,7 +92,8 @@ class Source:
 
     Attributes:
         model: Quantized, without wrappers (DDP, what is compiled).
-        layers: Its quantized layers, in the order of its modules.
+        layers: Its quantized layers, in the order of its modules, but for fused experts.
+        experts: The names of the parameters of quantized fused experts, which no format holds.
         options: How to write.
         example: An input, for formats that trace the model; see `answer`.
         tokenizer: A transformers tokenizer to write too, or None.
@@ -100,6 +101,7 @@ class Source:
 
     model: nn.Module
     layers: dict[str, SourceLayer]
+    experts: tuple[str, ...]
     options: Options
     example: Any = None
     tokenizer: Any = None
@@ -116,8 +118,12 @@ class Source:
         model = _unwrapped(model, {})
         layers: dict[str, SourceLayer] = {}
         weights: dict[int, IntegerWeight] = {}
+        experts: list[str] = []
         for name, layer in model.named_modules():
             if not isinstance(layer, QuantizedLayer):
+                continue
+            if isinstance(layer, ExpertMatrices):
+                experts.append(layer_name(name, layer))
                 continue
             key = id(layer.weight)
             if key not in weights:
@@ -125,13 +131,13 @@ class Source:
                 weights[key] = integer_weight(layer)
             found = None if options.activations == "drop" else _input_form(layer)
             layers[name] = SourceLayer(name, layer, plain_class(layer), weights[key], found)
-        if not layers:
+        if not (layers or experts):
             raise ValueError(
                 "nothing in this model is quantized, so there is nothing to export: train it "
                 "after fogzo.quantize_(model, fogzo.lsq(bits=2)), and export it before "
                 "fogzo.dequantize_"
             )
-        return cls(model, layers, options)
+        return cls(model, layers, tuple(experts), options)
 
     @cached_property
     def of_transformers(self) -> bool:
@@ -158,7 +164,7 @@ class Source:
         return [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, QuantizedInput) and name not in self.layers
+            if isinstance(module, QuantizedInput) and not isinstance(module, QuantizedLayer)
         ]
 
     def states_without_tensors(self) -> dict[str, str]:
@@ -283,12 +289,6 @@ def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
 
 
 def _check(name: str, layer: QuantizedLayer) -> None:
-    if isinstance(layer, ExpertMatrices):
-        raise ValueError(
-            f"{layer_name(name, layer)!r} are fused experts, which no format holds yet: "
-            "fogzo.dequantize_(model); model.save_pretrained(folder) writes the quantized weights "
-            "as float numbers, or leave experts in float with filter_fn"
-        )
     layer._check_own_weight()
     if is_sharded(layer.weight):
         raise ValueError(

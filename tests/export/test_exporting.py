@@ -231,6 +231,37 @@ def test_inputs_that_were_never_measured_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_input_that_nothing_reaches_is_given_a_step_as_the_error_says(tmp_path):
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
+    model.forward = lambda x: model["used"](x)
+    fogzo.quantize_(model, fogzo.lsq(2), lambda *_: True, activations=fogzo.lsq(2))
+    model(torch.randn(4, 8))
+    with pytest.raises(ValueError, match="the input of 'unused' has no step size yet") as error:
+        export(model, tmp_path / "out")
+    exec(re.search(r"model\.get_submodule.*", str(error.value))[0])
+    with pytest.warns(UserWarning, match="the forward of 'unused' never ran"):
+        export(model, tmp_path / "out")
+
+
+class Masking(nn.Module):
+    """Draws in eval mode too, as ViTMAE does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x * torch.rand_like(x).gt(0.5))
+
+
+def test_models_that_draw_random_numbers_are_compared_at_the_same_ones(tmp_path):
+    model = fogzo.quantize_(Masking(), fogzo.lsq(2), lambda *_: True)
+    stream = torch.get_rng_state()
+    report = export(model, tmp_path / "out", example=torch.ones(4, 8))
+    assert report.logits_difference == 0
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 

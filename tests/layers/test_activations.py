@@ -261,6 +261,22 @@ def test_calibrating_changes_nothing_else():
     assert not model.training and torch.equal(torch.get_rng_state(), stream)
 
 
+def test_a_layer_that_gets_zeros_alone_trains_and_answers_without_a_measurement():
+    model = fill(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))  # as in DETR's decoder
+    fogzo.quantize_(model, fogzo.lsq(2), everything, activations=fogzo.lsq(2))
+    x = draw(4, 8)
+
+    def loss_of(x):
+        return (model[0](x)[:, :4] + model[1](torch.zeros_like(x))).square().mean()
+
+    estimator = fogzo.FogzoEstimator(fogzo.quantized_weights(model))
+    estimator.record(loss_of, x).backward()
+    assert estimator.refine_grads_().fallback is None
+    assert torch.equal(model.eval()[1](torch.zeros(2, 8)), model[1].bias.expand(2, 4))
+    with pytest.raises(ValueError, match="no step size yet"):
+        model[1](x)
+
+
 def test_zeros_and_overflows_measure_nothing(caplog):
     layer = _layer(nn.Linear(8, 4), fogzo.lsq(2))
     for useless in (torch.zeros(2, 8), torch.full((2, 8), math.inf), torch.ones(0, 8)):

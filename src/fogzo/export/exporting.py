@@ -247,7 +247,10 @@ def _check_measured(source: Source) -> None:
         if layer.input is not None and not layer.input.measured:
             raise ValueError(
                 f"the input of {name!r} has no step size yet: measure it first, with "
-                "fogzo.calibrate_(model): model(x)"
+                "fogzo.calibrate_(model): model(x). If no x brings it anything but zeros (it is "
+                "not used, say), any small step will do: "
+                f"model.get_submodule({name!r}).load_state_dict("
+                '{"input_step": torch.full((1, 1), 1e-6)}, strict=False)'
             )
 
 

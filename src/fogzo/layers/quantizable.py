@@ -83,7 +83,8 @@ def check_quantizable(name: str, layer: nn.Module) -> None:
     if how is not None:
         raise ValueError(
             f"the weight of {name!r} is computed by {how.name} and is no parameter of its own: "
-            f"{how.way_out}, or leave it out with filter_fn"
+            f"leave it out with filter_fn, or {how.way_out}, if no class that builds it so, as "
+            "Wav2Vec2 of transformers does, is to load it from a file"
         )
     computing = layer.experts if isinstance(layer, ExpertMatrices) else layer
     quantizing = _own_quantization(computing, cast(Tensor, weight))

@@ -21,6 +21,8 @@ from fogzo.wording import caveat
 # caches hold.
 _MAX_BYTES = {"cpu": 4 * 2**20}
 _MAX_BYTES_ELSEWHERE = 256 * 2**20
+# In what torch says of what vmap cannot follow; the last is of tolist().
+_NOT_FOLLOWED = ("vmap", "functorch", "atching rule", "have storage")
 _REMEDY = 'evaluate="in_place" evaluates the probes one by one, without torch.vmap'
 
 
@@ -117,7 +119,7 @@ def _evaluate(
     try:
         return torch.vmap(loss, randomness="same")(*(stack for *_, stack in lent))
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("vmap", "functorch", "atching rule")):
+        if not any(word in str(error) for word in _NOT_FOLLOWED):
             error.add_note(f"fogzo: {_REMEDY}, if the closure is not the cause")
             raise
         raise ValueError(

@@ -221,8 +221,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),
         "long-deit-quest-w2a2": long(quest_deit, 4000, lower),
         "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS),
-        # At the rates that rows had chosen; most but FOGZO's are of those without "-inputs".
-        "long-deit-quest-w2a2-inputs": long(quest_deit, 4000, lower[1:2]),
+        # Most but FOGZO's runs are of those without "-inputs".
+        "long-deit-quest-w2a2-inputs": long(quest_deit, 4000, lower),
+        # At the rate that rows had chosen.
         "long-llama-quest-w2a2-inputs": long(quest, 3000, rates[1:2]),
         # Three seeds, and five more that were to confirm them.
         "long-resnet-quest-w2a2-inputs": long(
@@ -234,7 +235,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(resnet, quantizer=LSQ),
             4000,
             (*rates[1:], 3.16e-2),
-            (*WIDE_ROWS, "ste-dampening-published", "ste-stable-qat"),
+            (*WIDE_ROWS, "ste-dampening-published", "ste-stable-qat", "ste-bbq", "parq"),
         ),
         "long-resnet-quest-w2a2": long(quest_resnet, 4000, (*rates[1:], 3.16e-2)),
     }

@@ -932,22 +932,39 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     said = "is {} points behind {} at {:.2f} times STE's cost, and {} nats in training loss {}"
     losses = points(stable, key="train_loss")
     assert said.format(*points(stable, sign=-1), ratio_of_stable, *losses) in page
-    gain, interval = points(phase)
-    cost = f"at {ratio:.2f} times the cost"
-    assert f"by {gain} points {interval} {cost}" in words("docs/choosing.md")
-    assert f"by {gain} points {cost}" in words("README.md")
+    annealed = long.run_seconds["parq"] / long.run_seconds["ste"]
+    said = "**PARQ does, by {} points** {} at {:.2f} times STE's cost, and by {} nats of training "
+    losses = points("parq", sign=-1, key="train_loss")
+    assert (said + "loss {}.").format(*points("parq"), annealed, *losses) in page
+    assert not excludes_zero(minus_at_length(name, "parq", phase))
+    assert not excludes_zero(minus_at_length(name, "parq", "fogzo"))
+    losses = points("parq", "fogzo", sign=-1, key="train_loss")
+    assert "ahead of FOGZO in training loss, by {} nats {}.".format(*losses) in page
+    assert len(long.find("parq").tuning) == 9 and len(long.find("ste").tuning) == 3
+    assert long.find("parq").learning_rate == max(long.grid)
+    bbq = points("ste-bbq", sign=-1, key="train_loss")
+    said = "and {} nats ahead in training loss {}, at {:.2f} times the cost"
+    assert said.format(*bbq, long.run_seconds["ste-bbq"] / long.run_seconds["ste"]) in page
+    assert not excludes_zero(minus_at_length(name, "ste-bbq", "ste"))
+    (gain, interval), (same, other) = points(phase), points("parq")
+    said = f"by {gain} points {interval} at {ratio:.2f} times the cost and by {same} {other} at "
+    assert f"{said}{annealed:.2f}." in words("docs/choosing.md")
+    assert gain == same and max(ratio, annealed) < 1
+    assert f"both by {gain} points at no cost" in words("README.md")
     lost = [points(row, sign=-1)[0] for row in (winq, cage, damped)]
     said = "lose {}, {} and {} points on ResNet-18, StableQAT's slope {}".format(
         *lost, points(stable, sign=-1)[0]
     )
     assert said in words("docs/choosing.md")
     assert f"Float itself is {points('float')[0]} points ahead there" in words("README.md")
-    back = f"cost {points('float')[0]} points, of which half of the steps in float win back {gain},"
-    assert back in words("docs/results.md")
+    back = (
+        f"cost {points('float')[0]} points, of which half of the steps in float win back {gain}, "
+    )
+    assert f"{back}PARQ as much, and" in words("docs/results.md")
     assert f"gains a ResNet-18 [{gain} points in 4,000" in words("docs/methods.md")
 
 
-def test_a_float_phase_alone_beats_the_ste_at_length_with_learned_steps_as_the_readme_says():
+def test_two_methods_beat_the_ste_at_length_with_learned_steps_as_the_readme_says():
     better = set()
     for folder in tables.LONG.values():
         if "lsq" in folder:
@@ -957,8 +974,9 @@ def test_a_float_phase_alone_beats_the_ste_at_length_with_learned_steps_as_the_r
                     gap = minus_at_length(folder.removeprefix("long-"), row.name, "ste")
                     if gap.verdict(found.main_metric.more_is_better) == "better":
                         better.add((folder, row.name))
-    assert better == {("long-resnet-lsq-w2", row) for row in ("float", "float-then-ste")}
-    assert "one of the methods tried beats STE significantly" in words("README.md")
+    rows = ("float", "float-then-ste", "parq")
+    assert better == {("long-resnet-lsq-w2", row) for row in rows}
+    assert "two of the methods tried beat STE significantly" in words("README.md")
 
 
 def test_a_mask_is_nowhere_better_as_the_default_says():

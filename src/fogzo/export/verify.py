@@ -2,13 +2,15 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.random import fork_rng
+
+from fogzo.probing.rng import RngState
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,12 @@ def answer(model: nn.Module, example: Any) -> Tensor:
     """
     modes = {module: module.training for module in model.modules()}
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    device = torch.device("cpu") if held is None else held.device
     if held is not None:  # a reader may load what a GPU trained on the CPU
-        example = _moved(example, held.device)
+        example = _moved(example, device)
     model.eval()
-    devices = [] if held is None or held.device.type == "cpu" else [held.device]
     try:
-        # Some draw in eval mode, too: ViTMAE its masks. All answer to the same numbers.
-        with torch.no_grad(), fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-            for generator in (torch, *map(torch.get_device_module, devices)):
-                generator.manual_seed(0)
+        with torch.no_grad(), _same_draws(device):
             if isinstance(example, Mapping):
                 output = model(**example)
             else:
@@ -62,6 +61,20 @@ def answer(model: nn.Module, example: Any) -> Tensor:
             "dict with logits: wrap it in a module that returns them"
         )
     return found
+
+
+@contextmanager
+def _same_draws(device: torch.device) -> Iterator[None]:
+    """Lend the random streams in one state: some draw in eval mode, too, as ViTMAE its masks."""
+    streams = RngState([device])
+    try:
+        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        if device.type != "cpu":
+            state = torch.Generator(device).manual_seed(0).get_state()
+            torch.get_device_module(device).set_rng_state(state, device)
+        yield
+    finally:
+        streams.restore()
 
 
 def trained_answer(model: nn.Module, example: Any) -> Tensor:

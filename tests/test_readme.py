@@ -948,9 +948,9 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     assert not excludes_zero(minus_at_length(name, "ste-bbq", "ste"))
     (gain, interval), (same, other) = points(phase), points("parq")
     said = f"by {gain} points {interval} at {ratio:.2f} times the cost and by {same} {other} at "
-    assert f"{said}{annealed:.2f}." in words("docs/choosing.md")
+    assert f"{said}{annealed:.2f}, PARQ with three times as many" in words("docs/choosing.md")
     assert gain == same and max(ratio, annealed) < 1
-    assert f"both by {gain} points at no cost" in words("README.md")
+    assert f"both by {gain} points in no more time, PARQ with more" in words("README.md")
     lost = [points(row, sign=-1)[0] for row in (winq, cage, damped)]
     said = "lose {}, {} and {} points on ResNet-18, StableQAT's slope {}".format(
         *lost, points(stable, sign=-1)[0]

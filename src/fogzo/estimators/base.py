@@ -24,8 +24,6 @@ from fogzo.estimators.schedules import (
     as_noise_share,
     bind,
     kappa_from_noise_share,
-    require_count,
-    require_seed,
 )
 from fogzo.estimators.stats import RefineStats
 from fogzo.layers.audit import LayerAudit
@@ -37,7 +35,7 @@ from fogzo.probing.flips import flip_rate
 from fogzo.probing.lender import Closure, Lender
 from fogzo.probing.measure import NOT_FINITE, Evaluate, Measurement, check_evaluate, measure
 from fogzo.probing.window import Window
-from fogzo.quantizers.checks import is_number
+from fogzo.quantizers.checks import is_number, require_count, require_seed
 
 _Arguments = ParamSpec("_Arguments")
 _Output = TypeVar("_Output")

@@ -7,12 +7,11 @@ refined gradient, takes into account.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from fogzo.quantizers.checks import is_number
+from fogzo.quantizers.checks import is_number, require_count
 
 NoiseShare = Callable[[int], float | None]
 """The noise share at a step, or None while the first-order gradient is to be left alone."""
@@ -254,32 +253,3 @@ def check_kappa(kappa: float) -> None:
             f"kappa is a noise-to-signal power, 0 or more and finite, got {kappa!r}: for "
             "example kappa=1e-3; small networks under SGD bear 0.1 to 1"
         )
-
-
-def require_count(name: str, value: object, example: str) -> int:
-    """The value as an int.
-
-    Raises:
-        ValueError: If it is no positive integer, of Python or NumPy.
-    """
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(cast(int, value))
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}: {example}")
-    return count
-
-
-def require_seed(seed: object) -> int:
-    """The seed as an int.
-
-    Raises:
-        ValueError: If it is no integer, of Python or NumPy.
-    """
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(cast(int, seed))
-    except TypeError:
-        pass
-    raise ValueError(f"seed must be an integer, the same on every rank, got {seed!r:.80}: seed=0")

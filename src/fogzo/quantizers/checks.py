@@ -1,8 +1,9 @@
 """Checks of arguments: what came, what was expected and the corrected call."""
 
 import math
+import operator
 from numbers import Real
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 
 def is_int(value: object) -> bool:
@@ -31,3 +32,32 @@ def require_type(name: str, value: object, types: type | tuple[type, ...], examp
         raise ValueError(
             f"{name} must be of type {words}, got {value!r:.80}: for example {example}"
         )
+
+
+def require_count(name: str, value: object, example: str) -> int:
+    """The value as an int.
+
+    Raises:
+        ValueError: If it is no positive integer, of Python or NumPy.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(cast(int, value))
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}: {example}")
+    return count
+
+
+def require_seed(seed: object) -> int:
+    """The seed as an int.
+
+    Raises:
+        ValueError: If it is no integer, of Python or NumPy.
+    """
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(cast(int, seed))
+    except TypeError:
+        pass
+    raise ValueError(f"seed must be an integer, the same on every rank, got {seed!r:.80}: seed=0")

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import lapack
 
-from fogzo.estimators.schedules import require_count
 from fogzo.quantizers import adjacent
+from fogzo.quantizers.checks import require_count
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.probes import (
     UNREFINED,

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fogzo.estimators.schedules import require_count
 from fogzo.quantizers import Grid, uniform
+from fogzo.quantizers.checks import require_count
 
 Array = NDArray[np.floating[Any]]
 Rounding = Literal["nearest", "drawn", "adjacent"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fogzo
-from fogzo.estimators.schedules import LinearNoiseShare, require_count, require_seed
+from fogzo.estimators.schedules import LinearNoiseShare
 from fogzo.methods import project_
+from fogzo.quantizers.checks import require_count, require_seed
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.setting import Regression, check_times
 
@@ -62,8 +63,10 @@ def simulate(
     weights = require_count("weights", weights, "weights=1000")
     seed = require_seed(seed)
     stops = [round(time * weights) for time in checked]
-    own = batches(setting, weights, stops[-1], seed)
-    source = own if data is None else _given(data, weights, stops[-1])
+    if data is None:
+        source = batches(setting, weights, stops[-1], seed)
+    else:
+        source = _given(data, weights, stops[-1])
     start, teacher = next(source)
     points, agreements = [], [math.nan]
     measured: list[float] = []

@@ -220,7 +220,9 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
         "long-deit-identity": timed(long(deit, 4000, lower, kept)),
         "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),
         "long-deit-quest-w2a2": long(quest_deit, 4000, lower),
-        "long-deit-lsq-w2": long(replace(deit, quantizer=LSQ), 4000, lower, WIDE_ROWS),
+        "long-deit-lsq-w2": long(
+            replace(deit, quantizer=LSQ), 4000, lower, (*WIDE_ROWS, "parq", "ste-bbq")
+        ),
         # Most but FOGZO's runs are of those without "-inputs".
         "long-deit-quest-w2a2-inputs": long(quest_deit, 4000, lower),
         # At the rate that rows had chosen.

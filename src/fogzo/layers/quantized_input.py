@@ -208,6 +208,8 @@ class QuantizedInput(nn.Module):
             state = measure(x, feature_dim)
             if state == UNMEASURED:
                 return args
+            if not can_be_read(buffer):  # as when gradient checkpointing computes it again
+                state = None
         quantizer, is_unsigned = given, None
         if state == UNSIGNED:
             assert self._without_negatives is not None

@@ -394,11 +394,20 @@ def test_what_is_said_of_research_is_what_was_measured():
     assert f"{100 * alone.summary(metric.key).mean:.1f}% and" in page
 
 
+ENDS = ("mean", "low", "high")
+
+
 def minus_at_length(name, row, other, key=None, budget="steps"):
     """A row minus another of a long comparison, in its main metric or in another."""
     long = Comparison.from_dict(committed(f"long-{name}"))
     key = key or long.main_metric.key
     return Interval.paired(*(long.find(each, budget).values(key) for each in (row, other)))
+
+
+def cost_at_length(name, row):
+    """What a row of a long comparison costs, in STE's cost."""
+    seconds = Comparison.from_dict(committed(f"long-{name}")).run_seconds
+    return seconds[row] / seconds["ste"]
 
 
 def excludes_zero(interval):
@@ -889,9 +898,20 @@ def test_what_is_said_of_learned_steps_on_deit_is_what_was_measured():
         ("float-then-ste", "behind STE by {:.3f} nats [{:.3f}, {:.3f}]"),
         (winq, "WinQ by {:.3f} [{:.3f}, {:.3f}]"),
         ("ste-cage-published", "and CAGE by {:.3f} [{:.3f}, {:.3f}]"),
+        ("ste-bbq", "behind it in training loss by {:.3f} nats [{:.3f}, {:.3f}] and behind FOGZO"),
     ):
         gap = minus_at_length(name, row, "ste", "train_loss")
         assert gap.low > 0 and said.format(gap.mean, gap.low, gap.high) in page
+    assert not excludes_zero(minus_at_length(name, "parq", "ste", "train_loss"))
+    said = "{:+.1f} points [{:.1f}, {:+.1f}], and so is BBQ, {:.1f} [{:.1f}, {:+.1f}], which is"
+    level = [100 * getattr(gaps[row], at) for row in ("parq", "ste-bbq") for at in ENDS]
+    assert said.format(*level) in page
+    gap = minus_at_length(name, "fogzo", "ste-bbq")
+    assert gap.low > 0
+    said = "behind FOGZO by {:.1f} points [{:.1f}, {:.1f}]".format(
+        *(100 * getattr(gap, at) for at in ENDS)
+    )
+    assert f"{said}, at {cost_at_length(name, 'ste-bbq'):.2f} times STE's cost" in page
 
 
 def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
@@ -928,11 +948,11 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     )
     assert (said + "{} {}, all").format(*behind) in page
     stable = "ste-stable-qat"
-    ratio_of_stable = long.run_seconds[stable] / long.run_seconds["ste"]
+    ratio_of_stable = cost_at_length(name, stable)
     said = "is {} points behind {} at {:.2f} times STE's cost, and {} nats in training loss {}"
     losses = points(stable, key="train_loss")
     assert said.format(*points(stable, sign=-1), ratio_of_stable, *losses) in page
-    annealed = long.run_seconds["parq"] / long.run_seconds["ste"]
+    annealed = cost_at_length(name, "parq")
     said = "**PARQ does, by {} points** {} at {:.2f} times STE's cost, and by {} nats of training "
     losses = points("parq", sign=-1, key="train_loss")
     assert (said + "loss {}.").format(*points("parq"), annealed, *losses) in page
@@ -944,7 +964,7 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     assert long.find("parq").learning_rate == max(long.grid)
     bbq = points("ste-bbq", sign=-1, key="train_loss")
     said = "and {} nats ahead in training loss {}, at {:.2f} times the cost"
-    assert said.format(*bbq, long.run_seconds["ste-bbq"] / long.run_seconds["ste"]) in page
+    assert said.format(*bbq, cost_at_length(name, "ste-bbq")) in page
     assert not excludes_zero(minus_at_length(name, "ste-bbq", "ste"))
     (gain, interval), (same, other) = points(phase), points("parq")
     said = f"by {gain} points {interval} at {ratio:.2f} times the cost and by {same} {other} at "

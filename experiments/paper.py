@@ -36,6 +36,7 @@ PUBLISHED_ROWS = ("ste-cage-published", "ste-winq-published", "ste-dampening-pub
 
 LONG_ROWS = ("float", *CORE_ROWS, "fogzo-every-4", "float-then-ste", "ste-cage-published")
 WIDE_ROWS = ("float", *CORE_ROWS, "float-then-ste", "ste-cage-published", "ste-winq-published")
+LAST_ROWS = ("parq", "ste-bbq")
 
 FIXED = QuantizerConfig(preset="fixed", bits=2, surrogate="identity")
 TANH = replace(FIXED, surrogate="tanh")
@@ -215,13 +216,13 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
     return {
         "long-llama-identity": timed(long(identity, 3000, (*rates, 3.16e-2), kept)),
         "long-llama-tanh": long(tanh, 3000, (3.16e-4, *rates, 3.16e-2)),
-        "long-llama-lsq-w2": long(lsq, 3000, rates, LONG_ROWS),
+        "long-llama-lsq-w2": long(lsq, 3000, rates, (*LONG_ROWS, *LAST_ROWS)),
         "long-llama-quest-w2a2": long(quest, 3000, rates),
         "long-deit-identity": timed(long(deit, 4000, lower, kept)),
         "long-deit-tanh": long(replace(deit, quantizer=TANH), 4000, lower),
         "long-deit-quest-w2a2": long(quest_deit, 4000, lower),
         "long-deit-lsq-w2": long(
-            replace(deit, quantizer=LSQ), 4000, lower, (*WIDE_ROWS, "parq", "ste-bbq")
+            replace(deit, quantizer=LSQ), 4000, lower, (*WIDE_ROWS, *LAST_ROWS)
         ),
         # Most but FOGZO's runs are of those without "-inputs".
         "long-deit-quest-w2a2-inputs": long(quest_deit, 4000, lower),

@@ -869,7 +869,9 @@ def test_what_is_said_of_the_error_with_inputs_on_resnet_is_what_was_measured():
 
 def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
     page, long = words("docs/research.md"), Comparison.from_dict(committed("long-llama-lsq-w2"))
-    assert {row.learning_rate for row in long.rows} == {sorted(long.grid)[1]}
+    bbq, grid = long.find("ste-bbq"), sorted(long.grid)
+    assert {row.learning_rate for row in long.rows if row is not bbq} == {grid[1]}
+    assert bbq.learning_rate == grid[0]
     for row in long.rows[1:] + long.rows[:1]:
         if row.name != "ste":
             assert not excludes_zero(minus_at_length("llama-lsq-w2", row.name, "ste"))
@@ -881,6 +883,11 @@ def test_what_is_said_of_learned_steps_at_length_is_what_was_measured():
     assert f"is {-loss.mean:.3f} nats below STE [{-loss.high:.3f}, {-loss.low:.3f}], and no" in page
     for key in (None, "train_loss"):
         assert not excludes_zero(minus_at_length("llama-lsq-w2", "fogzo-every-4", "fogzo", key))
+    gaps = [minus_at_length("llama-lsq-w2", row, "ste") for row in ("parq", "ste-bbq")]
+    said = (
+        "by {:+.2f} perplexity [{:.2f}, {:+.2f}] and {:.2f} [{:.2f}, {:+.2f}], PARQ at the lowest"
+    )
+    assert said.format(*(getattr(gap, at) for gap in gaps for at in ENDS)) in page
 
 
 def test_what_is_said_of_learned_steps_on_deit_is_what_was_measured():

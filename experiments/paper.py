@@ -238,7 +238,14 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
             replace(resnet, quantizer=LSQ),
             4000,
             (*rates[1:], 3.16e-2),
-            (*WIDE_ROWS, "ste-dampening-published", "ste-stable-qat", "ste-bbq", "parq"),
+            (
+                *WIDE_ROWS,
+                "ste-dampening-published",
+                "ste-stable-qat",
+                "ste-bbq",
+                "parq",
+                "ste-cage",
+            ),
         ),
         "long-resnet-quest-w2a2": long(quest_resnet, 4000, (*rates[1:], 3.16e-2)),
     }

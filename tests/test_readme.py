@@ -973,6 +973,14 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     said = "and {} nats ahead in training loss {}, at {:.2f} times the cost"
     assert said.format(*bbq, cost_at_length(name, "ste-bbq")) in page
     assert not excludes_zero(minus_at_length(name, "ste-bbq", "ste"))
+    said = "**CAGE from the first step on is {} points behind STE** {}, at the lowest of three "
+    assert said.format(*points("ste-cage", sign=-1)) in page
+    tuned = long.find("ste-cage")
+    assert tuned.learning_rate == min(long.grid) and tuned.value == min(
+        candidate.value for candidate in tuned.tuning
+    )
+    said = "tuned so, it is {} points {} behind the pull of its authors"
+    assert said.format(*points("ste-cage", cage, sign=-1)) in page
     (gain, interval), (same, other) = points(phase), points("parq")
     said = f"by {gain} points {interval} at {ratio:.2f} times the cost and by {same} {other} at "
     assert f"{said}{annealed:.2f}, PARQ with three times as many" in words("docs/choosing.md")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fogzo
 from fogzo.estimators.schedules import LinearNoiseShare
 from fogzo.methods import project_
+from fogzo.probing.directions import mix_seed
 from fogzo.quantizers.checks import require_count, require_seed
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.setting import Regression, check_times
@@ -73,8 +74,9 @@ def simulate(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", RuntimeWarning)  # of so few weights now and then none flips
         layer = _layer(setting, start)
-        # What levels are drawn by; the stream is given back at the end.
-        torch.set_rng_state(torch.Generator().manual_seed(seed + 2**32).get_state())
+        # What levels are drawn by; the stream is given back at the end. Mixed, as a generator takes
+        # the lower 32 bits of a seed alone, and the data have those already.
+        torch.set_rng_state(torch.Generator().manual_seed(mix_seed(seed, 1)).get_state())
         records = fogzo.quantized_weights(layer)
         refiner = _made(estimator or _own(setting, seed), records, stops[-1])
         # Inputs have covariance I / d, so a rate in units of d does not depend on d.

@@ -107,6 +107,19 @@ def test_weights_beyond_the_range_are_pulled_in():
         assert weight.param.abs().max().item() == pytest.approx(0.015)
 
 
+def test_beside_a_step_size_of_zero_the_level_is_zero():
+    weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        weight[0] = 0.0
+    before, step = weight.detach().clone(), torch.tensor([[0.0], [0.0], [0.5]])
+    record = fogzo.QuantizedWeight("weight", weight, lambda: step, grid=uniform(2))
+    weight.grad = torch.zeros_like(weight)
+    GridPenalty([record], 0.5).add_grads_()
+    assert weight.grad[:2].eq(0).all() and weight.grad[2].any()
+    GridPull([record], 0.5).pull_()
+    assert torch.equal(weight[:2], before[:2] / 2) and weight.isfinite().all()
+
+
 def test_padding_rows_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(6, 8, padding_idx=2), nn.Linear(8, 4))

@@ -369,7 +369,8 @@ def rounded(weight: QuantizedWeight) -> Rounded:
     assert grid is not None
     step = shard_like(full(weight.step_size()).detach().to(param), weight.param)
     w = param if weight.rotate is None else weight.rotate(param)
-    level = grid.round(w / step) * step
+    # Beside a step of 0, that of a dead group, the one level is 0: 0 / 0 would be no number.
+    level = grid.round(w / step.where(step != 0, 1)) * step
     wide = torch.promote_types(param.dtype, torch.float32)
     return Rounded(w.to(wide), level.to(wide), grid.low * step.to(wide), grid.high * step.to(wide))
 

@@ -140,6 +140,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(kind, at):
     assert same(model, again)
 
 
+@pytest.mark.parametrize(("saved", "own"), [(1.0, 0.5), (0.5, 1.0)])
+def test_a_run_that_switches_at_another_step_is_resumed_only_in_its_own_phase(saved, own):
+    switch = quantize_from(network("fixed"), saved, total_steps=STEPS)
+    other = quantize_from(network("fixed"), own, total_steps=STEPS)
+    switch.load_state_dict({"step": 2})  # of versions that knew no more
+    other.load_state_dict(switch.state_dict())
+    assert other.step == 2 and not other.is_quantized
+    switch.load_state_dict({"step": 5})
+    with pytest.raises(ValueError, match=f"switches after {switch.switch_step}, and this one"):
+        other.load_state_dict(switch.state_dict())
+    assert other.step == 2 and not other.is_quantized
+    again = quantize_from(network("fixed"), switch.switch_step / 16, total_steps=16)
+    again.load_state_dict(switch.state_dict())  # as the message says
+    assert again.is_quantized == switch.is_quantized
+
+
 def test_an_average_begun_in_float_is_quantized_with_its_model():
     model = network("fixed")
     switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
@@ -327,3 +343,5 @@ def test_impossible_calls_are_refused():
     quantize_from(fresh, 0.5, total_steps=10)  # as the message says
     with pytest.raises(ValueError, match="expected one integer, step"):
         switch.load_state_dict({"steps": 1})
+    with pytest.raises(ValueError, match="expected one integer, step"):
+        switch.load_state_dict({"step": 1, "switch_step": None})

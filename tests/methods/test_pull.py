@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 
 import fogzo
@@ -405,6 +406,26 @@ def test_learning_rate_times_strength_is_checked_before_anything_is_changed(rate
     with pytest.raises(ValueError, match=rf"got {rate:g} \* 2 for '2\.weight' at step 0: mind"):
         pull.pull_()
     assert same(before, list(model.parameters())) and pull.step == 0
+
+
+@pytest.mark.parametrize("made_by", [cage, fogzo.methods.cewt])
+def test_an_optimizer_without_learning_rates_is_refused_before_anything_is_changed(made_by):
+    model = network(fogzo.fixed(2))
+    options = {"total_steps": 9} if made_by is cage else {}
+    without = torch.optim.Optimizer(model.parameters(), {})
+    relative = Adafactor(model.parameters())  # its lr is None
+    for optimizer in (without, relative):
+        with pytest.raises(ValueError, match=r"'0\.weight' is in a group .* no learning rate"):
+            made_by(model, optimizer, **options)
+    made_by(model, Adafactor(model.parameters(), lr=1e-3, relative_step=False), **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made_by(model, optimizer, **options)
+    optimizer.param_groups[0]["lr"] = None
+    before = [param.detach().clone() for param in model.parameters()]
+    if made_by is not cage:
+        with pytest.raises(ValueError, match="no learning rate"):
+            optimizer.step()
+    assert same(before, list(model.parameters()))
 
 
 @pytest.mark.parametrize("state", [None, {}, {"step": -1}, {"step": 1.5}, {"step": 1, "seed": 2}])

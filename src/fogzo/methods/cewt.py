@@ -49,7 +49,7 @@ class Cewt:
             self.norms[_unused(weight.name, self.norms)] = norm
         self._before: dict[int, Tensor] = {}  # by position, as names may occur twice
         self._warned = False
-        self._check_decay(optimizer)
+        self._check_groups(optimizer)
         self._handles: Sequence[RemovableHandle] = (
             optimizer.register_step_pre_hook(self._save),
             optimizer.register_step_post_hook(self._constrain),
@@ -82,7 +82,7 @@ class Cewt:
         self.norms = {name: float(norms[name]) for name in self.norms}
 
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._check_decay(optimizer)
+        self._check_groups(optimizer)
         self._before = {
             index: weight.param.detach().clone()  # one without a gradient may get it in a closure
             for index, weight in enumerate(self.weights)
@@ -118,17 +118,22 @@ class Cewt:
             return project_to_gaussian(moved, norm)
         return weight.rotate(project_to_gaussian(weight.rotate(moved), norm))
 
-    def _check_decay(self, optimizer: Optimizer) -> None:
+    def _check_groups(self, optimizer: Optimizer) -> None:
         own = {id(weight.param): weight.name for weight in self.weights}
         for group in optimizer.param_groups:
-            if group.get("weight_decay"):
-                for param in group["params"]:
-                    if id(param) in own:
-                        raise ValueError(
-                            f"{own[id(param)]!r} has a weight decay of {group['weight_decay']}, "
-                            "which only turns the step of a weight whose norm is kept: put it in "
-                            'a group with "weight_decay": 0.0'
-                        )
+            names = [own[id(param)] for param in group["params"] if id(param) in own]
+            if names and group.get("weight_decay"):
+                raise ValueError(
+                    f"{names[0]!r} has a weight decay of {group['weight_decay']}, "
+                    "which only turns the step of a weight whose norm is kept: put it in "
+                    'a group with "weight_decay": 0.0'
+                )
+            if names and group.get("lr") is None:
+                raise ValueError(
+                    f"{names[0]!r} is in a group of the optimizer that has no learning rate, which "
+                    "is the length of its steps: set one, as in "
+                    "torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)"
+                )
 
 
 def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cewt:
@@ -157,8 +162,8 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
         The constraint, with ``state_dict()``, ``load_state_dict()`` and ``remove()``.
 
     Raises:
-        ValueError: If a weight is not in the optimizer, has a weight decay, is sharded, must
-            keep some entries, or has a norm of 0 or one that is not finite.
+        ValueError: If a weight is not in the optimizer, has a weight decay or no learning rate, is
+            sharded, must keep some entries, or has a norm of 0 or one that is not finite.
 
     Warns:
         RuntimeWarning: Once, in a step whose update of a weight is not finite.

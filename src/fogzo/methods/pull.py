@@ -134,7 +134,7 @@ class GridPull(_Scheduled):
             return [1.0] * len(weights)
         # Groups are asked anew each time: schedulers and load_state_dict write to them.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        rates = {id(param): group["lr"] for group in groups for param in group["params"]}
+        rates = {id(param): group.get("lr") for group in groups for param in group["params"]}
         missing = [weight.name for weight in weights if id(weight.param) not in rates]
         if missing:
             raise ValueError(
@@ -142,7 +142,15 @@ class GridPull(_Scheduled):
                 "known: give all optimizers that train quantized weights, optimizer=[muon, adamw], "
                 "made after fully_shard"
             )
-        return [float(rates[id(weight.param)]) for weight in weights]
+        found = [rates[id(weight.param)] for weight in weights]
+        if None in found:
+            raise ValueError(
+                f"{weights[found.index(None)].name!r} is in a group of the optimizer that has no "
+                "learning rate, which the strength is multiplied by: set one (in transformers, "
+                "Adafactor(params, lr=1e-3, relative_step=False)), or pull without learning rates, "
+                "GridPull(weights, strength)"
+            )
+        return [float(rate) for rate in found]
 
     def _check_share(self, weight: QuantizedWeight, rate: float, strength: float) -> None:
         if not 0 <= rate * strength < math.inf:

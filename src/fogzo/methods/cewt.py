@@ -37,6 +37,7 @@ class Cewt:
     def __init__(self, weights: Weights, optimizer: Optimizer, project: bool) -> None:
         example = "torch.optim.AdamW(model.parameters(), weight_decay=0.0)"
         require_type("optimizer", optimizer, Optimizer, example)
+        _check_hooks(optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.weights = [w for w in as_records(weights) if w.param.requires_grad]
         for weight in self.weights:
@@ -229,6 +230,16 @@ def _warn_of_updates(names: Sequence[str]) -> None:
         RuntimeWarning,
         stacklevel=5,  # who calls optimizer.step(), behind wrappers of torch's
     )
+
+
+def _check_hooks(optimizer: Optimizer) -> None:
+    # A wrapper that has not called the constructor of torch's class.
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps another optimizer and has no hooks, in which "
+            "steps are constrained: give the one inside, as of accelerate "
+            "fogzo.methods.cewt(model, optimizer.optimizer)"
+        )
 
 
 def _check(weight: QuantizedWeight, trained: set[int]) -> None:

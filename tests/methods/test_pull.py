@@ -395,6 +395,18 @@ def test_a_function_may_return_a_tensor():
     assert same(list(model.parameters()), list(same_model.parameters()))
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0, -1.0, "2", torch.ones(2)])
+def test_a_scale_of_gradients_is_checked_before_anything_is_changed(scale):
+    model = network(fogzo.fixed(2))
+    model(torch.ones(1, 16)).sum().backward()
+    before = [param.grad.clone() for param in model.parameters()]
+    penalty = GridPenalty(model, 1.0)
+    with pytest.raises(ValueError, match=r"grad_scale must be a positive.*scaler\.get_scale\(\)"):
+        penalty.add_grads_(grad_scale=scale)
+    assert same(before, [param.grad for param in model.parameters()]) and penalty.step == 0
+    penalty.add_grads_(grad_scale=torch.tensor(2.0))
+
+
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
 def test_learning_rate_times_strength_is_checked_before_anything_is_changed(rate):
     model = network(fogzo.fixed(2))

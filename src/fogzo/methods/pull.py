@@ -25,7 +25,7 @@ from fogzo.methods.ramps import (
     as_strength,
     strength_at,
 )
-from fogzo.quantizers.checks import is_number
+from fogzo.quantizers.checks import is_number, require_positive
 from fogzo.wording import listed
 
 Weights = nn.Module | Iterable[WeightLike]
@@ -209,13 +209,16 @@ class GridPenalty(_Scheduled):
                 before ``scaler.unscale_(optimizer)``, else 1.
 
         Raises:
-            ValueError: If there are no gradients, or the strength is negative or not finite at this
-                step. Then no gradient has been changed.
+            ValueError: If there are no gradients, the scale is no positive, finite number, or the
+                strength is negative or not finite at this step. Then no gradient has been changed.
 
         Warns:
             RuntimeWarning: Once if weights are in a float phase and left alone while the strength
                 is not 0.
         """
+        if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1:
+            grad_scale = grad_scale.item()
+        require_positive("grad_scale", grad_scale, "grad_scale=scaler.get_scale()")
         strength = 2 * grad_scale * strength_at(self.strength, self.step)
         weights = self._trained()
         used = [weight for weight in weights if weight.param.grad is not None]

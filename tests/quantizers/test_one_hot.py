@@ -12,6 +12,7 @@ import fogzo
 from fogzo.quantizers import (
     SIGN,
     TERNARY,
+    Grid,
     Quantizer,
     conditional_gumbels,
     draw_levels,
@@ -202,6 +203,20 @@ def test_logits_far_from_each_other_keep_finite_gradients(backward):
     assert one_hot.argmax(-1).tolist() == [0, 0, 1]
     (one_hot * torch.tensor([1.0, 2.0])).sum().backward()
     assert logits.grad.isfinite().all()
+
+
+def test_autocast_rounds_neither_levels_nor_their_gradient():
+    grid, x = Grid("thirds", -1, 1, spacing=2 / 3), torch.randn(64)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        weight = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = draw_levels(weight, grid, Logistic(tau=2.0))
+        levels.backward(x)
+        found.append((levels.detach(), weight.grad))
+    assert set(found[0][0].tolist()) == set(grid.level(torch.arange(-1, 2.0)).tolist())
+    assert all(map(torch.equal, *found))
 
 
 def test_weights_far_beyond_the_range_stay_there():

@@ -188,7 +188,8 @@ def draw_levels(
     logits = level_logits(x, grid, law)
     drawn = one_hot_sample(logits, backward, temperature=temperature, samples=samples)
     codes = torch.arange(grid.low_code, grid.high_code + 1, dtype=drawn.dtype, device=x.device)
-    return (drawn @ grid.level(codes)).to(x.dtype)
+    # Not a matrix product, which autocast, or a GPU in TF32, would round levels for.
+    return (drawn * grid.level(codes)).sum(-1).to(x.dtype)
 
 
 class _Follow(Function):

@@ -440,6 +440,20 @@ def test_an_optimizer_without_learning_rates_is_refused_before_anything_is_chang
     assert same(before, list(model.parameters()))
 
 
+@pytest.mark.parametrize("quantizer", [fogzo.fixed(2), fogzo.quest(2)])
+def test_a_network_that_was_baked_in_is_not_pulled(quantizer):
+    model = network(quantizer)
+    model(torch.ones(1, 16)).sum().backward()
+    pull, penalty = GridPull(model, 0.5), GridPenalty(model, 0.5)
+    weights = fogzo.quantized_weights(model)
+    fogzo.dequantize_(copy.deepcopy(model))  # as the message says
+    pull.pull_()
+    fogzo.dequantize_(model)
+    for call in (pull.pull_, penalty.add_grads_, lambda: GridPull(weights, 0.5)):
+        with pytest.raises(ValueError, match=r"a Linear has no step sizes since fogzo\."):
+            call()
+
+
 @pytest.mark.parametrize("state", [None, {}, {"step": -1}, {"step": 1.5}, {"step": 1, "seed": 2}])
 def test_other_states_are_refused(state):
     with pytest.raises(ValueError, match="expected one integer, step"):

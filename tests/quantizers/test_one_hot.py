@@ -330,3 +330,17 @@ def test_a_mistake_is_explained(arguments, message):
 def test_a_law_that_ends_is_refused(law):
     with pytest.raises(ValueError, match=r"unbounded support.*Logistic\(tau=2\.0\)"):
         draw_levels(torch.zeros(3), uniform(2), law)
+
+
+@pytest.mark.parametrize("x", [torch.arange(3), [0.0, 1.0]], ids=["integers", "a list"])
+def test_weights_that_are_no_floating_point_numbers_are_refused(x):
+    with pytest.raises(ValueError, match=r"x must be .* got (torch\.int64|list): draw_levels\("):
+        draw_levels(x, uniform(2), Logistic(tau=2.0))
+
+
+def test_a_draw_of_another_shape_is_refused():
+    logits = torch.zeros(3, 4)
+    conditional_gumbels(logits, torch.nn.functional.one_hot(torch.tensor([0, 1, 3]), 4))
+    for one_hot in (torch.ones(3, 1), torch.tensor([0, 1, 3])):
+        with pytest.raises(ValueError, match=r"one_hot must have the shape \(3, 4\)"):
+            conditional_gumbels(logits, one_hot)

@@ -347,3 +347,7 @@ def test_a_run_says_what_it_was_given_amiss():
     ):
         with pytest.raises(ValueError, match=says):
             simulate(BASE, times, **{"weights": 10, "seed": 0, **given})
+    noisy = replace(BASE, estimator="placebo", kappa=1.0)
+    for setting in (BASE, noisy):
+        with pytest.raises(ValueError, match=r"times end at 0\.01, .* before the first step"):
+            simulate(setting, [0.0, 0.01], weights=10, seed=0)

@@ -56,14 +56,19 @@ def simulate(
         The curve, and as its agreement the mean since the time before of what was measured.
 
     Raises:
-        ValueError: If times are no ascending numbers from 0, there are no weights, the seed is no
-            integer, the data are of another number of weights or end early, or the estimator is not
-            made by a function of the two.
+        ValueError: If times are no ascending numbers from 0 or end before the first step, there are
+            no weights, the seed is no integer, the data are of another number of weights or end
+            early, or the estimator is not made by a function of the two.
     """
     checked = check_times(times)
     weights = require_count("weights", weights, "weights=1000")
     seed = require_seed(seed)
     stops = [round(time * weights) for time in checked]
+    if stops[-1] < 1:
+        raise ValueError(
+            f"times end at {checked[-1]:g}, in steps per weight, before the first step of "
+            f"{weights} weights: times=[0, 10, 20]"
+        )
     if data is None:
         source = batches(setting, weights, stops[-1], seed)
     else:

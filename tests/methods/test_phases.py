@@ -168,6 +168,20 @@ def test_an_average_begun_in_float_is_quantized_with_its_model():
     assert len(average.module[0].quantized_weight().unique()) <= 4
 
 
+def test_the_inputs_of_an_average_begun_in_float_are_measured_before_it_is_used():
+    model = network("W2A2")
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    average = AveragedModel(model)
+    for step in range(STEPS):
+        train(model, optimizer, switch, [step])
+        average.update_parameters(model)
+    with pytest.raises(ValueError, match=r"calibrate_\(averaged\)"):
+        average.eval()(batch(0)[0])
+    with fogzo.calibrate_(average):
+        average(batch(0)[0])
+    assert average(batch(0)[0]).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_made_in_float_is_quantized_with_step_sizes_of_its_own_weights(kind):
     model = network(kind)

@@ -39,7 +39,9 @@ class Cewt:
         require_type("optimizer", optimizer, Optimizer, example)
         _check_hooks(optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.weights = [w for w in as_records(weights) if w.param.requires_grad]
+        records = as_records(weights)
+        self.weights = [w for w in records if w.param.requires_grad]
+        self._frozen = [w for w in records if not w.param.requires_grad]
         for weight in self.weights:
             _check(weight, trained)
         self.project = project
@@ -121,7 +123,15 @@ class Cewt:
 
     def _check_groups(self, optimizer: Optimizer) -> None:
         own = {id(weight.param): weight.name for weight in self.weights}
+        thawed = {id(w.param): w.name for w in self._frozen if w.param.requires_grad}
         for group in optimizer.param_groups:
+            late = [thawed[id(param)] for param in group["params"] if id(param) in thawed]
+            if late:
+                raise ValueError(
+                    f"{late[0]!r} was frozen when it was listed for CEWT, and would train without "
+                    "the constraint: list it anew, constraint.remove(), then "
+                    "constraint = fogzo.methods.cewt(model, optimizer)"
+                )
             names = [own[id(param)] for param in group["params"] if id(param) in own]
             if names and group.get("weight_decay"):
                 raise ValueError(
@@ -145,6 +155,7 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
     constraint. Learning rates mean another thing for them, a step's length relative to the
     weight's: the authors use 0.01 for 30M parameters to 0.00125 for 430M with AdamW.
 
+    Weights that are frozen at this call are left out; once they train, a step asks for another.
     Weights that are rotated before they are rounded are constrained in that basis. Initialise
     weights as Gaussians: the first step makes them so, whatever the inputs are. In the authors'
     models this helps; docs/methods.md has what was measured here. A weight that the optimizer

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -338,6 +339,17 @@ def test_estimators_leave_the_exact_gradients_of_a_float_phase_alone(way):
         assert spsa.refine_grads_(loss_of).probe_losses  # it has no other gradient
         switch.advance_()
     assert estimator.step == 2
+
+
+def test_counts_of_numpy_are_those_of_python():
+    model = network("fixed")
+    switch = quantize_from(model, 1, total_steps=np.int64(4))
+    assert switch.switch_step == 4 and type(switch.switch_step) is int
+    optimizer = adamw(model)
+    pulls = [cage(model, optimizer, total_steps=count(4), start=0.5) for count in (np.int16, int)]
+    assert [pulls[0].strength(step) for step in range(5)] == [0, 0, 5, 10, 10]
+    assert [pulls[1].strength(step) for step in range(5)] == [0, 0, 5, 10, 10]
+    assert [winq(model, every=np.int64(2)).strength(step) for step in range(3)] == [0, 0.8, 0]
 
 
 def test_impossible_calls_are_refused():

@@ -25,7 +25,7 @@ class Switch:
     def __init__(self, model: nn.Module, start: float, total_steps: int) -> None:
         check_start(start)
         check_count("total_steps", total_steps, "quantize_from(model, 0.5, total_steps=10_000)")
-        self.switch_step = round(start * total_steps)
+        self.switch_step = round(start * int(total_steps))
         self.step = 0
         call = "fogzo.methods.quantize_from(model, 0.5, total_steps=...)"
         self._layers = list(require_quantized(model, call).values())

@@ -8,7 +8,7 @@ with w; dampening adds it to the gradients before. None of them needs a forward 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class GridPull(_Scheduled):
             return [1.0] * len(weights)
         # Groups are asked anew each time: schedulers and load_state_dict write to them.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        rates = {id(param): group.get("lr") for group in groups for param in group["params"]}
+        rates: dict[int, Any] = {id(p): g.get("lr") for g in groups for p in g["params"]}
         missing = [weight.name for weight in weights if id(weight.param) not in rates]
         if missing:
             raise ValueError(

@@ -255,3 +255,16 @@ def test_one_accelerator_trains_one_model_after_another_and_two_at_once():
     gc.collect()
     assert third.step == 1 and freed() is None
     assert accelerator._custom_objects == [third]
+
+
+def test_cewt_asks_for_the_optimizer_inside():
+    run = Run()
+    with pytest.raises(ValueError, match=r"AcceleratedOptimizer wraps another .* no hooks"):
+        fogzo.methods.cewt(run.model, run.optimizer)
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    constraint = fogzo.methods.cewt(run.model, run.optimizer.optimizer)  # as the message says
+    run.train()
+    weights = fogzo.quantized_weights(run.model)
+    norms = torch.stack([weight.param.detach().norm() for weight in weights])
+    torch.testing.assert_close(norms, torch.tensor(list(constraint.norms.values())))

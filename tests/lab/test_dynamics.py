@@ -172,6 +172,19 @@ def test_an_estimator_of_ones_own_is_tried_where_the_curve_is_known():
     assert len(data) == 51 and not np.array_equal(again.risk, np.zeros(3))
 
 
+def test_levels_are_drawn_independently_of_the_data():
+    uniforms = []
+
+    def look(weights, steps):
+        uniforms.append(torch.rand(1000))
+
+    simulate(replace(BASE, rounding="drawn"), [0, 0.001], weights=1000, seed=3, estimator=look)
+    start, _ = next(batches(BASE, 1000, 1, seed=3))
+    for of_start in (start[0], start[0].abs()):
+        correlation = torch.corrcoef(torch.stack([uniforms[0], of_start]))[0, 1]
+        assert correlation.abs() < 0.1
+
+
 # Against what was committed
 
 STE_ROWS = {"ste": "masked", "ste-unmasked": "unmasked"}
@@ -334,3 +347,7 @@ def test_a_run_says_what_it_was_given_amiss():
     ):
         with pytest.raises(ValueError, match=says):
             simulate(BASE, times, **{"weights": 10, "seed": 0, **given})
+    noisy = replace(BASE, estimator="placebo", kappa=1.0)
+    for setting in (BASE, noisy):
+        with pytest.raises(ValueError, match=r"times end at 0\.01, .* before the first step"):
+            simulate(setting, [0.0, 0.01], weights=10, seed=0)

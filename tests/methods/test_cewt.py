@@ -281,6 +281,25 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
     assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
+def test_a_weight_that_was_frozen_is_listed_anew_before_it_trains():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = adamw(model)
+    constraint = cewt(model, optimizer)
+    train(model, optimizer, range(2))
+    model[0].requires_grad_(True)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"'0\.weight' was frozen.*constraint\.remove\(\)"):
+        train(model, optimizer, [2])
+    assert all(map(torch.equal, before, model.parameters()))
+    constraint.remove()  # as the message says
+    constraint = cewt(model, optimizer)
+    train(model, optimizer, [2])
+    norm = torch.linalg.vector_norm(model[0].weight.detach()).item()
+    assert norm == pytest.approx(constraint.norms["0.weight"])
+    assert not torch.equal(before[0], model[0].weight)
+
+
 def test_impossible_calls_are_refused():
     model = network()
     with pytest.raises(ValueError, match="optimizer must be of type Optimizer, got None"):

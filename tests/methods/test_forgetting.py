@@ -299,6 +299,17 @@ def test_frozen_networks_are_refused():
         forget_with(net)
 
 
+def test_a_network_that_is_still_in_float_is_refused():
+    net = quantized_net().eval()
+    switch = fogzo.methods.quantize_from(net, 0.5, total_steps=2)
+    before = Snapshot(net)
+    with pytest.raises(ValueError, match=r"are still in float.*switch\.advance_\(\)"):
+        forget_with(net)
+    before.assert_same()
+    switch.advance_()  # as the message says
+    forget_with(net, target=-1.0)
+
+
 def test_several_ranks_are_refused(net):
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:

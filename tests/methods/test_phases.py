@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -140,6 +141,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(kind, at):
     assert same(model, again)
 
 
+@pytest.mark.parametrize(("saved", "own"), [(1.0, 0.5), (0.5, 1.0)])
+def test_a_run_that_switches_at_another_step_is_resumed_only_in_its_own_phase(saved, own):
+    switch = quantize_from(network("fixed"), saved, total_steps=STEPS)
+    other = quantize_from(network("fixed"), own, total_steps=STEPS)
+    switch.load_state_dict({"step": 2})  # of versions that knew no more
+    other.load_state_dict(switch.state_dict())
+    assert other.step == 2 and not other.is_quantized
+    switch.load_state_dict({"step": 5})
+    with pytest.raises(ValueError, match=f"switches after {switch.switch_step}, and this one"):
+        other.load_state_dict(switch.state_dict())
+    assert other.step == 2 and not other.is_quantized
+    again = quantize_from(network("fixed"), switch.switch_step / 16, total_steps=16)
+    again.load_state_dict(switch.state_dict())  # as the message says
+    assert again.is_quantized == switch.is_quantized
+
+
 def test_an_average_begun_in_float_is_quantized_with_its_model():
     model = network("fixed")
     switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
@@ -150,6 +167,20 @@ def test_an_average_begun_in_float_is_quantized_with_its_model():
     x, _ = batch(100)
     assert torch.equal(average(x), model(x))
     assert len(average.module[0].quantized_weight().unique()) <= 4
+
+
+def test_the_inputs_of_an_average_begun_in_float_are_measured_before_it_is_used():
+    model = network("W2A2")
+    switch, optimizer = quantize_from(model, 0.5, total_steps=STEPS), adamw(model)
+    average = AveragedModel(model)
+    for step in range(STEPS):
+        train(model, optimizer, switch, [step])
+        average.update_parameters(model)
+    with pytest.raises(ValueError, match=r"calibrate_\(averaged\)"):
+        average.eval()(batch(0)[0])
+    with fogzo.calibrate_(average):
+        average(batch(0)[0])
+    assert average(batch(0)[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,6 +341,17 @@ def test_estimators_leave_the_exact_gradients_of_a_float_phase_alone(way):
     assert estimator.step == 2
 
 
+def test_counts_of_numpy_are_those_of_python():
+    model = network("fixed")
+    switch = quantize_from(model, 1, total_steps=np.int64(4))
+    assert switch.switch_step == 4 and type(switch.switch_step) is int
+    optimizer = adamw(model)
+    pulls = [cage(model, optimizer, total_steps=count(4), start=0.5) for count in (np.int16, int)]
+    assert [pulls[0].strength(step) for step in range(5)] == [0, 0, 5, 10, 10]
+    assert [pulls[1].strength(step) for step in range(5)] == [0, 0, 5, 10, 10]
+    assert [winq(model, every=np.int64(2)).strength(step) for step in range(3)] == [0, 0.8, 0]
+
+
 def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match="nothing in this model is quantized"):
         quantize_from(network(), 0.5, total_steps=10)
@@ -327,3 +369,5 @@ def test_impossible_calls_are_refused():
     quantize_from(fresh, 0.5, total_steps=10)  # as the message says
     with pytest.raises(ValueError, match="expected one integer, step"):
         switch.load_state_dict({"steps": 1})
+    with pytest.raises(ValueError, match="expected one integer, step"):
+        switch.load_state_dict({"step": 1, "switch_step": None})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 
 import fogzo
@@ -105,6 +106,19 @@ def test_weights_beyond_the_range_are_pulled_in():
     GridPull(model, 1.0).pull_()
     for weight in fogzo.quantized_weights(model):
         assert weight.param.abs().max().item() == pytest.approx(0.015)
+
+
+def test_beside_a_step_size_of_zero_the_level_is_zero():
+    weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        weight[0] = 0.0
+    before, step = weight.detach().clone(), torch.tensor([[0.0], [0.0], [0.5]])
+    record = fogzo.QuantizedWeight("weight", weight, lambda: step, grid=uniform(2))
+    weight.grad = torch.zeros_like(weight)
+    GridPenalty([record], 0.5).add_grads_()
+    assert weight.grad[:2].eq(0).all() and weight.grad[2].any()
+    GridPull([record], 0.5).pull_()
+    assert torch.equal(weight[:2], before[:2] / 2) and weight.isfinite().all()
 
 
 def test_padding_rows_stay():
@@ -381,6 +395,18 @@ def test_a_function_may_return_a_tensor():
     assert same(list(model.parameters()), list(same_model.parameters()))
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0, -1.0, "2", torch.ones(2)])
+def test_a_scale_of_gradients_is_checked_before_anything_is_changed(scale):
+    model = network(fogzo.fixed(2))
+    model(torch.ones(1, 16)).sum().backward()
+    before = [param.grad.clone() for param in model.parameters()]
+    penalty = GridPenalty(model, 1.0)
+    with pytest.raises(ValueError, match=r"grad_scale must be a positive.*scaler\.get_scale\(\)"):
+        penalty.add_grads_(grad_scale=scale)
+    assert same(before, [param.grad for param in model.parameters()]) and penalty.step == 0
+    penalty.add_grads_(grad_scale=torch.tensor(2.0))
+
+
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
 def test_learning_rate_times_strength_is_checked_before_anything_is_changed(rate):
     model = network(fogzo.fixed(2))
@@ -392,6 +418,40 @@ def test_learning_rate_times_strength_is_checked_before_anything_is_changed(rate
     with pytest.raises(ValueError, match=rf"got {rate:g} \* 2 for '2\.weight' at step 0: mind"):
         pull.pull_()
     assert same(before, list(model.parameters())) and pull.step == 0
+
+
+@pytest.mark.parametrize("made_by", [cage, fogzo.methods.cewt])
+def test_an_optimizer_without_learning_rates_is_refused_before_anything_is_changed(made_by):
+    model = network(fogzo.fixed(2))
+    options = {"total_steps": 9} if made_by is cage else {}
+    without = torch.optim.Optimizer(model.parameters(), {})
+    relative = Adafactor(model.parameters())  # its lr is None
+    for optimizer in (without, relative):
+        with pytest.raises(ValueError, match=r"'0\.weight' is in a group .* no learning rate"):
+            made_by(model, optimizer, **options)
+    made_by(model, Adafactor(model.parameters(), lr=1e-3, relative_step=False), **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made_by(model, optimizer, **options)
+    optimizer.param_groups[0]["lr"] = None
+    before = [param.detach().clone() for param in model.parameters()]
+    if made_by is not cage:
+        with pytest.raises(ValueError, match="no learning rate"):
+            optimizer.step()
+    assert same(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize("quantizer", [fogzo.fixed(2), fogzo.quest(2)])
+def test_a_network_that_was_baked_in_is_not_pulled(quantizer):
+    model = network(quantizer)
+    model(torch.ones(1, 16)).sum().backward()
+    pull, penalty = GridPull(model, 0.5), GridPenalty(model, 0.5)
+    weights = fogzo.quantized_weights(model)
+    fogzo.dequantize_(copy.deepcopy(model))  # as the message says
+    pull.pull_()
+    fogzo.dequantize_(model)
+    for call in (pull.pull_, penalty.add_grads_, lambda: GridPull(weights, 0.5)):
+        with pytest.raises(ValueError, match=r"a Linear has no step sizes since fogzo\."):
+            call()
 
 
 @pytest.mark.parametrize("state", [None, {}, {"step": -1}, {"step": 1.5}, {"step": 1, "seed": 2}])

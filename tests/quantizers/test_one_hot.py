@@ -12,6 +12,7 @@ import fogzo
 from fogzo.quantizers import (
     SIGN,
     TERNARY,
+    Grid,
     Quantizer,
     conditional_gumbels,
     draw_levels,
@@ -204,6 +205,20 @@ def test_logits_far_from_each_other_keep_finite_gradients(backward):
     assert logits.grad.isfinite().all()
 
 
+def test_autocast_rounds_neither_levels_nor_their_gradient():
+    grid, x = Grid("thirds", -1, 1, spacing=2 / 3), torch.randn(64)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        weight = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = draw_levels(weight, grid, Logistic(tau=2.0))
+        levels.backward(x)
+        found.append((levels.detach(), weight.grad))
+    assert set(found[0][0].tolist()) == set(grid.level(torch.arange(-1, 2.0)).tolist())
+    assert all(map(torch.equal, *found))
+
+
 def test_weights_far_beyond_the_range_stay_there():
     x = torch.tensor([-1e6, -40.0, 40.0, 1e6], requires_grad=True)
     levels = draw_levels(x, uniform(2), Logistic(2.0), "gumbel_rao")
@@ -315,3 +330,17 @@ def test_a_mistake_is_explained(arguments, message):
 def test_a_law_that_ends_is_refused(law):
     with pytest.raises(ValueError, match=r"unbounded support.*Logistic\(tau=2\.0\)"):
         draw_levels(torch.zeros(3), uniform(2), law)
+
+
+@pytest.mark.parametrize("x", [torch.arange(3), [0.0, 1.0]], ids=["integers", "a list"])
+def test_weights_that_are_no_floating_point_numbers_are_refused(x):
+    with pytest.raises(ValueError, match=r"x must be .* got (torch\.int64|list): draw_levels\("):
+        draw_levels(x, uniform(2), Logistic(tau=2.0))
+
+
+def test_a_draw_of_another_shape_is_refused():
+    logits = torch.zeros(3, 4)
+    conditional_gumbels(logits, torch.nn.functional.one_hot(torch.tensor([0, 1, 3]), 4))
+    for one_hot in (torch.ones(3, 1), torch.tensor([0, 1, 3])):
+        with pytest.raises(ValueError, match=r"one_hot must have the shape \(3, 4\)"):
+            conditional_gumbels(logits, one_hot)

@@ -118,7 +118,16 @@ class QuantizedLayer(QuantizedInput):
 
         If FSDP has sharded the layer, all ranks have to ask for them together, as for `codes`: the
         step sizes, or the weight that they are measured from, are gathered.
+
+        Raises:
+            ValueError: If the layer is no longer quantized.
         """
+        if not isinstance(self, QuantizedLayer):  # asked by a record from before `dequantize_`
+            raise ValueError(
+                f"a {type(self).__name__} has no step sizes since fogzo.dequantize_ baked its "
+                "quantized weight in: to go on training, bake in a copy, "
+                "fogzo.dequantize_(copy.deepcopy(model)), and the model itself after the last step"
+            )
         step = self._step()
         # Beside a step size that is kept only the weight's shape matters, so it is not gathered.
         measures = step is None or self.quantizer.companding is not None

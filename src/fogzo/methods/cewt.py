@@ -37,8 +37,11 @@ class Cewt:
     def __init__(self, weights: Weights, optimizer: Optimizer, project: bool) -> None:
         example = "torch.optim.AdamW(model.parameters(), weight_decay=0.0)"
         require_type("optimizer", optimizer, Optimizer, example)
+        _check_hooks(optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.weights = [w for w in as_records(weights) if w.param.requires_grad]
+        records = as_records(weights)
+        self.weights = [w for w in records if w.param.requires_grad]
+        self._frozen = [w for w in records if not w.param.requires_grad]
         for weight in self.weights:
             _check(weight, trained)
         self.project = project
@@ -49,7 +52,7 @@ class Cewt:
             self.norms[_unused(weight.name, self.norms)] = norm
         self._before: dict[int, Tensor] = {}  # by position, as names may occur twice
         self._warned = False
-        self._check_decay(optimizer)
+        self._check_groups(optimizer)
         self._handles: Sequence[RemovableHandle] = (
             optimizer.register_step_pre_hook(self._save),
             optimizer.register_step_post_hook(self._constrain),
@@ -82,7 +85,7 @@ class Cewt:
         self.norms = {name: float(norms[name]) for name in self.norms}
 
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._check_decay(optimizer)
+        self._check_groups(optimizer)
         self._before = {
             index: weight.param.detach().clone()  # one without a gradient may get it in a closure
             for index, weight in enumerate(self.weights)
@@ -118,17 +121,30 @@ class Cewt:
             return project_to_gaussian(moved, norm)
         return weight.rotate(project_to_gaussian(weight.rotate(moved), norm))
 
-    def _check_decay(self, optimizer: Optimizer) -> None:
+    def _check_groups(self, optimizer: Optimizer) -> None:
         own = {id(weight.param): weight.name for weight in self.weights}
+        thawed = {id(w.param): w.name for w in self._frozen if w.param.requires_grad}
         for group in optimizer.param_groups:
-            if group.get("weight_decay"):
-                for param in group["params"]:
-                    if id(param) in own:
-                        raise ValueError(
-                            f"{own[id(param)]!r} has a weight decay of {group['weight_decay']}, "
-                            "which only turns the step of a weight whose norm is kept: put it in "
-                            'a group with "weight_decay": 0.0'
-                        )
+            late = [thawed[id(param)] for param in group["params"] if id(param) in thawed]
+            if late:
+                raise ValueError(
+                    f"{late[0]!r} was frozen when it was listed for CEWT, and would train without "
+                    "the constraint: list it anew, constraint.remove(), then "
+                    "constraint = fogzo.methods.cewt(model, optimizer)"
+                )
+            names = [own[id(param)] for param in group["params"] if id(param) in own]
+            if names and group.get("weight_decay"):
+                raise ValueError(
+                    f"{names[0]!r} has a weight decay of {group['weight_decay']}, "
+                    "which only turns the step of a weight whose norm is kept: put it in "
+                    'a group with "weight_decay": 0.0'
+                )
+            if names and group.get("lr") is None:
+                raise ValueError(
+                    f"{names[0]!r} is in a group of the optimizer that has no learning rate, which "
+                    "is the length of its steps: set one, as in "
+                    "torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)"
+                )
 
 
 def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cewt:
@@ -139,6 +155,7 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
     constraint. Learning rates mean another thing for them, a step's length relative to the
     weight's: the authors use 0.01 for 30M parameters to 0.00125 for 430M with AdamW.
 
+    Weights that are frozen at this call are left out; once they train, a step asks for another.
     Weights that are rotated before they are rounded are constrained in that basis. Initialise
     weights as Gaussians: the first step makes them so, whatever the inputs are. In the authors'
     models this helps; docs/methods.md has what was measured here. A weight that the optimizer
@@ -157,8 +174,8 @@ def cewt(weights: Weights, optimizer: Optimizer, *, project: bool = True) -> Cew
         The constraint, with ``state_dict()``, ``load_state_dict()`` and ``remove()``.
 
     Raises:
-        ValueError: If a weight is not in the optimizer, has a weight decay, is sharded, must
-            keep some entries, or has a norm of 0 or one that is not finite.
+        ValueError: If a weight is not in the optimizer, has a weight decay or no learning rate, is
+            sharded, must keep some entries, or has a norm of 0 or one that is not finite.
 
     Warns:
         RuntimeWarning: Once, in a step whose update of a weight is not finite.
@@ -224,6 +241,16 @@ def _warn_of_updates(names: Sequence[str]) -> None:
         RuntimeWarning,
         stacklevel=5,  # who calls optimizer.step(), behind wrappers of torch's
     )
+
+
+def _check_hooks(optimizer: Optimizer) -> None:
+    # A wrapper that has not called the constructor of torch's class.
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps another optimizer and has no hooks, in which "
+            "steps are constrained: give the one inside, as of accelerate "
+            "fogzo.methods.cewt(model, optimizer.optimizer)"
+        )
 
 
 def _check(weight: QuantizedWeight, trained: set[int]) -> None:

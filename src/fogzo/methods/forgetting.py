@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fogzo.collectives import is_sharded
 from fogzo.layers.weights import QuantizedWeight
-from fogzo.methods.pull import Weights, as_records
+from fogzo.methods.pull import Weights, as_records, in_float
 from fogzo.probing.directions import Directions, Part
 from fogzo.probing.lender import Closure, Lender
 from fogzo.quantizers.checks import is_number, require_positive
+from fogzo.wording import listed
 
 _FIRST = 2.0**-6  # radii: hardly a weight rounds differently
 _DOUBLINGS = 16  # beyond 2^9 radii every weight has reached an end of its range
@@ -292,7 +293,8 @@ def _editable(records: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
     """The records that may move.
 
     Raises:
-        ValueError: If there are none, or other ranks hold parts of them or edit them too.
+        ValueError: If there are none, some are in float for now, or other ranks hold parts of them
+            or edit them too.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several or any(is_sharded(record.param) for record in records):
@@ -305,5 +307,13 @@ def _editable(records: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
         raise ValueError(
             "no quantized weight requires a gradient, they are all frozen: "
             "model.requires_grad_(True)"
+        )
+    floating = in_float(trained)
+    left = [record.name for record in trained if id(record.param) in floating]
+    if left:
+        raise ValueError(
+            f"{listed(left)} are still in float, and forget_ edits a finished quantized network: "
+            "call switch.advance_() of fogzo.methods.quantize_from after each optimizer step, to "
+            "the end of the run"
         )
     return trained

@@ -10,6 +10,7 @@ from fogzo.layers.quantized_input import FloatPhase
 from fogzo.layers.quantized_layer import require_quantized
 from fogzo.methods.pull import step_of
 from fogzo.methods.ramps import check_count, check_start
+from fogzo.quantizers.checks import is_int
 from fogzo.quantizers.step_sizes import knee_of
 
 
@@ -24,7 +25,7 @@ class Switch:
     def __init__(self, model: nn.Module, start: float, total_steps: int) -> None:
         check_start(start)
         check_count("total_steps", total_steps, "quantize_from(model, 0.5, total_steps=10_000)")
-        self.switch_step = round(start * total_steps)
+        self.switch_step = round(start * int(total_steps))
         self.step = 0
         call = "fogzo.methods.quantize_from(model, 0.5, total_steps=...)"
         self._layers = list(require_quantized(model, call).values())
@@ -48,17 +49,30 @@ class Switch:
                 _measure_again_(layer)
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps were taken."""
-        return {"step": self.step}
+        """How many steps were taken, and after how many quantization begins."""
+        return {"step": self.step, "switch_step": self.switch_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue where `state_dict` was taken. The model's own state holds its step sizes.
 
         Raises:
-            ValueError: If it is not a state of a switch.
+            ValueError: If it is not a state of a switch, or that run was in float at this step and
+                this one would be quantized, or the other way round.
         """
-        self.step = step_of(state_dict, "switch")
-        self._phase.active = self.step < self.switch_step
+        given = dict(state_dict) if isinstance(state_dict, dict) else {}
+        switch_step = given.pop("switch_step", self.switch_step)  # absent from older states
+        step = step_of(given if is_int(switch_step) else state_dict, "switch")
+        active = step < self.switch_step
+        if active != (step < switch_step):
+            # Step sizes are measured at the switch, which this run would leave out or do twice.
+            raise ValueError(
+                f"the saved run was {'quantized' if active else 'in float'} after {step} steps, as "
+                f"it switches after {switch_step}, and this one, which switches after "
+                f"{self.switch_step}, would be {'in float' if active else 'quantized'}: step sizes "
+                "are measured at that moment alone, so keep it, "
+                f"quantize_from(model, {switch_step} / total_steps, total_steps=total_steps)"
+            )
+        self.step, self._phase.active = step, active
 
 
 def quantize_from(model: nn.Module, start: float, *, total_steps: int) -> Switch:

@@ -8,7 +8,7 @@ with w; dampening adds it to the gradients before. None of them needs a forward 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fogzo.methods.ramps import (
     as_strength,
     strength_at,
 )
-from fogzo.quantizers.checks import is_number
+from fogzo.quantizers.checks import is_number, require_positive
 from fogzo.wording import listed
 
 Weights = nn.Module | Iterable[WeightLike]
@@ -134,7 +134,7 @@ class GridPull(_Scheduled):
             return [1.0] * len(weights)
         # Groups are asked anew each time: schedulers and load_state_dict write to them.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        rates = {id(param): group["lr"] for group in groups for param in group["params"]}
+        rates: dict[int, Any] = {id(p): g.get("lr") for g in groups for p in g["params"]}
         missing = [weight.name for weight in weights if id(weight.param) not in rates]
         if missing:
             raise ValueError(
@@ -142,7 +142,15 @@ class GridPull(_Scheduled):
                 "known: give all optimizers that train quantized weights, optimizer=[muon, adamw], "
                 "made after fully_shard"
             )
-        return [float(rates[id(weight.param)]) for weight in weights]
+        found = [rates[id(weight.param)] for weight in weights]
+        if None in found:
+            raise ValueError(
+                f"{weights[found.index(None)].name!r} is in a group of the optimizer that has no "
+                "learning rate, which the strength is multiplied by: set one (in transformers, "
+                "Adafactor(params, lr=1e-3, relative_step=False)), or pull without learning rates, "
+                "GridPull(weights, strength)"
+            )
+        return [float(rate) for rate in found]
 
     def _check_share(self, weight: QuantizedWeight, rate: float, strength: float) -> None:
         if not 0 <= rate * strength < math.inf:
@@ -201,13 +209,16 @@ class GridPenalty(_Scheduled):
                 before ``scaler.unscale_(optimizer)``, else 1.
 
         Raises:
-            ValueError: If there are no gradients, or the strength is negative or not finite at this
-                step. Then no gradient has been changed.
+            ValueError: If there are no gradients, the scale is no positive, finite number, or the
+                strength is negative or not finite at this step. Then no gradient has been changed.
 
         Warns:
             RuntimeWarning: Once if weights are in a float phase and left alone while the strength
                 is not 0.
         """
+        if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1:
+            grad_scale = grad_scale.item()
+        require_positive("grad_scale", grad_scale, "grad_scale=scaler.get_scale()")
         strength = 2 * grad_scale * strength_at(self.strength, self.step)
         weights = self._trained()
         used = [weight for weight in weights if weight.param.grad is not None]
@@ -369,7 +380,8 @@ def rounded(weight: QuantizedWeight) -> Rounded:
     assert grid is not None
     step = shard_like(full(weight.step_size()).detach().to(param), weight.param)
     w = param if weight.rotate is None else weight.rotate(param)
-    level = grid.round(w / step) * step
+    # Beside a step of 0, that of a dead group, the one level is 0: 0 / 0 would be no number.
+    level = grid.round(w / step.where(step != 0, 1)) * step
     wide = torch.promote_types(param.dtype, torch.float32)
     return Rounded(w.to(wide), level.to(wide), grid.low * step.to(wide), grid.high * step.to(wide))
 

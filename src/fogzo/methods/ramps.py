@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from torch import Tensor
 
-from fogzo.quantizers.checks import is_int, is_number
+from fogzo.quantizers.checks import is_number, require_count
 
 Strength = Callable[[int], float]
 
@@ -111,9 +111,8 @@ def check_strength(strength: object) -> None:
 
 
 def check_count(name: str, value: int, example: str) -> None:
-    """Raise a `ValueError` unless it is a positive integer."""
-    if not (is_int(value) and value >= 1):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}: for example {example}")
+    """Raise a `ValueError` unless it is a positive integer, of Python or NumPy."""
+    require_count(name, value, f"for example {example}")
 
 
 def check_start(start: object) -> None:

@@ -105,7 +105,16 @@ def conditional_gumbels(logits: Tensor, one_hot: Tensor) -> Tensor:
 
     Returns:
         Perturbed logits of that shape, without history, in float32 or finer.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    if one_hot.shape != logits.shape:
+        raise ValueError(
+            f"one_hot must have the shape {tuple(logits.shape)} of the logits, 1 at what was drawn "
+            f"and else 0, got {tuple(one_hot.shape)}: conditional_gumbels(logits, "
+            "one_hot_sample(logits)), or torch.nn.functional.one_hot(drawn, logits.shape[-1])"
+        )
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     chosen = one_hot != 0
     log_e = _exponential(wide).log()
@@ -126,8 +135,14 @@ def level_logits(x: Tensor, grid: Grid, law: Logistic | Normal) -> Tensor:
         Logits of shape ``(*x.shape, grid.num_levels)``, ascending levels, in float32 or finer.
 
     Raises:
-        ValueError: If the law is another one.
+        ValueError: If the law is another one, or the weights are no floating-point numbers.
     """
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"x must be a tensor of floating-point numbers, weights in step sizes, got {kind}: "
+            "draw_levels(weight / step_size, uniform(2), Logistic(tau=2.0))"
+        )
     require_type("grid", grid, Grid, "level_logits(weight / step_size, uniform(2), Logistic())")
     if not isinstance(law, Logistic | Normal):
         raise ValueError(
@@ -188,7 +203,8 @@ def draw_levels(
     logits = level_logits(x, grid, law)
     drawn = one_hot_sample(logits, backward, temperature=temperature, samples=samples)
     codes = torch.arange(grid.low_code, grid.high_code + 1, dtype=drawn.dtype, device=x.device)
-    return (drawn @ grid.level(codes)).to(x.dtype)
+    # Not a matrix product, which autocast, or a GPU in TF32, would round levels for.
+    return (drawn * grid.level(codes)).sum(-1).to(x.dtype)
 
 
 class _Follow(Function):

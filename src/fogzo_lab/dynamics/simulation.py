@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fogzo
 from fogzo.estimators.schedules import LinearNoiseShare
 from fogzo.methods import project_
+from fogzo.probing.directions import mix_seed
 from fogzo.quantizers.checks import require_count, require_seed
 from fogzo_lab.dynamics.curve import Curve, Density
 from fogzo_lab.dynamics.setting import Regression, check_times
@@ -55,14 +56,19 @@ def simulate(
         The curve, and as its agreement the mean since the time before of what was measured.
 
     Raises:
-        ValueError: If times are no ascending numbers from 0, there are no weights, the seed is no
-            integer, the data are of another number of weights or end early, or the estimator is not
-            made by a function of the two.
+        ValueError: If times are no ascending numbers from 0 or end before the first step, there are
+            no weights, the seed is no integer, the data are of another number of weights or end
+            early, or the estimator is not made by a function of the two.
     """
     checked = check_times(times)
     weights = require_count("weights", weights, "weights=1000")
     seed = require_seed(seed)
     stops = [round(time * weights) for time in checked]
+    if stops[-1] < 1:
+        raise ValueError(
+            f"times end at {checked[-1]:g}, in steps per weight, before the first step of "
+            f"{weights} weights: times=[0, 10, 20]"
+        )
     if data is None:
         source = batches(setting, weights, stops[-1], seed)
     else:
@@ -73,8 +79,9 @@ def simulate(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", RuntimeWarning)  # of so few weights now and then none flips
         layer = _layer(setting, start)
-        # What levels are drawn by; the stream is given back at the end.
-        torch.set_rng_state(torch.Generator().manual_seed(seed + 2**32).get_state())
+        # What levels are drawn by; the stream is given back at the end. Mixed, as a generator takes
+        # the lower 32 bits of a seed alone, and the data have those already.
+        torch.set_rng_state(torch.Generator().manual_seed(mix_seed(seed, 1)).get_state())
         records = fogzo.quantized_weights(layer)
         refiner = _made(estimator or _own(setting, seed), records, stops[-1])
         # Inputs have covariance I / d, so a rate in units of d does not depend on d.

@@ -182,6 +182,42 @@ def test_inputs_that_are_never_negative(tmp_path):
     assert operators(tmp_path)["QuantizeLinear"] == 2  # of unsigned levels, after a ReLU
 
 
+class ReadsItsWeight(nn.Module):
+    """A linear layer whose weight is used a second time, in a way of its own."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.layer(x).relu(), self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, weight, bias: nn.functional.linear(x, weight.t()),  # a tied decoder
+        lambda x, weight, bias: x @ weight,
+        lambda x, weight, bias: torch.addmm(bias, x, weight),
+        lambda x, weight, bias: torch.addmm(bias, x, weight.t(), alpha=3, beta=0.5),
+        lambda x, weight, bias: x @ (weight.t() + 1),
+        lambda x, weight, bias: weight.t() @ x,
+    ],
+    ids=["linear-t", "matmul", "addmm", "alpha", "sum", "left"],
+)
+def test_a_weight_that_is_used_otherwise_too(use, tmp_path):
+    model = fogzo.quantize_(seeded(lambda: ReadsItsWeight(use)), fogzo.lsq(2), inner)
+    x = torch.randn(16, 16)
+    export(model, tmp_path / "out", "onnx", example=x)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE), options)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    expected = fogzo.dequantize_(model)(x).detach()
+    assert relative(torch.from_numpy(found), expected) < 1e-5
+
+
 def test_a_layer_of_two_names(tmp_path):
     layer = nn.Linear(64, 64)
     model = quantized(nn.Sequential(layer, nn.ReLU(), layer).eval(), fogzo.lsq(2))

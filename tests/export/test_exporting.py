@@ -699,6 +699,15 @@ def test_what_was_put_into_an_export_is_not_deleted(tmp_path):
     export(model, tmp_path / "out", verify=False)
 
 
+@pytest.mark.parametrize("text", ['{"version": 3}', "[1, 2]", "not JSON"])
+def test_a_report_of_another_program_is_no_export(text, tmp_path):
+    (tmp_path / "export.json").write_text(text)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that no export wrote"):
+        export(quantized(mlp(), fogzo.lsq(2)), tmp_path, verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"export.json", "thesis.txt"}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "real").mkdir()

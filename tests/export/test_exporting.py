@@ -708,6 +708,18 @@ def test_a_report_of_another_program_is_no_export(text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"export.json", "thesis.txt"}
 
 
+def test_what_cannot_be_replaced_as_a_whole_is_refused(tmp_path, monkeypatch):
+    model = quantized(mlp(), fogzo.lsq(2))
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "", tmp_path):
+        with pytest.raises(ValueError, match=r"is the current folder, .*: name one in it"):
+            export(model, folder, verify=False)
+    with pytest.raises(ValueError, match="is a mount point"):
+        export(model, tmp_path.anchor, verify=False)
+    export(model, tmp_path / "export", verify=False)
+    assert os.listdir() == ["export"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "real").mkdir()

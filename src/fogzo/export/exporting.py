@@ -357,6 +357,13 @@ def _float_bytes(source: Source) -> int:
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
+    # Another folder is put in its place, which a shell that stands in it would not see.
+    if os.path.ismount(folder) or os.path.samefile(folder, os.curdir):
+        what = "a mount point" if os.path.ismount(folder) else "the current folder"
+        raise ValueError(
+            f"{folder} is {what}, and an export puts a folder in the place of another: "
+            f"name one in it, {str(folder / 'export')!r}"
+        )
     report = _report_in(folder)
     if report is not None:
         _check_own(folder, report)

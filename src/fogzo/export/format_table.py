@@ -188,6 +188,21 @@ def _static_integer_inputs(form: InputForm) -> str | None:
     return None
 
 
+def _own_names_are_free(source: Source) -> str | None:
+    for name, layer in source.layers.items():
+        module = layer.module
+        held = (vars(module), module._parameters, module._buffers, module._modules)
+        own = set(dir(layer.plain)).union(*held)
+        for taken in ("codes", "scales"):  # of `packed.PackedLayer`
+            if taken in own:
+                return (
+                    f"cannot write {name or 'the layer'!r} as packed: its {layer.plain.__name__} "
+                    f"has {taken!r} of its own, where packed keeps how the weight is quantized: "
+                    f'rename it, self.{taken}_, or format="float" or "onnx"'
+                )
+    return None
+
+
 def _one_config_group(source: Source) -> str | None:
     grids = {
         name: None if layer.input is None else layer.input.quantizer.grid
@@ -339,6 +354,7 @@ FORMATS: Mapping[str, Format] = {
         ),
         rotation=True,
         shares=True,
+        of_model=_own_names_are_free,
         float64=True,
         elsewhere='format="float"',
     ),

@@ -280,6 +280,22 @@ def test_a_first_dimension_of_one_that_is_no_batch(build, example, tmp_path):
     assert exported(model, tmp_path, example=example).logits_difference < 2e-6
 
 
+class ReturnsFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        features = self.body(x)
+        return {"features": features, "none": None, "logits": self.head(features.relu())}
+
+
+def test_logits_that_are_not_the_first_output(tmp_path):
+    model = fogzo.quantize_(seeded(ReturnsFeatures), fogzo.lsq(2), lambda module, name: True)
+    report = export(model, tmp_path / "out", "onnx", example=torch.randn(2, 16))
+    assert report.logits_difference < 2e-6
+
+
 def test_what_torch_cannot_trace_is_explained(tmp_path):
     class Branches(nn.Linear):
         def forward(self, x):

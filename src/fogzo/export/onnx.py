@@ -20,7 +20,7 @@ from fogzo.export import holds
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.packing import pack_digits, unpack_digits
 from fogzo.export.source import InputForm, Source
-from fogzo.export.verify import ReadBack, answer, trained_answer
+from fogzo.export.verify import ReadBack, answer, place_of_answer, trained_answer
 from fogzo.quantizers.granularity import from_rows
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def read_back(source: Source, folder: Path) -> ReadBack:
             declared.name: value.detach().cpu().numpy()
             for declared, value in zip(session.get_inputs(), values, strict=True)
         }
-        return torch.from_numpy(session.run(None, fed)[0])
+        place = place_of_answer(source.model, example)
+        return torch.from_numpy(session.run(None, fed)[place])
 
     return ReadBack(f"onnxruntime {onnxruntime.__version__}", weights, call)
 

@@ -296,6 +296,13 @@ def test_logits_that_are_not_the_first_output(tmp_path):
     assert report.logits_difference < 2e-6
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_autocast_block_around_the_export_changes_nothing(verify, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        export(mlp(), tmp_path / "out", "onnx", example=torch.randn(2, 64), verify=verify)
+    assert "Cast" not in operators(tmp_path)
+
+
 def test_what_torch_cannot_trace_is_explained(tmp_path):
     class Branches(nn.Linear):
         def forward(self, x):

@@ -95,7 +95,8 @@ def _traced(source: Source) -> Any:
     example = _of_two(model, _tuple_or_dict(source.example))
     args, named = ((), example) if isinstance(example, Mapping) else (example, {})
     shapes = _each(_dynamic, args), _each(_dynamic, named)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+    float32 = torch.autocast("cpu", enabled=False)  # or the graph casts as the caller's block does
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad(), float32:
         warnings.simplefilter("ignore")  # of torch's own exporter
         try:
             return torch.onnx.export(

@@ -9,6 +9,7 @@ import torch
 from networks import (
     NETWORKS,
     inner,
+    inner_linear,
     inputs_of,
     llama,
     logits,
@@ -667,6 +668,22 @@ def test_swapped_and_missing_arguments_are_explained(tmp_path):
         with pytest.raises(ValueError, match="the model does not answer to the example"):
             export(model, tmp_path / "out", example=example)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["packed", "compressed-tensors", "mlx"])
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"),
+    [(torch.float32, None), (torch.float32, torch.float16), (torch.bfloat16, None)],
+)
+def test_bits_per_weight_are_those_of_the_file(format, dtype, scale_dtype, tmp_path):
+    quantizer = fogzo.lsq(2, levels="integer", granularity=32, scale_dtype=scale_dtype)
+    model = fogzo.quantize_(llama().to(dtype), quantizer, inner_linear)
+    report = export(model, tmp_path / "out", format, round_steps=True, verify=False)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in report.layers:
+        own = {k: t for k, t in tensors.items() if k.startswith(f"{layer.name}.")}
+        held = sum(tensor.nbytes for name, tensor in own.items() if not name.endswith("_shape"))
+        assert layer.bits == 8 * held / model.get_submodule(layer.name).weight.numel()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

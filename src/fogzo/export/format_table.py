@@ -35,6 +35,7 @@ class StoredType:
         divides: Whether its reader divides by the reciprocal of the scale, rounded to the weight's
             dtype.
         numbers: How many numbers a group has beside its integers: its scale, and maybe its zero.
+        number_bits: Of each of these in the file.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredType:
     groups: tuple[int, ...] = ()
     numbers: int = 1
     divides: bool = False
+    number_bits: Callable[[IntegerWeight], int] = lambda weight: 8 * weight.dtype.itemsize
 
     def group(self, weight: IntegerWeight) -> int | None:
         """How many inputs share a scale in the file; None if all inputs of an output do."""
@@ -56,12 +58,11 @@ class StoredType:
 
     def bits_per_weight(self, weight: IntegerWeight) -> float:
         """In the file, with the scales."""
-        narrow = weight.quantizer.scale_dtype in (torch.float16, torch.bfloat16)
         (outputs, inputs), group = weight.integers.shape, self.group(weight)
         count = weight.scale.numel()
         if self.groups and group is not None:
-            narrow, count = False, outputs * math.ceil(inputs / group)
-        return self.bits + count * self.numbers * (16 if narrow else 32) / (outputs * inputs)
+            count = outputs * math.ceil(inputs / group)
+        return self.bits + count * self.numbers * self.number_bits(weight) / (outputs * inputs)
 
     def misfit(self, weight: IntegerWeight) -> str | None:
         """Why its blocks do not fit the weight's rows or groups."""
@@ -332,6 +333,13 @@ def _affine(name: str, bits: int, block: int = 0, groups: tuple[int, ...] = ()) 
     return StoredType(name, bits, bits, _levels(2**bits), block, _LINEAR, groups=groups, numbers=2)
 
 
+def _mlx_bits(weight: IntegerWeight) -> int:
+    """16 where a dtype of as many holds scales and biases; see `mlx`."""
+    both = torch.cat([weight.step, weight.step * -weight.zero])
+    halves = (torch.float16, torch.bfloat16)
+    return 16 if any(torch.equal(both.to(half).to(both.dtype), both) for half in halves) else 32
+
+
 # Larger blocks give zeros in onnxruntime, without an error.
 _MATMUL_BLOCKS = (256, 128, 64, 32, 16)
 _MATMUL = (
@@ -349,7 +357,13 @@ FORMATS: Mapping[str, Format] = {
     "packed": Format(
         # As many weights in a byte as fit.
         tuple(
-            StoredType(f"{8 / count:.3g} bit", 8 / count, levels, _levels(levels))
+            StoredType(
+                f"{8 / count:.3g} bit",
+                8 / count,
+                levels,
+                _levels(levels),
+                number_bits=lambda weight: 8 * weight.narrow_step().itemsize,
+            )
             for levels, count in ((2, 8), (3, 5), (4, 4), (6, 3), (16, 2), (256, 1))
         ),
         rotation=True,
@@ -396,7 +410,10 @@ FORMATS: Mapping[str, Format] = {
         elsewhere='format="packed"',
     ),
     "mlx": Format(
-        tuple(_affine(f"{bits} bit", bits, 32, (128, 64, 32)) for bits in (2, 3, 4, 5, 6, 8)),
+        tuple(
+            replace(_affine(f"{bits} bit", bits, 32, (128, 64, 32)), number_bits=_mlx_bits)
+            for bits in (2, 3, 4, 5, 6, 8)
+        ),
         inputs=_no_inputs("mlx cannot say"),
         # Then every product with the step is exact, and the sum of the two is rounded once.
         step_dtypes=(torch.float16, torch.bfloat16),

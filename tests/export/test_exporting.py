@@ -686,6 +686,23 @@ def test_bits_per_weight_are_those_of_the_file(format, dtype, scale_dtype, tmp_p
         assert layer.bits == 8 * held / model.get_submodule(layer.name).weight.numel()
 
 
+@pytest.mark.parametrize("format", ["packed", "float", "compressed-tensors", "mlx"])
+def test_a_generation_config_that_transformers_does_not_save_is_told_before(format, tmp_path):
+    quantizer = fogzo.lsq(2, levels="integer", scale_dtype=torch.float16)
+    model = fogzo.quantize_(llama(), quantizer, inner_linear)
+    model.generation_config.temperature = 0.5  # and greedy still
+    message = r"refuses to save .*do_sample.*GenerationConfig\.from_model_config"
+    (problem,) = check(model, format)
+    assert re.search(message, problem)
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "out", format)
+    assert check(model, "gguf", allow_wider=True) == check(model, "onnx") == []
+    own = model.generation_config.from_model_config(model.config)
+    model.generation_config = own
+    assert check(model, format) == []
+    export(model, tmp_path / "out", format, verify=False)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_files_are_named(name, tmp_path):
     export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)

@@ -94,6 +94,7 @@ class Format:
         group_multiple: What groups of inputs must be a multiple of.
         architectures: Classes of models; empty where any will do.
         reads_config: Whether its readers build the model from transformers' config.
+        writes_config: Whether its folder holds transformers' config files.
         shares: Whether its file says which names stand for the same tensor.
         traces: Whether it holds whatever the model computes, and not its state by name.
         of_model: Says what is wrong with the model as a whole, or None.
@@ -114,6 +115,7 @@ class Format:
     group_multiple: int = 1
     architectures: tuple[str, ...] = ()
     reads_config: bool = False
+    writes_config: bool = True
     shares: bool = False
     traces: bool = False
     of_model: Callable[[Source], str | None] = lambda source: None
@@ -395,6 +397,7 @@ FORMATS: Mapping[str, Format] = {
         inputs=_no_inputs("gguf cannot say; llama.cpp rounds them to 8 bits itself"),
         step_dtypes=(torch.float16,),
         architectures=("LlamaForCausalLM",),
+        writes_config=False,
         of_model=_llama_cpp_computes_it,
     ),
     "onnx": Format(
@@ -406,6 +409,7 @@ FORMATS: Mapping[str, Format] = {
         group_multiple=16,
         shares=True,
         traces=True,
+        writes_config=False,
         of_model=_is_float32,
         elsewhere='format="packed"',
     ),
@@ -433,6 +437,7 @@ FORMATS: Mapping[str, Format] = {
         inputs=_no_inputs("torchao's weight-only layers cannot say"),
         shares=True,
         traces=True,
+        writes_config=False,
         elsewhere='format="packed"',
     ),
 }

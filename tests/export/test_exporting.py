@@ -703,6 +703,20 @@ def test_a_generation_config_that_transformers_does_not_save_is_told_before(form
     export(model, tmp_path / "out", format, verify=False)
 
 
+@pytest.mark.parametrize("format", ["packed", "float"])
+def test_tensors_that_no_file_holds_are_told_before(format, tmp_path):
+    for tensor in (torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128)):
+        model = quantized(mlp(), fogzo.lsq(2))
+        model.register_buffer("mixing", tensor)
+        message = r"'mixing' of .* is a tensor of torch\.(sparse_coo|complex128), .*persistent"
+        (problem,) = check(model, format)
+        assert re.search(message, problem)
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "out", format)
+        model.register_buffer("mixing", tensor, persistent=False)
+        export(model, tmp_path / "out", format)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_files_are_named(name, tmp_path):
     export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)

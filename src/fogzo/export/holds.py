@@ -121,6 +121,12 @@ def _problems_of_state(source: Source, format: str) -> Iterator[str]:
             f"{key!r} of the model's state is of type {kind}, and {format} holds tensors alone: "
             'let get_extra_state return a tensor, or format="onnx"'
         )
+    for key, kind in source.unwritten_tensors().items():
+        yield (
+            f"{key!r} of the model's state is a tensor of {kind}, and {format} holds dense ones of "
+            "up to 64 bits: keep it out of the state, module.register_buffer(name, tensor, "
+            "persistent=False), or turn it into such a one"
+        )
 
 
 def _unready(layer: SourceLayer) -> str | None:

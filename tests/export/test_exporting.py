@@ -9,6 +9,7 @@ import torch
 from networks import (
     NETWORKS,
     inner,
+    inner_linear,
     inputs_of,
     llama,
     logits,
@@ -669,6 +670,53 @@ def test_swapped_and_missing_arguments_are_explained(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["packed", "compressed-tensors", "mlx"])
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"),
+    [(torch.float32, None), (torch.float32, torch.float16), (torch.bfloat16, None)],
+)
+def test_bits_per_weight_are_those_of_the_file(format, dtype, scale_dtype, tmp_path):
+    quantizer = fogzo.lsq(2, levels="integer", granularity=32, scale_dtype=scale_dtype)
+    model = fogzo.quantize_(llama().to(dtype), quantizer, inner_linear)
+    report = export(model, tmp_path / "out", format, round_steps=True, verify=False)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in report.layers:
+        own = {k: t for k, t in tensors.items() if k.startswith(f"{layer.name}.")}
+        held = sum(tensor.nbytes for name, tensor in own.items() if not name.endswith("_shape"))
+        assert layer.bits == 8 * held / model.get_submodule(layer.name).weight.numel()
+
+
+@pytest.mark.parametrize("format", ["packed", "float", "compressed-tensors", "mlx"])
+def test_a_generation_config_that_transformers_does_not_save_is_told_before(format, tmp_path):
+    quantizer = fogzo.lsq(2, levels="integer", scale_dtype=torch.float16)
+    model = fogzo.quantize_(llama(), quantizer, inner_linear)
+    model.generation_config.temperature = 0.5  # and greedy still
+    message = r"refuses to save .*do_sample.*GenerationConfig\.from_model_config"
+    (problem,) = check(model, format)
+    assert re.search(message, problem)
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "out", format)
+    assert check(model, "gguf", allow_wider=True) == check(model, "onnx") == []
+    own = model.generation_config.from_model_config(model.config)
+    model.generation_config = own
+    assert check(model, format) == []
+    export(model, tmp_path / "out", format, verify=False)
+
+
+@pytest.mark.parametrize("format", ["packed", "float"])
+def test_tensors_that_no_file_holds_are_told_before(format, tmp_path):
+    for tensor in (torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128)):
+        model = quantized(mlp(), fogzo.lsq(2))
+        model.register_buffer("mixing", tensor)
+        message = r"'mixing' of .* is a tensor of torch\.(sparse_coo|complex128), .*persistent"
+        (problem,) = check(model, format)
+        assert re.search(message, problem)
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "out", format)
+        model.register_buffer("mixing", tensor, persistent=False)
+        export(model, tmp_path / "out", format)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_files_are_named(name, tmp_path):
     export(quantized(mlp(), fogzo.lsq(2)), tmp_path / "out", verify=False)
@@ -697,6 +745,27 @@ def test_what_was_put_into_an_export_is_not_deleted(tmp_path):
     (tmp_path / "out" / "README.md").rename(tmp_path / "README.md")
     (tmp_path / "out" / "eval").rename(tmp_path / "eval")
     export(model, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("text", ['{"version": 3}', "[1, 2]", "not JSON"])
+def test_a_report_of_another_program_is_no_export(text, tmp_path):
+    (tmp_path / "export.json").write_text(text)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that no export wrote"):
+        export(quantized(mlp(), fogzo.lsq(2)), tmp_path, verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"export.json", "thesis.txt"}
+
+
+def test_what_cannot_be_replaced_as_a_whole_is_refused(tmp_path, monkeypatch):
+    model = quantized(mlp(), fogzo.lsq(2))
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "", tmp_path):
+        with pytest.raises(ValueError, match=r"is the current folder, .*: name one in it"):
+            export(model, folder, verify=False)
+    with pytest.raises(ValueError, match="is a mount point"):
+        export(model, tmp_path.anchor, verify=False)
+    export(model, tmp_path / "export", verify=False)
+    assert os.listdir() == ["export"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")

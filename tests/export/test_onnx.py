@@ -182,6 +182,42 @@ def test_inputs_that_are_never_negative(tmp_path):
     assert operators(tmp_path)["QuantizeLinear"] == 2  # of unsigned levels, after a ReLU
 
 
+class ReadsItsWeight(nn.Module):
+    """A linear layer whose weight is used a second time, in a way of its own."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.layer(x).relu(), self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, weight, bias: nn.functional.linear(x, weight.t()),  # a tied decoder
+        lambda x, weight, bias: x @ weight,
+        lambda x, weight, bias: torch.addmm(bias, x, weight),
+        lambda x, weight, bias: torch.addmm(bias, x, weight.t(), alpha=3, beta=0.5),
+        lambda x, weight, bias: x @ (weight.t() + 1),
+        lambda x, weight, bias: weight.t() @ x,
+    ],
+    ids=["linear-t", "matmul", "addmm", "alpha", "sum", "left"],
+)
+def test_a_weight_that_is_used_otherwise_too(use, tmp_path):
+    model = fogzo.quantize_(seeded(lambda: ReadsItsWeight(use)), fogzo.lsq(2), inner)
+    x = torch.randn(16, 16)
+    export(model, tmp_path / "out", "onnx", example=x)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE), options)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    expected = fogzo.dequantize_(model)(x).detach()
+    assert relative(torch.from_numpy(found), expected) < 1e-5
+
+
 def test_a_layer_of_two_names(tmp_path):
     layer = nn.Linear(64, 64)
     model = quantized(nn.Sequential(layer, nn.ReLU(), layer).eval(), fogzo.lsq(2))
@@ -242,6 +278,29 @@ def one_image():
 def test_a_first_dimension_of_one_that_is_no_batch(build, example, tmp_path):
     model = quantized(build().eval(), fogzo.lsq(2), filter_fn=inner)
     assert exported(model, tmp_path, example=example).logits_difference < 2e-6
+
+
+class ReturnsFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        features = self.body(x)
+        return {"features": features, "none": None, "logits": self.head(features.relu())}
+
+
+def test_logits_that_are_not_the_first_output(tmp_path):
+    model = fogzo.quantize_(seeded(ReturnsFeatures), fogzo.lsq(2), lambda module, name: True)
+    report = export(model, tmp_path / "out", "onnx", example=torch.randn(2, 16))
+    assert report.logits_difference < 2e-6
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_autocast_block_around_the_export_changes_nothing(verify, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        export(mlp(), tmp_path / "out", "onnx", example=torch.randn(2, 64), verify=verify)
+    assert "Cast" not in operators(tmp_path)
 
 
 def test_what_torch_cannot_trace_is_explained(tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 import fogzo
 import fogzo.export.transformers
-from fogzo.export import export, load_, unpack_
+from fogzo.export import check, export, load_, unpack_
 from fogzo.export.packed import PackedLayer
 from fogzo.quantizers import Hadamard
 from toolbox import pairwise
@@ -191,6 +192,32 @@ def test_a_layer_with_two_names_is_written_once(tmp_path):
     loaded = load_(build(), tmp_path / "out")
     assert loaded[0] is loaded[2]
     assert torch.equal(loaded(x), model(x))
+
+
+class Scaled(nn.Linear):
+    """A layer with a scale of its own, by the name that packed layers give theirs."""
+
+    def __init__(self, learned):
+        super().__init__(8, 8)
+        scales = torch.rand(8)
+        if learned:
+            self.scales = nn.Parameter(scales)
+        else:
+            self.register_buffer("scales", scales)
+
+    def forward(self, x):
+        return super().forward(x) * self.scales
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_names_that_a_layer_has_taken_are_refused(learned, tmp_path):
+    model = fogzo.quantize_(nn.Sequential(Scaled(learned)), fogzo.lsq(2), inner)
+    message = r"'0' as packed: its Scaled has 'scales' of its own.*self\.scales_"
+    assert re.search(message, check(model, "packed")[0])
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "out", "packed", example=torch.randn(2, 8))
+    report = export(model, tmp_path / "out", "float", example=torch.randn(2, 8))
+    assert report.logits_difference == 0
 
 
 def test_the_model_itself_may_be_the_layer(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fogzo.export import holds
-from fogzo.export.folder import folder_path, read_json
+from fogzo.export.folder import folder_path
 from fogzo.export.format_table import FORMATS
 from fogzo.export.integers import largest_change
 from fogzo.export.source import ActivationChoice, Options, Source
@@ -357,8 +357,16 @@ def _float_bytes(source: Source) -> int:
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
-    if (folder / REPORT).is_file():
-        _check_own(folder)
+    # Another folder is put in its place, which a shell that stands in it would not see.
+    if os.path.ismount(folder) or os.path.samefile(folder, os.curdir):
+        what = "a mount point" if os.path.ismount(folder) else "the current folder"
+        raise ValueError(
+            f"{folder} is {what}, and an export puts a folder in the place of another: "
+            f"name one in it, {str(folder / 'export')!r}"
+        )
+    report = _report_in(folder)
+    if report is not None:
+        _check_own(folder, report)
     elif not folder.is_dir() or any(folder.iterdir()):
         raise ValueError(
             f"{folder} holds something that no export wrote, and is left as it is: choose another "
@@ -366,9 +374,18 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _check_own(folder: Path) -> None:
+def _report_in(folder: Path) -> dict[str, Any] | None:
+    """The report of an earlier export; None where there is none, or it is another's file."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    of_export = isinstance(report, dict) and {"format", "folder", "layers"} <= report.keys()
+    return report if of_export else None
+
+
+def _check_own(folder: Path, report: Mapping[str, Any]) -> None:
     """Raise a `ValueError` if somebody has put files or folders into an earlier export."""
-    report = read_json(folder / REPORT)
     if "files" not in report:  # an older fogzo did not list them
         return
     files = {folder / name for name in (REPORT, *report["files"])}

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -63,6 +64,19 @@ def write_config(
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
+
+
+def why_not_saved(model: nn.Module) -> str | None:
+    """What is wrong with a generation config, which transformers says as it saves it."""
+    own, generation = (getattr(model, name, None) for name in ("config", "generation_config"))
+    if not hasattr(own, "save_pretrained") or generation is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cast(Any, generation).save_pretrained(folder)
+        except ValueError as error:
+            return " ".join(str(error).split())
+    return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

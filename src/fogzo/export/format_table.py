@@ -35,6 +35,7 @@ class StoredType:
         divides: Whether its reader divides by the reciprocal of the scale, rounded to the weight's
             dtype.
         numbers: How many numbers a group has beside its integers: its scale, and maybe its zero.
+        number_bits: Of each of these in the file.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredType:
     groups: tuple[int, ...] = ()
     numbers: int = 1
     divides: bool = False
+    number_bits: Callable[[IntegerWeight], int] = lambda weight: 8 * weight.dtype.itemsize
 
     def group(self, weight: IntegerWeight) -> int | None:
         """How many inputs share a scale in the file; None if all inputs of an output do."""
@@ -56,12 +58,11 @@ class StoredType:
 
     def bits_per_weight(self, weight: IntegerWeight) -> float:
         """In the file, with the scales."""
-        narrow = weight.quantizer.scale_dtype in (torch.float16, torch.bfloat16)
         (outputs, inputs), group = weight.integers.shape, self.group(weight)
         count = weight.scale.numel()
         if self.groups and group is not None:
-            narrow, count = False, outputs * math.ceil(inputs / group)
-        return self.bits + count * self.numbers * (16 if narrow else 32) / (outputs * inputs)
+            count = outputs * math.ceil(inputs / group)
+        return self.bits + count * self.numbers * self.number_bits(weight) / (outputs * inputs)
 
     def misfit(self, weight: IntegerWeight) -> str | None:
         """Why its blocks do not fit the weight's rows or groups."""
@@ -93,6 +94,7 @@ class Format:
         group_multiple: What groups of inputs must be a multiple of.
         architectures: Classes of models; empty where any will do.
         reads_config: Whether its readers build the model from transformers' config.
+        writes_config: Whether its folder holds transformers' config files.
         shares: Whether its file says which names stand for the same tensor.
         traces: Whether it holds whatever the model computes, and not its state by name.
         of_model: Says what is wrong with the model as a whole, or None.
@@ -113,6 +115,7 @@ class Format:
     group_multiple: int = 1
     architectures: tuple[str, ...] = ()
     reads_config: bool = False
+    writes_config: bool = True
     shares: bool = False
     traces: bool = False
     of_model: Callable[[Source], str | None] = lambda source: None
@@ -185,6 +188,21 @@ def _static_integer_inputs(form: InputForm) -> str | None:
             "whole numbers of bits: train with activations=fogzo.lsq(2, "
             'levels="integer"), or format="packed" or "onnx"'
         )
+    return None
+
+
+def _own_names_are_free(source: Source) -> str | None:
+    for name, layer in source.layers.items():
+        module = layer.module
+        held = (vars(module), module._parameters, module._buffers, module._modules)
+        own = set(dir(layer.plain)).union(*held)
+        for taken in ("codes", "scales"):  # of `packed.PackedLayer`
+            if taken in own:
+                return (
+                    f"cannot write {name or 'the layer'!r} as packed: its {layer.plain.__name__} "
+                    f"has {taken!r} of its own, where packed keeps how the weight is quantized: "
+                    f'rename it, self.{taken}_, or format="float" or "onnx"'
+                )
     return None
 
 
@@ -317,6 +335,13 @@ def _affine(name: str, bits: int, block: int = 0, groups: tuple[int, ...] = ()) 
     return StoredType(name, bits, bits, _levels(2**bits), block, _LINEAR, groups=groups, numbers=2)
 
 
+def _mlx_bits(weight: IntegerWeight) -> int:
+    """16 where a dtype of as many holds scales and biases; see `mlx`."""
+    both = torch.cat([weight.step, weight.step * -weight.zero])
+    halves = (torch.float16, torch.bfloat16)
+    return 16 if any(torch.equal(both.to(half).to(both.dtype), both) for half in halves) else 32
+
+
 # Larger blocks give zeros in onnxruntime, without an error.
 _MATMUL_BLOCKS = (256, 128, 64, 32, 16)
 _MATMUL = (
@@ -334,11 +359,18 @@ FORMATS: Mapping[str, Format] = {
     "packed": Format(
         # As many weights in a byte as fit.
         tuple(
-            StoredType(f"{8 / count:.3g} bit", 8 / count, levels, _levels(levels))
+            StoredType(
+                f"{8 / count:.3g} bit",
+                8 / count,
+                levels,
+                _levels(levels),
+                number_bits=lambda weight: 8 * weight.narrow_step().itemsize,
+            )
             for levels, count in ((2, 8), (3, 5), (4, 4), (6, 3), (16, 2), (256, 1))
         ),
         rotation=True,
         shares=True,
+        of_model=_own_names_are_free,
         float64=True,
         elsewhere='format="float"',
     ),
@@ -365,6 +397,7 @@ FORMATS: Mapping[str, Format] = {
         inputs=_no_inputs("gguf cannot say; llama.cpp rounds them to 8 bits itself"),
         step_dtypes=(torch.float16,),
         architectures=("LlamaForCausalLM",),
+        writes_config=False,
         of_model=_llama_cpp_computes_it,
     ),
     "onnx": Format(
@@ -376,11 +409,15 @@ FORMATS: Mapping[str, Format] = {
         group_multiple=16,
         shares=True,
         traces=True,
+        writes_config=False,
         of_model=_is_float32,
         elsewhere='format="packed"',
     ),
     "mlx": Format(
-        tuple(_affine(f"{bits} bit", bits, 32, (128, 64, 32)) for bits in (2, 3, 4, 5, 6, 8)),
+        tuple(
+            replace(_affine(f"{bits} bit", bits, 32, (128, 64, 32)), number_bits=_mlx_bits)
+            for bits in (2, 3, 4, 5, 6, 8)
+        ),
         inputs=_no_inputs("mlx cannot say"),
         # Then every product with the step is exact, and the sum of the two is rounded once.
         step_dtypes=(torch.float16, torch.bfloat16),
@@ -400,6 +437,7 @@ FORMATS: Mapping[str, Format] = {
         inputs=_no_inputs("torchao's weight-only layers cannot say"),
         shares=True,
         traces=True,
+        writes_config=False,
         elsewhere='format="packed"',
     ),
 }

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fogzo.export.folder import why_not_saved
 from fogzo.export.format_table import FORMATS, Format, StoredType
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.source import Options, Source, SourceLayer
@@ -96,6 +97,12 @@ def _problems_of_model(source: Source, format: str, rules: Format) -> Iterator[s
             break
     if not rules.traces:
         yield from _problems_of_state(source, format)
+    if rules.writes_config and (why := why_not_saved(source.model)):
+        yield (
+            f"transformers refuses to save the model's generation_config ({why:.300}): correct "
+            "that, or take the one of its class, model.generation_config = "
+            "transformers.GenerationConfig.from_model_config(model.config)"
+        )
     if variant is not None and variant not in rules.variants:
         known = f"one of {', '.join(rules.variants)}" if rules.variants else "none"
         yield f"{format} has no variant {variant!r}, expected {known}: leave variant out"
@@ -113,6 +120,12 @@ def _problems_of_state(source: Source, format: str) -> Iterator[str]:
         yield (
             f"{key!r} of the model's state is of type {kind}, and {format} holds tensors alone: "
             'let get_extra_state return a tensor, or format="onnx"'
+        )
+    for key, kind in source.unwritten_tensors().items():
+        yield (
+            f"{key!r} of the model's state is a tensor of {kind}, and {format} holds dense ones of "
+            "up to 64 bits: keep it out of the state, module.register_buffer(name, tensor, "
+            "persistent=False), or turn it into such a one"
         )
 
 

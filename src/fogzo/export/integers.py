@@ -86,6 +86,13 @@ class IntegerWeight:
             return (self.integers.int() - self.low) // self.stride
         return ((self.integers.short() - self.low) >> (self.stride - 1)).to(torch.uint8)
 
+    def narrow_step(self) -> Tensor:
+        """`step` in the narrowest dtype that holds it exactly."""
+        for dtype in (self.quantizer.scale_dtype, self.dtype):
+            if dtype in (torch.float16, torch.bfloat16) and not rounding_error(self.step, dtype):
+                return self.step.to(dtype)
+        return self.step
+
     def row_scale(self) -> Tensor:
         """The scale of every row, of shape (outputs, 1) or (outputs, groups)."""
         return self.scale.expand(len(self.integers), -1)

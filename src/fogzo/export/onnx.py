@@ -20,7 +20,7 @@ from fogzo.export import holds
 from fogzo.export.integers import IntegerWeight
 from fogzo.export.packing import pack_digits, unpack_digits
 from fogzo.export.source import InputForm, Source
-from fogzo.export.verify import ReadBack, answer, trained_answer
+from fogzo.export.verify import ReadBack, answer, place_of_answer, trained_answer
 from fogzo.quantizers.granularity import from_rows
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def read_back(source: Source, folder: Path) -> ReadBack:
             declared.name: value.detach().cpu().numpy()
             for declared, value in zip(session.get_inputs(), values, strict=True)
         }
-        return torch.from_numpy(session.run(None, fed)[0])
+        place = place_of_answer(source.model, example)
+        return torch.from_numpy(session.run(None, fed)[place])
 
     return ReadBack(f"onnxruntime {onnxruntime.__version__}", weights, call)
 
@@ -94,7 +95,8 @@ def _traced(source: Source) -> Any:
     example = _of_two(model, _tuple_or_dict(source.example))
     args, named = ((), example) if isinstance(example, Mapping) else (example, {})
     shapes = _each(_dynamic, args), _each(_dynamic, named)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+    float32 = torch.autocast("cpu", enabled=False)  # or the graph casts as the caller's block does
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad(), float32:
         warnings.simplefilter("ignore")  # of torch's own exporter
         try:
             return torch.onnx.export(
@@ -214,12 +216,16 @@ def _replace(graph: "ir.Graph", source: Source, name: str) -> None:
             "it in float with filter_fn, fogzo.quantize_(model, quantizer, filter_fn), or drop it "
             f"before the export, model.{name} = None"
         )
+    products = []
     if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
+        products = _products(value)
+    if products:
         packed = _matmul_inputs(weight)
         tensors = [_add_initializer(graph, f"{key}_{part}", t) for part, t in packed.items()]
-        for node, _ in list(value.uses()):
-            _replace_matmul(graph, node, weight, tensors)
-    if value.uses():
+        for product in products:
+            _replace_matmul(graph, product, weight, tensors)
+        key += "_float"
+    if value.uses():  # also what reads the weight otherwise, as a tied decoder
         ir.convenience.replace_all_uses_with(value, _dequantized(graph, key, source, name))
     del graph.initializers[cast(str, value.name)]
 
@@ -257,10 +263,25 @@ def _matmul_inputs(weight: IntegerWeight) -> dict[str, Tensor]:
     return packed
 
 
+def _products(value: "ir.Value") -> "list[ir.Node]":
+    """The nodes that multiply their first input by a transposed weight, as a linear layer does."""
+    found = []
+    for node, place in value.uses():
+        if node.op_type == "Transpose":
+            users = node.outputs[0].uses()
+            found += [user for user, at in users if user.op_type == "MatMul" and at == 1]
+        elif node.op_type == "Gemm" and place == 1:
+            whole = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+            turned = [node.attributes.get_int(name, 0) for name in ("transA", "transB")]
+            if whole == [1.0, 1.0] and turned == [0, 1]:
+                found.append(node)
+    return found
+
+
 def _replace_matmul(
-    graph: "ir.Graph", node: "ir.Node", weight: IntegerWeight, tensors: "list[ir.Value]"
+    graph: "ir.Graph", product: "ir.Node", weight: IntegerWeight, tensors: "list[ir.Value]"
 ) -> None:
-    """Replace a Gemm, or the products with a transposed weight, where it is one."""
+    """Replace one of the `_products`, and the transposition that nothing else needs."""
     import onnx_ir as ir
 
     outputs, inputs = weight.integers.shape
@@ -268,26 +289,18 @@ def _replace_matmul(
         **{"K": inputs, "N": outputs, "bits": _bits(weight), "block_size": _block(weight)},
         "accuracy_level": 0,  # as it is written: no rounding of inputs to 8 bits
     }
-    if node.op_type == "Gemm":
-        products = [node]
-    elif node.op_type == "Transpose":
-        products = [user for user, _ in node.outputs[0].uses()]
-    else:
-        return
-    for product in products:
-        x, result = product.inputs[0], product.outputs[0]
-        added = [
-            ir.node("MatMulNBits", [x, *tensors], attributes, domain="com.microsoft"),
-        ]
-        if len(product.inputs) > 2:
-            added.append(ir.node("Add", [added[0].outputs[0], product.inputs[2]]))
-        last = added[-1].outputs[0]
-        last.shape, last.type = result.shape, result.type
-        graph.insert_before(product, added)
-        ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
-        graph.remove(product, safe=True)
-    if node not in products:
-        graph.remove(node, safe=True)
+    x, result = product.inputs[0], product.outputs[0]
+    before = None if product.op_type == "Gemm" else cast(ir.Value, product.inputs[1]).producer()
+    added = [ir.node("MatMulNBits", [x, *tensors], attributes, domain="com.microsoft")]
+    if len(product.inputs) > 2:
+        added.append(ir.node("Add", [added[0].outputs[0], product.inputs[2]]))
+    last = added[-1].outputs[0]
+    last.shape, last.type = result.shape, result.type
+    graph.insert_before(product, added)
+    ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
+    graph.remove(product, safe=True)
+    if before is not None and not before.outputs[0].uses():
+        graph.remove(before, safe=True)
 
 
 def _dequantized(graph: "ir.Graph", key: str, source: Source, name: str) -> "ir.Value":
@@ -358,7 +371,7 @@ def _decoded(graph: "ir.Graph", source: Source, name: str) -> Tensor:
     }
     codes, scales = parts["codes"], parts["scales"]
     outputs, inputs = weight.integers.shape
-    if holds.stored(source, name, "onnx").name.startswith("MatMulNBits"):
+    if codes.dtype == torch.uint8:  # of MatMulNBits
         bits = _bits(weight)
         u = unpack_digits(codes.flatten(1), 2**bits, 8 // bits * codes.flatten(1).shape[1])
         zeros = parts.get("zeros", torch.full_like(scales, 2 ** (bits - 1)))

@@ -24,7 +24,7 @@ from fogzo.export.folder import (
     write_config,
     write_tensors,
 )
-from fogzo.export.integers import IntegerWeight, rounding_error
+from fogzo.export.integers import IntegerWeight
 from fogzo.export.packing import digit_table, digits_per_byte, pack_digits
 from fogzo.export.read_only import read_only_for_peft
 from fogzo.export.source import InputForm, Source
@@ -60,7 +60,7 @@ def write(source: Source, folder: Path) -> None:
             modules[name]["tied_to"] = ties[name]
         else:
             own["codes"] = pack_digits(layer.weight.unsigned(), layer.weight.num_levels)
-            own["scales"] = _scales(layer.weight)
+            own["scales"] = layer.weight.narrow_step()
         if layer.input is not None and layer.input.step is not None:
             own["input_step"] = layer.input.step
         for alias in source.names_of(name):
@@ -398,20 +398,12 @@ def _new_layer(plain: type) -> nn.Module:
     return cast(nn.Module, cls.__new__(cls))
 
 
-def _scales(weight: IntegerWeight) -> Tensor:
-    """Distances between levels, in the narrowest dtype that holds them exactly."""
-    for dtype in (weight.quantizer.scale_dtype, weight.dtype):
-        if dtype in (torch.float16, torch.bfloat16) and not rounding_error(weight.step, dtype):
-            return weight.step.to(dtype)
-    return weight.step
-
-
 def _describe(weight: IntegerWeight, form: InputForm | None) -> dict[str, Any]:
     return {
         "levels": weight.num_levels,
         "zero": weight.zero,
         "scale_shape": list(weight.scale.shape),
-        "scale_dtype": _name_of(_scales(weight).dtype),
+        "scale_dtype": _name_of(weight.narrow_step().dtype),
         "rotation": weight.rotation_block,
         "shape": list(weight.shape),
         "output_dim": weight.output_dim,

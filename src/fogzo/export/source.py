@@ -172,6 +172,16 @@ class Source:
         state = self.model.state_dict(keep_vars=True)
         return {k: type(value).__name__ for k, value in state.items() if not _is_tensor(value)}
 
+    def unwritten_tensors(self) -> dict[str, str]:
+        """Tensors of the model's state that safetensors does not hold, with their kind."""
+        state = self.model.state_dict(keep_vars=True).items()
+        tensors = {key: value for key, value in state if _is_tensor(value)}
+        return {
+            key: str(tensor.layout if tensor.layout != torch.strided else tensor.dtype)
+            for key, tensor in tensors.items()
+            if tensor.layout != torch.strided or tensor.dtype == torch.complex128
+        }
+
     def other_tensors(self) -> dict[str, Tensor]:
         """The state of everything but the quantized layers' weights and step sizes.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fogzo.probing.rng import RngState
 
@@ -35,6 +36,18 @@ def answer(model: nn.Module, example: Any) -> Tensor:
         model: Its modes are left as they were.
         example: A tensor, a tuple of positional arguments or a dict of keywords.
     """
+    return _logits_in(_output(model, example))
+
+
+def place_of_answer(model: nn.Module, example: Any) -> int:
+    """At which place among all tensors that a model returns its `answer` is."""
+    output = _output(model, example)
+    found = _logits_in(output)
+    tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return next((place for place, tensor in enumerate(tensors) if tensor is found), 0)
+
+
+def _output(model: nn.Module, example: Any) -> Any:
     modes = {module: module.training for module in model.modules()}
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     device = torch.device("cpu") if held is None else held.device
@@ -44,12 +57,14 @@ def answer(model: nn.Module, example: Any) -> Tensor:
     try:
         with torch.no_grad(), _same_draws(device):
             if isinstance(example, Mapping):
-                output = model(**example)
-            else:
-                output = model(*example) if isinstance(example, tuple | list) else model(example)
+                return model(**example)
+            return model(*example) if isinstance(example, tuple | list) else model(example)
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _logits_in(output: Any) -> Tensor:
     found = getattr(output, "logits", output)
     if isinstance(found, Mapping):  # also what transformers' models without a head return
         found = found["logits"] if "logits" in found else next(iter(found.values()), None)

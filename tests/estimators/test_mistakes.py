@@ -489,6 +489,14 @@ def test_parameters_that_were_replaced_are_noticed():
         setup.estimator.refine_grads_(setup.loss_of)
 
 
+def test_a_model_that_was_baked_in_is_noticed():
+    setup = Setup(backward=False)
+    fogzo.dequantize_(setup.model)
+    setup.loss_of().backward()
+    with refused("a Linear has no step sizes since fogzo.dequantize_"):
+        setup.estimator.refine_grads_(setup.loss_of)
+
+
 # Checkpoints
 
 

@@ -376,7 +376,7 @@ class GradientEstimator(ABC):
         """The noise share of this step; None leaves the gradient as it is."""
         self._count_weights()
         # In the float phase of `quantize_from` backward's gradient is exact.
-        if self.needs_gradient and self._layers and all(each.is_in_float for each in self._layers):
+        if self.needs_gradient and self._layers and all(map(_is_in_float, self._layers)):
             return None
         return self.noise_share(self.step)
 
@@ -479,6 +479,11 @@ def check_choice(
             f"{name} must be one of {', '.join(choices)}, got {value!r}: "
             f'{name}="{proposed or choices[0]}"'
         )
+
+
+def _is_in_float(layer: QuantizedLayer) -> bool:
+    # After `dequantize_` it is a plain layer; its step sizes, which it lacks, are asked for next.
+    return isinstance(layer, QuantizedLayer) and layer.is_in_float
 
 
 def _check_grad_scale(grad_scale: object) -> float:

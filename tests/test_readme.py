@@ -979,6 +979,11 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     assert tuned.learning_rate == min(long.grid) and tuned.value == min(
         candidate.value for candidate in tuned.tuning
     )
+    said = "WinQ is {} points behind STE {}, at the largest share of the weights that is kept, {}"
+    reset = long.find("ste-winq")
+    assert said.format(*points("ste-winq", sign=-1), reset.value) in page
+    assert reset.value == max(candidate.value for candidate in reset.tuning)
+    assert not excludes_zero(minus_at_length(name, "ste-winq", winq))
     said = "tuned so, it is {} points {} behind the pull of its authors"
     assert said.format(*points("ste-cage", cage, sign=-1)) in page
     (gain, interval), (same, other) = points(phase), points("parq")

@@ -246,6 +246,7 @@ def long_comparisons(images: dict[str, TrainConfig], text: TrainConfig) -> dict[
                 "parq",
                 "ste-cage",
                 "ste-winq",
+                "ste-dampening",
             ),
         ),
         "long-resnet-quest-w2a2": long(quest_resnet, 4000, (*rates[1:], 3.16e-2)),

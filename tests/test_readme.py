@@ -984,6 +984,13 @@ def test_what_is_said_of_learned_steps_on_resnet_is_what_was_measured():
     assert said.format(*points("ste-winq", sign=-1), reset.value) in page
     assert reset.value == max(candidate.value for candidate in reset.tuning)
     assert not excludes_zero(minus_at_length(name, "ste-winq", winq))
+    said = "Dampening is {} points behind STE {}, at the lowest of three strengths"
+    damping = long.find("ste-dampening")
+    assert said.format(*points("ste-dampening", sign=-1)) in page
+    assert damping.value == min(candidate.value for candidate in damping.tuning)
+    tuned_rows = [points(row, sign=-1)[0] for row in ("ste-winq", "ste-cage", "ste-dampening")]
+    said = "tuned on the grids of `fogzo compare` {}, {} and {}.".format(*tuned_rows)
+    assert said in words("docs/choosing.md")
     said = "tuned so, it is {} points {} behind the pull of its authors"
     assert said.format(*points("ste-cage", cage, sign=-1)) in page
     (gain, interval), (same, other) = points(phase), points("parq")

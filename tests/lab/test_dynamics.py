@@ -247,7 +247,7 @@ def test_agreements_in_settings_that_the_theory_was_not_made_on():
         found = np.array([run[-1] for run in entry["agreements"]])
         assert abs(entry["theory"][-1] - risks.mean()) < max(1.5 * risks.std(ddof=1), 3e-3)
         assert abs(entry["theory_agreement"] - found.mean()) < 2 * found.std(ddof=1)
-        assert entry["theory_agreement"] == pytest.approx(found.mean(), rel=0.15)
+        assert found.mean() == pytest.approx(entry["theory_agreement"], rel=0.12)
     # Which the density at thresholds alone does not give.
     first_orders = {entry["name"]: entry["first_order"] for entry in entries}
     assert first_orders["range 2"] > 6 and first_orders["range 3"] < 1
